@@ -1,0 +1,1 @@
+"""Formats in and out. Imports nothing of ours, no network, no training framework."""

@@ -1,0 +1,70 @@
+"""Everything that goes wrong on purpose, in one tree.
+
+    OneroundError            base of all; str() is a sentence for the person, `hint` the command to run next
+    ├── UsageError           exit 2   the command line or the job file asks for something that is not there
+    ├── Refused              exit 3   the other side understood and said no
+    ├── Unreachable          exit 4   no coordinator answers
+    ├── BadData              exit 5   a file from a user or from the wire is not what it says it is
+    │   ├── BadAdapter                an adapter that cannot be represented, or is not sound
+    │   │   └── LayoutMismatch        adapters or models that do not fit each other
+    │   └── BadModel                  a base model's files are missing or not understood
+    └── NotEnough            exit 6   memory or disk
+
+Each class has an exit code for the command line and the name of a gRPC status for the wire.
+"""
+
+from __future__ import annotations
+
+
+class OneroundError(Exception):
+    """What happened and why, in a sentence; `hint` is what to do or run next."""
+
+    exit_code = 1
+    status = "INTERNAL"
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(OneroundError):
+    exit_code = 2
+    status = "INVALID_ARGUMENT"
+
+
+class Refused(OneroundError):
+    exit_code = 3
+    status = "FAILED_PRECONDITION"
+
+
+class Unreachable(OneroundError):
+    exit_code = 4
+    status = "UNAVAILABLE"
+
+
+class BadData(OneroundError):
+    exit_code = 5
+    status = "DATA_LOSS"
+
+
+class BadAdapter(BadData):
+    pass
+
+
+class LayoutMismatch(BadAdapter):
+    pass
+
+
+class BadModel(BadData):
+    pass
+
+
+class NotEnough(OneroundError):
+    exit_code = 6
+    status = "RESOURCE_EXHAUSTED"
+
+
+def from_status(status: str, message: str, hint: str = "") -> OneroundError:
+    """The error that a gRPC status stands for; one that is not ours is a refusal."""
+    kinds = {kind.status: kind for kind in OneroundError.__subclasses__()}
+    return kinds.get(status, Refused)(message, hint=hint)

@@ -1,0 +1,70 @@
+"""GGUF files run by llama.cpp: the one judge of what we publish. Needs `pip install 'oneround[serve]'`.
+
+Keys and values are kept in float32: with llama.cpp's default, float16, logits of small models are off by 1e-2.
+llama.cpp aborts the process on some bad files, so files that are not ours are opened in a child process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converters.errors import BadModel, UsageError
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
+
+Logits = NDArray[np.float32]
+_F32 = 0  # GGML_TYPE_F32
+
+
+def require() -> None:
+    """Raises UsageError, with what to install, when llama.cpp is not here."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        raise UsageError("llama.cpp is not installed here", hint="pip install 'oneround[serve]'")
+
+
+def load(model: Path, *, adapter: Path | None = None, context: int = 512, seed: int = 0) -> Llama:
+    """A model, with a GGUF adapter applied if one is given, that keeps the logits of every position.
+
+    Raises:
+        BadModel: the file is not there, or llama.cpp does not take it.
+    """
+    require()
+    from llama_cpp import Llama
+
+    for file in (model, adapter):
+        if file is not None and not file.is_file():
+            raise BadModel(f"{file} is not there")
+    try:
+        return Llama(
+            model_path=str(model),
+            lora_path=str(adapter) if adapter else None,
+            n_ctx=context,
+            n_batch=min(context, 512),
+            logits_all=True,
+            type_k=_F32,
+            type_v=_F32,
+            seed=seed,
+            verbose=False,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise BadModel(f"llama.cpp does not load {model}: {error}") from error
+
+
+def logits(model: Llama, ids: Sequence[int]) -> Logits:
+    """Next-token logits after each of `ids`: (len(ids), vocab), float32. At most the model's context."""
+    model.reset()
+    model.eval(list(ids))
+    return np.array(model.scores[: len(ids)], dtype=np.float32)
+
+
+def log_softmax(scores: Logits) -> Logits:
+    """Log-probabilities over the last axis."""
+    shifted = scores - scores.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

@@ -1,0 +1,118 @@
+"""safetensors files as memory-mapped NumPy arrays: every dtype, nothing trusted.
+
+The `safetensors` package checks a file's header (offsets, overlaps, sizes); its NumPy side cannot give bfloat16,
+so the views are made here, over one read-only map of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from converters.errors import BadData
+
+Array = NDArray[np.generic]
+
+DTYPES: dict[str, np.dtype[np.generic]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+def read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """Tensors by name, as read-only views of the mapped file, and the header's metadata.
+
+    Raises:
+        BadData: the file is not there, is not safetensors, or holds a dtype that NumPy cannot view.
+    """
+    try:
+        with safe_open(path, framework="numpy") as checked:  # type: ignore[no-untyped-call]
+            metadata = dict(checked.metadata() or {})
+    except FileNotFoundError:
+        raise BadData(f"{path} is not there") from None
+    except (SafetensorError, OSError) as error:
+        raise BadData(f"{path} is not a safetensors file: {error}") from error
+
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    length = int.from_bytes(mapped[:8], "little")
+    header = json.loads(mapped[8 : 8 + length])
+    header.pop("__metadata__", None)
+
+    tensors: dict[str, Array] = {}
+    for name, entry in header.items():
+        dtype = DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise BadData(f"{path}: tensor {name} has dtype {entry['dtype']}, which is not supported")
+        start, stop = entry["data_offsets"]
+        flat = np.frombuffer(mapped, dtype, (stop - start) // dtype.itemsize, 8 + length + start)
+        tensors[name] = flat.reshape(entry["shape"])
+    return tensors, metadata
+
+
+def write(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
+    """Write and sync a safetensors file; the same content always gives the same bytes.
+
+    Names are sorted, so that two machines that hold equal tensors hold equal digests.
+    """
+    ordered = sorted(tensors.items())
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for name, tensor in ordered:
+        header[name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)  # the format asks for data aligned to 8 bytes
+    replace(path, [len(encoded).to_bytes(8, "little"), encoded, *(_bytes(tensor) for _, tensor in ordered)])
+
+
+def replace(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """Put a file in place whole or not at all: temporary name, fsync, rename, fsync of the folder."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        for piece in pieces:
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """A rename is durable only once the folder that names the file is synced."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _bytes(tensor: Array) -> memoryview:
+    # ml_dtypes have no buffer format of their own, so every dtype goes out as plain bytes.
+    return memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))

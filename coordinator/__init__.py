@@ -1,0 +1,1 @@
+"""The daemon: announces jobs, takes contributions, averages, publishes. No training framework."""

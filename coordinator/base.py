@@ -1,0 +1,81 @@
+"""The base model of a job: found, described, and turned into a GGUF once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters import architectures, gguf_base
+from converters.architectures import Base
+from converters.errors import BadModel
+from oneround import stream
+from oneround.v1 import federation_pb2 as pb
+
+# Everything that training or conversion reads; never pickles, never code.
+_WANTED = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "*.jinja")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A base that is on this machine."""
+
+    folder: Path
+    base: Base
+    files: list[pb.Artifact]
+    fingerprint: str
+    revision: str  # commit of a hub model; empty for a folder
+
+
+def prepare(spec: pb.ModelSpec) -> Prepared:
+    """Find the base, from a folder or the hub, and fingerprint its files.
+
+    Raises:
+        BadModel: it is not there, or of a family that is not supported.
+    """
+    folder, revision = _find(spec)
+    described = architectures.describe(folder)
+    files = [
+        pb.Artifact(name=file.relative_to(folder).as_posix(), digest=stream.digest(file), size=file.stat().st_size)
+        for file in architectures.model_files(folder)
+    ]
+    return Prepared(folder, described, files, stream.fingerprint(files), revision)
+
+
+def gguf(spec: pb.ModelSpec, prepared: Prepared, cache: Path) -> Path:
+    """The base as GGUF: the operator's own, or built once from the folder and kept in `cache`."""
+    if spec.gguf:
+        given = Path(spec.gguf)
+        if not given.is_file():
+            raise BadModel(f"model.gguf {spec.gguf} is not there")
+        return given
+    built = cache / f"{prepared.fingerprint}.gguf"
+    if not built.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        gguf_base.build(prepared.folder, built)
+    return built
+
+
+def _find(spec: pb.ModelSpec) -> tuple[Path, str]:
+    local = Path(spec.base).expanduser()
+    if local.is_dir():
+        return local.resolve(), ""
+    if local.is_absolute() or spec.base.startswith((".", "~")) or spec.base.count("/") != 1:
+        raise BadModel(
+            f"the base model {spec.base} is not there",
+            hint="model.base takes a folder on the coordinator's machine, or a Hugging Face hub id such as org/name",
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        found = Path(snapshot_download(spec.base, revision=spec.revision, allow_patterns=list(_WANTED)))
+    except RepositoryNotFoundError as error:
+        raise BadModel(
+            f"the Hugging Face hub has no model {spec.base}", hint="hf auth login, if it is gated"
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise BadModel(
+            f"the base model {spec.base} is neither a folder here nor to be had from the hub: {error}",
+            hint=f"hf download {spec.base}, on a machine with a network, and give the folder as model.base",
+        ) from error
+    return found, found.name

@@ -1,0 +1,74 @@
+"""The operator's commands talking to the daemon that runs over a state folder on this machine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from converters import tensors
+from converters.errors import OneroundError, Unreachable, from_status
+from coordinator import identity
+from oneround import tls
+from oneround.v1 import federation_pb2 as pb
+from oneround.v1 import federation_pb2_grpc as rpc
+
+_TIMEOUT = 600.0  # seconds; a submission fingerprints and converts the base before it returns
+
+
+def announce(state: Path, address: str, *, insecure: bool) -> None:
+    """Leave word of where the daemon listens."""
+    tensors.replace(state / "daemon.json", [json.dumps({"address": address, "insecure": insecure}).encode()])
+
+
+@asynccontextmanager
+async def channel(state: Path) -> AsyncIterator[tuple[grpc.aio.Channel, list[tuple[str, str]]]]:
+    """A channel to the daemon, and the metadata that proves that we may administer it."""
+    try:
+        found = json.loads((state / "daemon.json").read_text())
+    except FileNotFoundError:
+        raise Unreachable(f"no coordinator has run over {state}", hint=f"coordinator serve --state {state}") from None
+    who = identity.load_or_create(state)
+    address = found["address"].replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
+    if found["insecure"]:
+        opened = grpc.aio.insecure_channel(address)
+    else:
+        credentials = grpc.ssl_channel_credentials(root_certificates=who.certificate)
+        opened = grpc.aio.secure_channel(address, credentials, [("grpc.ssl_target_name_override", tls.NAME)])
+    async with opened:
+        try:
+            yield opened, [("authorization", f"Bearer {who.admin_token}")]
+        except grpc.aio.AioRpcError as error:
+            raise _readable(error, address, state) from error
+
+
+async def submit(state: Path, spec: pb.JobSpec) -> pb.JobStatus:
+    async with channel(state) as (opened, metadata):
+        return await rpc.AdminStub(opened).Submit(pb.SubmitRequest(spec=spec), metadata=metadata, timeout=_TIMEOUT)
+
+
+async def show(state: Path, name: str) -> pb.JobStatus:
+    async with channel(state) as (opened, metadata):
+        return await rpc.AdminStub(opened).Show(pb.ShowRequest(job=name), metadata=metadata, timeout=_TIMEOUT)
+
+
+async def close(state: Path, name: str) -> pb.JobStatus:
+    async with channel(state) as (opened, metadata):
+        return await rpc.AdminStub(opened).Close(pb.CloseRequest(job=name), metadata=metadata, timeout=_TIMEOUT)
+
+
+async def jobs(state: Path) -> list[pb.JobStatus]:
+    async with channel(state) as (opened, metadata):
+        reply = await rpc.FederationStub(opened).ListJobs(pb.ListJobsRequest(), metadata=metadata, timeout=_TIMEOUT)
+        return list(reply.jobs)
+
+
+def _readable(error: grpc.aio.AioRpcError, address: str, state: Path) -> OneroundError:
+    if error.code() == grpc.StatusCode.UNAVAILABLE:
+        return Unreachable(f"no coordinator answers at {address}", hint=f"coordinator serve --state {state}")
+    hint: Any = dict(error.trailing_metadata() or ()).get("hint-bin", b"")
+    return from_status(error.code().name, error.details() or "", hint.decode())

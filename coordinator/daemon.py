@@ -1,0 +1,435 @@
+"""The effects: what clients send and the round decides, done to the database, the disk and the publisher."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+
+from converters import adapter, architectures, llama
+from converters.errors import BadData, OneroundError, Refused, UsageError
+from coordinator import admission, base, store
+from coordinator import job as jobs
+from coordinator import round as rounds
+from coordinator.blobs import Blobs
+from coordinator.publish import Given, Order
+from coordinator.round import State
+from coordinator.store import Store
+from oneround import stream
+from oneround.v1 import federation_pb2 as pb
+
+ASLEEP_AFTER = 60.0  # seconds without a word from a client that is training
+TICK = 0.5  # seconds between looks at the clock
+CHECKED_NAME = 64  # longest name of a client that is shown
+
+log = structlog.get_logger()
+offload = asyncio.to_thread
+
+
+class Daemon:
+    """One coordinator over one state folder. Methods raise OneroundError; the server maps it to a status."""
+
+    def __init__(self, state: Path, database: str = "", clock: Callable[[], float] = time.time) -> None:
+        self._state = state
+        self._clock = clock
+        self._blobs = Blobs(state)
+        self._store = Store(database or f"sqlite:///{state / 'coordinator.sqlite'}")
+        self._publishers: dict[str, asyncio.Task[None]] = {}
+        self._stages: dict[str, str] = {}
+        self._uploading: set[tuple[str, str]] = set()
+        self._changed = asyncio.Condition()
+
+    async def run(self) -> None:
+        """Close rounds in time and publish what is closed, until cancelled. Restarts what a crash interrupted."""
+        try:
+            while True:
+                for row in await offload(self._store.jobs):
+                    if row.state == State.OPEN:
+                        await self._advance(row.name, rounds.Tick())
+                    elif row.state == State.PUBLISHING:
+                        self._start_publisher(row.name)
+                await asyncio.sleep(TICK)
+        finally:
+            for task in self._publishers.values():
+                task.cancel()
+            await asyncio.gather(*self._publishers.values(), return_exceptions=True)
+
+    # The operator
+
+    async def submit(self, spec: pb.JobSpec) -> pb.JobStatus:
+        """Check a job, prepare base and initial adapter, and open its round. Submitting it again changes nothing."""
+        spec = jobs.check(spec)
+        llama.require()
+        there = {row.name: row for row in await offload(self._store.jobs)}.get(spec.name)
+        if there is not None:
+            known = there.job.spec
+            if known.model.base == spec.model.base:
+                spec.model.revision = known.model.revision
+            if known != spec:
+                raise Refused(f"there is a different job {spec.name!r} here", hint="give this one another name")
+            return await self.status(spec.name)
+        row = await offload(self._prepare, spec)
+        await offload(self._store.add_job, row)
+        log.info("job_opened", job=spec.name, base=spec.model.base, modules=len(row.job.modules))
+        await self._tell()
+        return await self.status(spec.name)
+
+    def _prepare(self, spec: pb.JobSpec) -> store.Job:
+        prepared = base.prepare(spec.model)
+        if prepared.revision:
+            spec.model.revision = prepared.revision
+        shapes = architectures.adapted(prepared.base, spec.lora.target_modules)
+        base.gguf(spec.model, prepared, self._state / "bases")
+
+        initial = self._state / "uploads" / f"{spec.name}.initial"
+        adapter.write(adapter.initial(shapes, spec.lora.rank, spec.train.seed), initial)
+        size = initial.stat().st_size
+        now = self._clock()
+        announced = pb.Job(
+            spec=spec,
+            modules=[
+                pb.Module(name=name, out_features=s.out, in_features=s.into) for name, s in sorted(shapes.items())
+            ],
+            initial=pb.Artifact(name="initial.safetensors", digest=self._blobs.adopt(initial), size=size),
+            base_files=prepared.files,
+            base_fingerprint=prepared.fingerprint,
+            deadline_unix=now + jobs.seconds(spec.round.deadline),
+        )
+        return store.Job(
+            name=spec.name,
+            job=announced,
+            base_folder=str(prepared.folder),
+            state=State.OPEN.value,
+            reason="",
+            opened=now,
+            deadline=announced.deadline_unix,
+        )
+
+    async def close(self, name: str) -> pb.JobStatus:
+        """Close a round by hand."""
+        await self._advance(name, rounds.CloseByHand())
+        return await self.status(name)
+
+    # Clients
+
+    async def join(self, request: pb.JoinRequest) -> pb.JoinReply:
+        """A lease and the job; the receipt too, for a client whose contribution is in."""
+        if len(request.client_id) != 32 or not all(letter in "0123456789abcdef" for letter in request.client_id):
+            raise UsageError("client_id must be 32 lower-case hex digits")
+        row = await offload(self._store.job, request.job) if request.job else await self._only_open()
+        given = await offload(self._store.contribution, row.name, request.client_id)
+        if given is None and row.state != State.OPEN:
+            raise Refused(
+                f"job {row.name!r} takes no more contributions: it is {row.state} ({row.reason})",
+                hint=f"edge-client pull {row.name}",
+            )
+        status = pb.ClientStatus(
+            name=_printable(request.client_name) or request.client_id[:8],
+            machine=pb.Machine(
+                platform=_printable(request.machine.platform),
+                backend=_printable(request.machine.backend),
+                device=_printable(request.machine.device),
+            ),
+            phase=pb.PHASE_TRAINING,
+            last_seen_unix=self._clock(),
+        )
+        client = await offload(self._store.join, row.name, request.client_id, status)
+        log.info("joined", job=row.name, client=status.name, backend=status.machine.backend)
+        await self._tell()
+        return pb.JoinReply(lease=client.lease, job=row.job, receipt=given.receipt if given else None)
+
+    async def heartbeat(self, beat: pb.HeartbeatRequest) -> pb.HeartbeatReply:
+        """Note how training goes; say whether to go on."""
+        client = await offload(self._store.client, beat.lease)
+        status = client.status
+        status.step, status.total_steps = beat.step, beat.total_steps
+        status.loss, status.tokens_per_second = beat.loss, beat.tokens_per_second
+        status.last_seen_unix = self._clock()
+        await offload(self._store.update_client, client, status)
+        await self._tell()
+        row = await offload(self._store.job, client.job)
+        if row.state == State.OPEN or await offload(self._store.contribution, client.job, client.client_id):
+            return pb.HeartbeatReply(directive=pb.DIRECTIVE_CONTINUE)
+        return pb.HeartbeatReply(directive=pb.DIRECTIVE_STOP, reason=f"the round is {row.state}: {row.reason}")
+
+    async def open_upload(self, request: pb.OpenUploadRequest) -> pb.OpenUploadReply:
+        """How much of the declared contribution is here; its receipt when all of it is."""
+        client = await offload(self._store.client, request.lease)
+        row = await offload(self._store.job, client.job)
+        declared = request.declaration
+        given = await offload(self._store.contribution, client.job, client.client_id)
+        if given is not None:
+            if given.declaration.digest != declared.digest:
+                raise Refused(f"this client's contribution to {row.name!r} is in already, and it is another one")
+            return pb.OpenUploadReply(committed_offset=given.declaration.size, receipt=given.receipt)
+        if row.state != State.OPEN:
+            raise Refused(f"job {row.name!r} takes no more contributions: it is {row.state} ({row.reason})")
+        if not stream.is_digest(declared.digest):
+            raise UsageError("the declared digest is not a SHA-256 in lower-case hex")
+        largest = _largest_upload(row.job)
+        if not 0 < declared.size <= largest:
+            raise Refused(f"an upload of {declared.size} bytes is declared; this job's adapters have at most {largest}")
+        partial = self._blobs.partial(client.job, client.client_id)
+        if client.declaration is not None and client.declaration.digest != declared.digest:
+            partial.unlink(missing_ok=True)  # another training run's: what is here of the last one does not continue it
+        client.status.phase = pb.PHASE_UPLOADING
+        await offload(self._store.update_client, client, client.status, declared)
+        await self._tell()
+        return pb.OpenUploadReply(committed_offset=self._blobs.committed(partial, declared.digest, declared.size))
+
+    async def upload(self, messages: AsyncIterator[pb.UploadRequest]) -> pb.Receipt:
+        """Take a contribution's bytes from the committed offset; the receipt once they are safe and judged."""
+        first = await anext(messages, None)
+        if first is None:
+            raise UsageError("an empty upload: the first message names the lease")
+        client = await offload(self._store.client, first.lease)
+        key = (client.job, client.client_id)
+        given = await offload(self._store.contribution, *key)
+        if given is not None:
+            return given.receipt
+        if client.declaration is None:
+            raise Refused("nothing is declared; call OpenUpload first")
+        if key in self._uploading:
+            raise Refused("another stream of this client is sending", hint="edge-client join again in a minute")
+        self._uploading.add(key)
+        try:
+            await self._receive(client.declaration, self._blobs.partial(*key), first, messages)
+            return await self._accept(client)
+        finally:
+            self._uploading.discard(key)
+
+    async def _receive(
+        self, declared: pb.Declaration, partial: Path, first: pb.UploadRequest, rest: AsyncIterator[pb.UploadRequest]
+    ) -> None:
+        offset = self._blobs.committed(partial, declared.digest, declared.size)
+        if first.offset != offset:
+            raise Refused(f"the upload starts at byte {first.offset}; {offset} are here")
+        if offset == declared.size:
+            return
+        with partial.open("ab") as file:
+            data = first.data
+            while True:
+                offset += len(data)
+                if len(data) > stream.MAX_CHUNK_BYTES or offset > declared.size:
+                    raise Refused(f"more bytes came than the {declared.size} that were declared")
+                file.write(data)
+                message = await anext(rest, None)
+                if message is None:
+                    break
+                data = message.data
+        if offset < declared.size:
+            raise BadData(f"the upload ended at byte {offset} of {declared.size}", hint="edge-client join, to go on")
+
+    async def _accept(self, client: store.Client) -> pb.Receipt:
+        declared = client.declaration
+        assert declared is not None, "checked by upload"
+        blob = await offload(self._blobs.commit, self._blobs.partial(client.job, client.client_id), declared.digest)
+        row = await offload(self._store.job, client.job)
+        reason = await offload(admission.verdict, blob, declared, row.job)
+        if row.state != State.OPEN:
+            reason = reason or f"it came in after the round had closed ({row.reason})"
+        receipt = pb.Receipt(
+            job=client.job,
+            client_id=client.client_id,
+            digest=declared.digest,
+            size=declared.size,
+            received_unix=self._clock(),
+            admitted=not reason,
+            reason=reason,
+        )
+        client.status.phase = pb.PHASE_CONTRIBUTED
+        contribution = store.Contribution(
+            job=client.job, client_id=client.client_id, declaration=declared, receipt=receipt
+        )
+        receipt = await offload(self._store.contribute, contribution, client.status)
+        log.info("contribution", job=client.job, client=client.status.name, admitted=not reason, reason=reason)
+        await self._advance(client.job, rounds.Admitted(client.client_id) if not reason else rounds.Tick())
+        return receipt
+
+    async def file(self, name: str, digest: str) -> Path:
+        """The file of one of a job's artifacts."""
+        row = await offload(self._store.job, name)
+        if digest == row.job.initial.digest:
+            return self._blobs.path(digest)
+        for artifact in row.job.base_files:
+            if artifact.digest == digest:
+                return Path(row.base_folder) / artifact.name
+        for published in await offload(self._store.publications, name):
+            for artifact in published.publication.artifacts:
+                if artifact.digest == digest:
+                    return Path(published.publication.folder) / artifact.name
+        raise Refused(f"job {name!r} has no artifact {digest}")
+
+    # What anyone may ask
+
+    async def all(self) -> list[pb.JobStatus]:
+        return [await self.status(row.name) for row in await offload(self._store.jobs)]
+
+    async def status(self, name: str) -> pb.JobStatus:
+        """All that is known of one job."""
+        return await offload(self._status, name)
+
+    def _status(self, name: str) -> pb.JobStatus:
+        row = self._store.job(name)
+        given = {contribution.client_id: contribution for contribution in self._store.contributions(name)}
+        status = pb.JobStatus(
+            spec=row.job.spec,
+            state=pb.State.Value(f"STATE_{row.state.upper()}"),
+            reason=row.reason,
+            opened_unix=row.opened,
+            deadline_unix=row.deadline,
+            publications=[published.publication for published in self._store.publications(name)],
+            stage=self._stages.get(name, ""),
+        )
+        for client in self._store.clients(name):
+            shown = status.clients.add()
+            shown.CopyFrom(client.status)
+            if client.client_id in given:
+                contribution = given[client.client_id]
+                shown.contribution.declaration.CopyFrom(contribution.declaration)
+                shown.contribution.admitted = contribution.receipt.admitted
+                shown.contribution.reason = contribution.receipt.reason
+            elif self._clock() - shown.last_seen_unix > ASLEEP_AFTER:
+                shown.phase = pb.PHASE_ASLEEP
+        return status
+
+    async def watch(self, name: str) -> AsyncIterator[pb.JobStatus]:
+        """The job's status, now and whenever it changes."""
+        last = None
+        while True:
+            async with self._changed:
+                status = await self.status(name)
+                if status == last:
+                    with suppress(TimeoutError):  # leases fall asleep without an event
+                        await asyncio.wait_for(self._changed.wait(), timeout=5.0)
+                    continue
+            yield status
+            last = status
+
+    # The round
+
+    async def _only_open(self) -> store.Job:
+        rows = [row for row in await offload(self._store.jobs) if row.state == State.OPEN]
+        if len(rows) == 1:
+            return rows[0]
+        if not rows:
+            raise Refused("no job is open here", hint="coordinator submit JOB.toml, on the coordinator's machine")
+        names = ", ".join(row.name for row in rows)
+        raise Refused(f"several jobs are open here: {names}", hint=f"edge-client join --job {rows[0].name}")
+
+    async def _advance(self, name: str, event: rounds.Event) -> None:
+        before = await offload(self._store.round, name)
+        after = rounds.apply(before, event, self._clock())
+        if after != before:
+            await offload(self._store.set_round, name, after)
+            log.info("round", job=name, state=after.state.value, reason=after.reason)
+        await self._tell()
+        if after.state == State.PUBLISHING:
+            self._start_publisher(name)
+
+    def _start_publisher(self, name: str) -> None:
+        if name not in self._publishers:
+            task = asyncio.create_task(self._publish(name))
+            self._publishers[name] = task
+            task.add_done_callback(lambda _: self._publishers.pop(name, None))
+
+    async def _publish(self, name: str) -> None:
+        try:
+            published = await self._run_publisher(name)
+        except OneroundError as error:
+            log.error("publishing_failed", job=name, reason=str(error))
+            await self._advance(name, rounds.PublishingFailed(str(error)))
+            return
+        finally:
+            self._stages.pop(name, None)
+        after = rounds.apply(await offload(self._store.round, name), rounds.Published(), self._clock())
+        await offload(self._store.publish, published, after)
+        log.info("published", job=name, version=published.version, folder=published.publication.folder)
+        await self._tell()
+
+    async def _run_publisher(self, name: str) -> store.Publication:
+        row = await offload(self._store.job, name)
+        version = 1
+        folder = self._state / "publications" / name / f"v{version}"
+        order = await offload(self._order, row, version, folder)
+        written = folder.with_name(f"{folder.name}.order.json")
+        written.parent.mkdir(parents=True, exist_ok=True)
+        written.write_text(order.to_json())
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "coordinator.publish", str(written), stdout=asyncio.subprocess.PIPE
+        )
+        assert child.stdout is not None, "asked for above"
+        failed = "the publisher ended without a word; see the daemon's log"
+        try:
+            async for line in child.stdout:
+                said = json.loads(line)
+                failed = said.get("failed", failed)
+                self._stages[name] = said.get("stage", "")
+                log.info("publishing", job=name, **said)
+                await self._tell()
+            if await child.wait() != 0:
+                raise BadData(failed)
+        finally:
+            if child.returncode is None:
+                child.kill()
+                await child.wait()
+        return store.Publication(job=name, version=version, publication=await offload(_listed, folder, version))
+
+    def _order(self, row: store.Job, version: int, folder: Path) -> Order:
+        prepared = base.Prepared(
+            folder=Path(row.base_folder),
+            base=architectures.describe(Path(row.base_folder)),
+            files=list(row.job.base_files),
+            fingerprint=row.job.base_fingerprint,
+            revision=row.job.spec.model.revision,
+        )
+        names = {client.client_id: client.status.name for client in self._store.clients(row.name)}
+        return Order(
+            spec=row.job.spec,
+            version=version,
+            base_folder=prepared.folder,
+            base_gguf=base.gguf(row.job.spec.model, prepared, self._state / "bases"),
+            base_fingerprint=row.job.base_fingerprint,
+            contributions=[
+                Given(
+                    client=names[given.client_id],
+                    digest=given.declaration.digest,
+                    num_examples=given.declaration.num_examples,
+                    file=self._blobs.path(given.declaration.digest),
+                )
+                for given in self._store.contributions(row.name)
+                if given.receipt.admitted
+            ],
+            folder=folder,
+        )
+
+    async def _tell(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+
+def _listed(folder: Path, version: int) -> pb.Publication:
+    """A publication as its manifest lists it, the manifest first."""
+    manifest = folder / "manifest.json"
+    artifacts = [pb.Artifact(name="manifest.json", digest=stream.digest(manifest), size=manifest.stat().st_size)]
+    for name, file in json.loads(manifest.read_text())["files"].items():
+        artifacts.append(pb.Artifact(name=name, digest=file["sha256"], size=file["size"]))
+    return pb.Publication(version=version, artifacts=artifacts, folder=str(folder))
+
+
+def _largest_upload(job: pb.Job) -> int:
+    """Bytes of this job's adapter in float32, with room for the header."""
+    rank = job.spec.lora.rank
+    factors = sum(rank * (module.out_features + module.in_features) for module in job.modules)
+    return 4 * factors + 1024 * len(job.modules) + 65536
+
+
+def _printable(text: str) -> str:
+    """A name from the wire, fit to be shown in a terminal."""
+    return "".join(letter for letter in text if letter.isprintable())[:CHECKED_NAME].strip()

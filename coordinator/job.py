@@ -1,0 +1,166 @@
+"""A job, from its TOML file or from the wire, checked. The file's keys and defaults are those of JobSpec's proto."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import json_format
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import Message
+
+from converters.adapter import WIRE_DTYPES
+from converters.errors import UsageError
+from converters.gguf_merge import FLOAT_TYPES, QUANTISED_TYPES
+from coordinator import aggregate
+from oneround.v1 import federation_pb2 as pb
+
+SCHEDULES = ("constant", "linear", "cosine")
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+
+
+def read(path: Path) -> pb.JobSpec:
+    """A checked spec from a TOML file. Paths in it are relative to the file.
+
+    Raises:
+        UsageError: the file is not there, is not TOML, or asks for what does not exist; the message names the key.
+    """
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read the job file {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not TOML: {error}") from error
+    try:
+        spec = parse(table)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}", hint=error.hint) from error
+    for section, key in (("model", "base"), ("model", "gguf")):
+        value = getattr(getattr(spec, section), key)
+        local = (path.parent / Path(value).expanduser()).resolve()
+        if value and local.exists():
+            setattr(getattr(spec, section), key, str(local))
+    return spec
+
+
+def parse(table: Mapping[str, Any]) -> pb.JobSpec:
+    """A checked spec, with every default filled in, from the keys and values of a job file."""
+    _known_keys(table, pb.JobSpec.DESCRIPTOR, "")
+    table = {key: dict(value) if isinstance(value, Mapping) else value for key, value in table.items()}
+    lora = table.get("lora", {})
+    if isinstance(lora.get("target_modules"), str):
+        lora["target_modules"] = [lora["target_modules"]]
+    try:
+        spec = json_format.ParseDict(table, pb.JobSpec())
+    except json_format.ParseError as error:
+        raise UsageError(_readable(error)) from error
+    return check(spec)
+
+
+def check(spec: pb.JobSpec) -> pb.JobSpec:
+    """The same spec with every default filled in, if all of it makes sense; from a file or from the wire alike."""
+    spec = _filled(spec)
+    if not spec.lora.target_modules:
+        spec.lora.target_modules.append("all-linear")
+    if not spec.publish.gguf:
+        spec.publish.gguf.extend(["f16", "q8_0"])
+    rules = [
+        ("name", _NAME.fullmatch(spec.name), "1 to 63 lower-case letters, digits, `-`, `_` or `.`"),
+        ("model.base", spec.model.base, "a Hugging Face hub id or a folder"),
+        ("lora.rank", 1 <= spec.lora.rank <= 1024, "1 to 1024"),
+        ("lora.alpha", 0 < spec.lora.alpha < 1e6, "more than 0"),
+        ("lora.dropout", 0 <= spec.lora.dropout < 1, "0 or more and less than 1"),
+        ("lora.target_modules", len(spec.lora.target_modules) <= 4096, "at most 4096 names"),
+        ("train.epochs", 0 < spec.train.epochs <= 1000, "more than 0 and at most 1000"),
+        ("train.learning_rate", 0 < spec.train.learning_rate <= 10, "more than 0 and at most 10"),
+        ("train.schedule", spec.train.schedule in SCHEDULES, _one_of(SCHEDULES)),
+        ("train.warmup_ratio", 0 <= spec.train.warmup_ratio < 1, "0 or more and less than 1"),
+        ("train.batch_size", 1 <= spec.train.batch_size <= 65536, "1 to 65536"),
+        ("train.max_seq_len", 2 <= spec.train.max_seq_len <= 1 << 20, "2 to 1048576"),
+        ("train.seed", spec.train.seed < 1 << 32, "less than 2³²"),
+        ("round.min_clients", 1 <= spec.round.min_clients <= 1_000_000, "1 or more"),
+        (
+            "round.target_clients",
+            spec.round.target_clients == 0 or spec.round.target_clients >= spec.round.min_clients,
+            "0, or at least round.min_clients",
+        ),
+        ("round.deadline", 1 <= seconds(spec.round.deadline) <= 366 * 86400, "1s to 366d"),
+        ("upload.dtype", spec.upload.dtype in WIRE_DTYPES, _one_of(WIRE_DTYPES)),
+        ("aggregate.method", spec.aggregate.method in aggregate.METHODS, _one_of(aggregate.METHODS)),
+        ("aggregate.server_learning_rate", 0 < spec.aggregate.server_learning_rate <= 100, "more than 0, at most 100"),
+        ("publish.gguf", set(spec.publish.gguf) <= {*FLOAT_TYPES, *QUANTISED_TYPES}, "a list of " + _one_of([*FLOAT_TYPES, *QUANTISED_TYPES])),
+        ("publish.adapter_rank", spec.publish.adapter_rank <= 65536, "0 to 65536"),
+    ]  # fmt: skip
+    for key, holds, expected in rules:
+        if not holds:
+            raise UsageError(f"{key} is {_value(spec, key)!r}; expected {expected}")
+    return spec
+
+
+def seconds(duration: str) -> float:
+    """Seconds in `90s`, `30m`, `24h` or `7d`."""
+    match = re.fullmatch(r"(\d{1,9})([smhd])", duration)
+    if not match:
+        raise UsageError(f"round.deadline is {duration!r}; expected a number and a unit, as 90s, 30m, 24h or 7d")
+    return float(match[1]) * _UNITS[match[2]]
+
+
+def _known_keys(table: Mapping[str, Any], message: Descriptor, prefix: str) -> None:
+    known = {field.name: field for field in message.fields}
+    for key, value in table.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            where = f"[{prefix.rstrip('.')}]" if prefix else "the top level"
+            raise UsageError(
+                f"unknown key `{prefix}{key}`" + (f"; did you mean `{prefix}{close[0]}`?" if close else ""),
+                hint=f"{where} takes {', '.join(known)}",
+            )
+        inner = known[key].message_type
+        if inner is not None:
+            if not isinstance(value, Mapping):
+                raise UsageError(f"`{prefix}{key}` is a table: write [{prefix}{key}] and its keys below")
+            _known_keys(value, inner, f"{prefix}{key}.")
+
+
+def _filled(spec: pb.JobSpec) -> pb.JobSpec:
+    """A copy in which every default is written out, so that a stored job keeps its meaning if defaults change."""
+    copy = pb.JobSpec()
+    copy.CopyFrom(spec)
+
+    def fill(message: Message) -> None:
+        for field in message.DESCRIPTOR.fields:
+            if field.is_repeated:
+                continue
+            if field.message_type is not None:
+                getattr(message, field.name).SetInParent()
+                fill(getattr(message, field.name))
+            else:
+                setattr(message, field.name, getattr(message, field.name))
+
+    fill(copy)
+    return copy
+
+
+def _value(spec: pb.JobSpec, key: str) -> Any:
+    value: Any = spec
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value if isinstance(value, str | int | float) else list(value)
+
+
+def _one_of(names: Any) -> str:
+    return ", ".join(names)
+
+
+def _readable(error: json_format.ParseError) -> str:
+    """`json_format` nests its message and ends it with the path; say the path first."""
+    text = str(error)
+    path = re.search(r" at JobSpec\.([\w.\[\]]+?)\.*$", text)
+    what = re.sub(r"^(Failed to parse \w+ field: )+", "", text)
+    what = re.sub(r" at JobSpec\.[\w.\[\]]+\.*$", "", what).rstrip(".")
+    return f"{path[1]}: {what}" if path else what

@@ -1,0 +1,118 @@
+"""Jobs as people see them in a terminal."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from oneround.v1 import federation_pb2 as pb
+
+
+def jobs(statuses: Sequence[pb.JobStatus]) -> Table:
+    """A line a job."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("job", "state", "base", "clients", "in", "closes", "published"):
+        table.add_column(heading)
+    for status in statuses:
+        table.add_row(
+            status.spec.name,
+            _word(pb.State.Name(status.state)),
+            escape(status.spec.model.base),
+            str(len(status.clients)),
+            f"{_admitted(status)} of {status.spec.round.target_clients or status.spec.round.min_clients}",
+            _when(status.deadline_unix) if status.state == pb.STATE_OPEN else "closed",
+            f"v{status.publications[-1].version}" if status.publications else "",
+        )
+    return table
+
+
+def job(status: pb.JobStatus) -> RenderableType:
+    """One job at a glance."""
+    spec = status.spec
+    state = _word(pb.State.Name(status.state))
+    reason = f" ({status.reason})" if status.reason else ""
+    stage = f": {status.stage}" if status.stage else ""
+    lines = [
+        f"{spec.name}: {state}{reason}{stage}",
+        f"  base      {spec.model.base}",
+        f"  adapter   rank {spec.lora.rank}, alpha {spec.lora.alpha:g}, {', '.join(spec.lora.target_modules)}",
+        f"  train     {spec.train.epochs:g} epochs, learning rate {spec.train.learning_rate:g}, "
+        f"batch {spec.train.batch_size} x {spec.train.max_seq_len} tokens",
+        f"  round     {_admitted(status)} in; quorum {spec.round.min_clients}, "
+        f"target {spec.round.target_clients or 'none'}; closes {_when(status.deadline_unix)}",
+        f"  mean      {spec.aggregate.method}",
+    ]  # fmt: skip
+    parts: list[RenderableType] = [Text("\n".join(lines))]
+    if status.clients:
+        parts.append(_clients(status.clients))
+    else:
+        parts.append(Text("  no client has joined yet"))
+    for publication in status.publications:
+        parts.append(Text(f"Published v{publication.version} in {publication.folder}"))
+        parts.extend(Text(f"  {file.name}  {size(file.size)}") for file in publication.artifacts)
+    return Group(*parts)
+
+
+def size(count: int) -> str:
+    """Bytes as people say them, in powers of ten."""
+    scaled = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if scaled < 1000:
+            return f"{scaled:.0f} {unit}" if unit == "B" else f"{scaled:.1f} {unit}"
+        scaled /= 1000
+    return f"{scaled:.1f} TB"
+
+
+def reachable_host(address: str) -> str:
+    """A host that others can type: this machine's name where the daemon listens on every interface."""
+    host = address.rpartition(":")[0]
+    return socket.gethostname() if host in ("0.0.0.0", "[::]") else host
+
+
+def _clients(clients: Sequence[pb.ClientStatus]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("client", "machine", "phase", "steps", "loss", "tokens/s", "examples", "sent", "verdict"):
+        table.add_column(heading)
+    for client in clients:
+        given = client.contribution if client.HasField("contribution") else None
+        verdict = "" if given is None else "admitted" if given.admitted else f"quarantined: {given.reason}"
+        table.add_row(
+            escape(client.name),
+            escape(f"{client.machine.backend} on {client.machine.device}"),
+            _word(pb.Phase.Name(client.phase)),
+            f"{client.step}/{client.total_steps}" if client.total_steps else "",
+            f"{client.loss:.3f}" if client.total_steps else "",
+            f"{client.tokens_per_second:.0f}" if client.total_steps else "",
+            str(given.declaration.num_examples) if given else "",
+            size(given.declaration.size) if given else "",
+            escape(verdict),
+        )
+    return table
+
+
+def _admitted(status: pb.JobStatus) -> int:
+    return sum(client.contribution.admitted for client in status.clients)
+
+
+def _word(name: str) -> str:
+    """`STATE_OPEN` as `open`."""
+    return name.split("_", 1)[1].lower()
+
+
+def _when(unix: float) -> str:
+    left = unix - time.time()
+    at = datetime.fromtimestamp(unix, UTC).astimezone().strftime("%a %d %b %H:%M")
+    if left <= 0:
+        return f"{at} (over)"
+    for length, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if left >= 2 * length:
+            return f"{at} (in {left / length:.0f} {unit})"
+    return f"{at} (in {left:.0f} s)"

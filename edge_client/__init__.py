@@ -1,0 +1,1 @@
+"""The client: trains on local files, sends one adapter, and uses the result."""

@@ -1,0 +1,274 @@
+"""`edge-client`: take part in a job, and use what comes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import platformdirs
+import typer
+from rich import box as boxes
+from rich.console import Console
+from rich.table import Table
+
+from converters import command, llama
+from converters.errors import BadData, NotEnough, Refused, Unreachable, UsageError
+from edge_client import backends, identity, local_model, outbox, session
+from edge_client.remote import Remote, connect, local_path
+from edge_client.screen import Screen
+from oneround import tls
+from oneround.v1 import federation_pb2 as pb
+
+app = typer.Typer(
+    help="Fine-tune a shared model on files that stay on this machine; send one adapter; use the result.",
+    epilog="Example: edge-client join --server host:50051 --data notes/",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+_DEFAULT_STATE = Path(platformdirs.user_data_dir("oneround")) / "client"
+State = Annotated[Path, typer.Option("--state", help="Where jobs are kept.", show_default="the user's data folder")]
+Server = Annotated[str, typer.Option("--server", help="The coordinator's HOST:PORT; the last one joined if left out.")]
+Json = Annotated[bool, typer.Option("--json", help="Print lines of JSON, for scripts.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS; for a coordinator on this machine.")]
+
+
+@app.command(epilog="Example: edge-client join --server host:50051 --data notes/")
+def join(
+    server: Server = "",
+    job: Annotated[str, typer.Option(help="The job; not needed when only one is open.")] = "",
+    data: Annotated[Path, typer.Option(help="A file or folder: .jsonl, .json or .txt.")] = Path("data"),
+    backend: Annotated[str, typer.Option(help="auto, torch or mlx.")] = "auto",
+    model: Annotated[Path | None, typer.Option(help="The base model's folder, if it is on this machine.")] = None,
+    name: Annotated[str, typer.Option(help="What others see.", show_default="this machine's name")] = "",
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Skip and count rows that cannot be used.")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Stay until the result is published.")] = False,
+    state: State = _DEFAULT_STATE,
+    insecure: Insecure = False,
+    as_json: Json = False,
+) -> None:
+    """Take part in a job, start to receipt. Run it again after any interruption, and it goes on."""
+    screen = Screen(as_json)
+    _make(state)
+    taker = session.Taker(
+        state=state,
+        client_id=identity.client_id(state),
+        name=name or socket.gethostname(),
+        data=data,
+        backend=backends.choose(backend),
+        model=model,
+        skip_bad_rows=skip_bad_rows,
+    )
+    if not data.exists():
+        raise BadData(f"there is no data at {data}", hint="edge-client join --data FILE_OR_FOLDER")
+
+    async def run() -> None:
+        async with _connected(server, state, screen, insecure) as remote:
+            receipt = await session.take_part(remote, job, taker, screen)
+            if wait:
+                await _until_published(remote, receipt.job, screen)
+
+    asyncio.run(run())
+
+
+@app.command(epilog="Example: edge-client status")
+def status(state: State = _DEFAULT_STATE, as_json: Json = False) -> None:
+    """The jobs that this machine has joined, and how far each is."""
+    boxes_ = outbox.all_outboxes(state)
+    rows = []
+    for box in boxes_:
+        joined, trained, receipt = box.joined(), box.trained(), box.receipt()
+        assert joined is not None, "all_outboxes lists joined jobs"
+        stage = "contributed" if receipt else "trained, not sent" if trained else "joined, not trained"
+        rows.append(
+            {
+                "job": joined.job.spec.name,
+                "server": box.server(),
+                "stage": stage,
+                "examples": trained.num_examples if trained else None,
+                "bytes": receipt.size if receipt else None,
+                "folder": str(box.folder),
+            }
+        )
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    out = Console(highlight=False)
+    if not rows:
+        out.print("No job joined yet. Start with:  edge-client join --server HOST:PORT --data FILE_OR_FOLDER")
+        return
+    table = Table(box=boxes.SIMPLE_HEAD)
+    for heading in ("job", "server", "stage", "examples", "sent"):
+        table.add_column(heading)
+    for row in rows:
+        sent = f"{row['bytes']:,} bytes" if row["bytes"] else ""
+        table.add_row(str(row["job"]), str(row["server"]), str(row["stage"]), str(row["examples"] or ""), sent)
+    out.print(table)
+
+
+@app.command(epilog="Example: edge-client pull clinic-notes --artifact peft --to out/")
+def pull(
+    job: Annotated[str, typer.Argument(help="The job's name.")],
+    artifact: Annotated[
+        str, typer.Option(help="A file or folder of the publication, or `all`. Left out: the smallest merged GGUF.")
+    ] = "",
+    to: Annotated[Path | None, typer.Option(help="Where to put it.", show_default="a folder of the job's name")] = None,
+    server: Server = "",
+    state: State = _DEFAULT_STATE,
+    insecure: Insecure = False,
+    as_json: Json = False,
+) -> None:
+    """Fetch what was published; interrupted, it goes on where it was."""
+    screen = Screen(as_json)
+    folder = to or Path(job)
+
+    async def run() -> None:
+        async with _connected(server, state, screen, insecure, job) as remote:
+            await _pull(remote, job, artifact, folder, screen)
+
+    _make(folder)
+    asyncio.run(run())
+    screen.say("folder", folder=str(folder))
+
+
+@app.command(epilog='Example: edge-client chat clinic-notes --prompt "Dear colleague,"')
+def chat(
+    model: Annotated[str, typer.Argument(help="A job's name, or a GGUF file.")],
+    prompt: Annotated[str, typer.Option(help="One prompt, one answer. Left out: a conversation.")] = "",
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
+    server: Server = "",
+    state: State = _DEFAULT_STATE,
+    insecure: Insecure = False,
+) -> None:
+    """Talk with the published model, or with any GGUF; a model without a chat template continues your text."""
+    llama.require()
+    file = Path(model)
+    if not file.exists():
+        folder = outbox.find(state, model).folder / "published"
+        found = sorted(folder.glob("*.gguf")) if folder.exists() else []
+        file = found[0] if found else asyncio.run(_fetch_for_chat(model, server, state, insecure, folder))
+    loaded = llama.load(file, context=0)
+    history: list[dict[str, str]] = []
+    while True:
+        text = prompt or _ask()
+        if text is None:
+            return
+        if local_model.has_chat_template(loaded):
+            history.append({"role": "user", "content": text})
+            pieces = local_model.reply(loaded, history, max_tokens=max_tokens, temperature=temperature)
+        else:
+            print(text, end="")
+            pieces = local_model.complete(loaded, text, max_tokens=max_tokens, temperature=temperature)
+        answer = ""
+        for piece in pieces:
+            answer += piece
+            print(piece, end="", flush=True)
+        print()
+        history.append({"role": "assistant", "content": answer})
+        if prompt:
+            return
+
+
+def _connected(server: str, state: Path, screen: Screen, insecure: bool, job: str = ""):  # type: ignore[no-untyped-def]
+    """A connection to the named coordinator, or to the one that the job (or the last job) was joined at."""
+    if not server:
+        joined = outbox.all_outboxes(state)
+        if job:
+            joined = [box for box in joined if (reply := box.joined()) and reply.job.spec.name == job]
+        if not joined:
+            raise UsageError("which coordinator?", hint="add --server HOST:PORT, as `coordinator serve` prints it")
+        server = joined[0].server()
+
+    def on_first_use(address: str, fingerprint: str) -> None:
+        screen.say("pinned", server=address, fingerprint=tls.grouped(fingerprint))
+
+    return connect(server, identity.Pins(state), on_first_use, insecure=insecure)
+
+
+async def _until_published(remote: Remote, job: str, screen: Screen) -> None:
+    shown = ""
+    async for status in remote.watch(job):
+        state = pb.State.Name(status.state).removeprefix("STATE_").lower()
+        if status.state == pb.STATE_PUBLISHED:
+            screen.say("published", job=job, version=status.publications[-1].version)
+            return
+        if status.state in (pb.STATE_EXPIRED, pb.STATE_FAILED):
+            raise Refused(f"nothing will be published: {status.reason}")
+        if state != shown:
+            screen.say("waiting", state=state)
+            shown = state
+    raise Unreachable("the coordinator ended the conversation", hint="edge-client pull, later")
+
+
+async def _pull(remote: Remote, job: str, artifact: str, folder: Path, screen: Screen) -> list[Path]:
+    status = await remote.job(job)
+    if not status.publications:
+        state = pb.State.Name(status.state).removeprefix("STATE_").lower()
+        raise Refused(
+            f"{job} has published nothing yet; it is {state}" + (f" ({status.reason})" if status.reason else "")
+        )
+    fetched = []
+    for wanted in _select(status.publications[-1], artifact):
+        file = local_path(folder, wanted)
+        if not file.is_file() or file.stat().st_size != wanted.size:
+            with screen.bar(wanted.name, wanted.size) as advance:
+                await remote.download(job, wanted, file, advance)
+        screen.say("pulled", name=wanted.name, size=wanted.size)
+        fetched.append(file)
+    return fetched
+
+
+def _select(publication: pb.Publication, artifact: str) -> list[pb.Artifact]:
+    files = list(publication.artifacts)
+    if artifact == "all":
+        return files
+    if artifact:
+        chosen = [file for file in files if file.name == artifact or file.name.startswith(f"{artifact.rstrip('/')}/")]
+        if not chosen:
+            raise UsageError(
+                f"the publication has no {artifact!r}", hint="one of: " + ", ".join(file.name for file in files)
+            )
+        return chosen
+    merged = [file for file in files if file.name.endswith(".gguf") and file.name != "adapter.gguf"]
+    if not merged:
+        raise UsageError("the publication has no merged GGUF", hint="--artifact all")
+    return [min(merged, key=lambda file: file.size)]
+
+
+async def _fetch_for_chat(job: str, server: str, state: Path, insecure: bool, folder: Path) -> Path:
+    screen = Screen()
+    async with _connected(server, state, screen, insecure, job) as remote:
+        return (await _pull(remote, job, "", folder, screen))[0]
+
+
+def _ask() -> str | None:
+    """The person's next line; None at the end of input."""
+    try:
+        return input("> " if sys.stdin.isatty() else "") or None
+    except EOFError:
+        return None
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NotEnough(f"cannot write to {folder}: {error.strerror}") from error
+
+
+def main() -> None:
+    """The console script."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    command.run(app, "edge-client")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Who this client is, and which coordinators it knows. Both live in the state folder and outlast every job."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from pathlib import Path
+
+from converters import tensors
+from converters.errors import Refused
+from oneround import tls
+
+
+def client_id(state: Path) -> str:
+    """32 hex digits, made once per state folder; contributions are idempotent on it."""
+    file = state / "client-id"
+    if not file.exists():
+        tensors.replace(file, [secrets.token_hex(16).encode()])
+    return file.read_text().strip()
+
+
+class Pins:
+    """The key fingerprints of coordinators, by address, as ssh keeps those of hosts."""
+
+    def __init__(self, state: Path) -> None:
+        self._file = state / "known-coordinators.json"
+
+    def check(self, address: str, fingerprint: str) -> bool:
+        """Pin an address's key on first use; returns whether this was the first use.
+
+        Raises:
+            Refused: the key is not the one that was pinned.
+        """
+        known: dict[str, str] = json.loads(self._file.read_text()) if self._file.exists() else {}
+        pinned = known.get(address)
+        if pinned is None:
+            tensors.replace(self._file, [json.dumps({**known, address: fingerprint}, indent=2).encode()])
+            return True
+        if pinned != fingerprint:
+            raise Refused(
+                f"the coordinator at {address} has another key than the last time. It was set up anew, or somebody "
+                f"else answers in its place.\n  pinned  {tls.grouped(pinned)}\n  now     {tls.grouped(fingerprint)}",
+                hint=f"compare with what `coordinator serve` prints; if that is it, remove {address} from {self._file}",
+            )
+        return False

@@ -1,0 +1,70 @@
+"""Using a model on this machine, with llama.cpp: what does it say, and how well does it predict this data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from converters import llama
+from converters.errors import BadData
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
+
+    from edge_client.examples import Example
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Mean negative log-likelihood in nats per target token."""
+
+    per_token: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.per_token)
+
+
+def evaluate(model: Llama, examples: Sequence[Example]) -> Loss:
+    """The model's loss on the target tokens of examples: what training minimises, on data it has not seen.
+
+    Raises:
+        BadData: there is no target token, or an example is longer than the model's context.
+    """
+    total, tokens = 0.0, 0
+    for example in examples:
+        if len(example.ids) > model.n_ctx() + 1:
+            raise BadData(f"an example of {len(example.ids)} tokens is over the context of {model.n_ctx()}")
+        targets = np.flatnonzero(example.is_target[1:])  # positions whose next token counts
+        if not len(targets):
+            continue
+        scores = llama.logits(model, example.ids[:-1].tolist())  # (T, V)
+        said = llama.log_softmax(scores[targets])
+        total -= float(said[np.arange(len(targets)), example.ids[targets + 1]].sum(dtype=np.float64))
+        tokens += len(targets)
+    if not tokens:
+        raise BadData("there is no target token to evaluate on")
+    return Loss(total / tokens, tokens)
+
+
+def complete(model: Llama, prompt: str, *, max_tokens: int = 128, temperature: float = 0.0) -> Iterator[str]:
+    """The model's continuation of a text, in pieces."""
+    for piece in model.create_completion(prompt, max_tokens=max_tokens, temperature=temperature, stream=True):
+        yield piece["choices"][0]["text"]
+
+
+def reply(model: Llama, messages: list[dict[str, str]], *, max_tokens: int, temperature: float) -> Iterator[str]:
+    """The model's next turn in a conversation, by its own chat template, in pieces."""
+    answer = model.create_chat_completion(messages, max_tokens=max_tokens, temperature=temperature, stream=True)
+    for piece in answer:
+        yield piece["choices"][0]["delta"].get("content") or ""
+
+
+def has_chat_template(model: Llama) -> bool:
+    """Whether the file says how a conversation is written; if not, text is simply continued."""
+    return "tokenizer.chat_template" in model.metadata

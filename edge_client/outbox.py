@@ -1,0 +1,112 @@
+"""What survives on this machine: the job, the finished adapter until it has its receipt, and the receipt.
+
+    STATE/models/FINGERPRINT/      base models, shared by all jobs
+    STATE/jobs/NAME-DIGEST/        one job: joined.json, initial.safetensors, trained.safetensors, trained.json,
+                                   receipt.json; DIGEST is the initial adapter's, so a job made anew is another one
+
+Each file is put in place whole; a step is done when its file is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from google.protobuf import json_format
+from google.protobuf.message import Message
+
+from converters import adapter, tensors
+from converters.adapter import Adapter
+from converters.errors import Refused
+from oneround import stream
+from oneround.v1 import federation_pb2 as pb
+
+Record = TypeVar("Record", bound=Message)
+
+
+@dataclass(frozen=True)
+class Outbox:
+    """One job's folder."""
+
+    folder: Path
+
+    @property
+    def initial(self) -> Path:
+        return self.folder / "initial.safetensors"
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "trained.safetensors"
+
+    def joined(self) -> pb.JoinReply | None:
+        """The lease and the job as they were announced."""
+        return _read(self.folder / "joined.json", pb.JoinReply())
+
+    def trained(self) -> pb.Declaration | None:
+        """What the finished adapter declares; None while there is none."""
+        return _read(self.folder / "trained.json", pb.Declaration())
+
+    def receipt(self) -> pb.Receipt | None:
+        return _read(self.folder / "receipt.json", pb.Receipt())
+
+    def keep_joined(self, server: str, reply: pb.JoinReply) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors.replace(self.folder / "server", [server.encode()])
+        _write(self.folder / "joined.json", reply)
+
+    def server(self) -> str:
+        """The coordinator's address when this job was last joined."""
+        return (self.folder / "server").read_text()
+
+    def keep_trained(self, trained: Adapter, dtype: str, declaration: pb.Declaration) -> pb.Declaration:
+        """Write the adapter as it will travel, then the declaration with its digest and size."""
+        adapter.write(trained, self.adapter, dtype)
+        declaration.digest = stream.digest(self.adapter)
+        declaration.size = self.adapter.stat().st_size
+        _write(self.folder / "trained.json", declaration)
+        return declaration
+
+    def keep_receipt(self, receipt: pb.Receipt) -> pb.Receipt:
+        _write(self.folder / "receipt.json", receipt)
+        return receipt
+
+
+def outbox(state: Path, job: pb.Job) -> Outbox:
+    """The folder of a job."""
+    return Outbox(state / "jobs" / f"{job.spec.name}-{job.initial.digest[:12]}")
+
+
+def all_outboxes(state: Path) -> Sequence[Outbox]:
+    """Every job that this machine has joined, the last one first."""
+    folders = [file.parent for file in (state / "jobs").glob("*/joined.json")]
+    return [
+        Outbox(folder) for folder in sorted(folders, key=lambda f: (f / "joined.json").stat().st_mtime, reverse=True)
+    ]
+
+
+def find(state: Path, name: str) -> Outbox:
+    """The last job of this name.
+
+    Raises:
+        Refused: this machine has joined none.
+    """
+    for found in all_outboxes(state):
+        joined = found.joined()
+        if joined is not None and joined.job.spec.name == name:
+            return found
+    raise Refused(f"this machine has not joined a job {name!r}", hint="edge-client status")
+
+
+def model_folder(state: Path, job: pb.Job) -> Path:
+    """Where a job's base model is kept."""
+    return state / "models" / job.base_fingerprint
+
+
+def _read(file: Path, record: Record) -> Record | None:
+    return json_format.Parse(file.read_text(), record) if file.exists() else None
+
+
+def _write(file: Path, record: Message) -> None:
+    tensors.replace(file, [json_format.MessageToJson(record, preserving_proto_field_name=True).encode()])

@@ -1,0 +1,192 @@
+"""The coordinator as the client sees it. The only file that knows the stub, gRPC and TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import grpc
+
+from converters import tensors
+from converters.errors import BadData, Refused, Unreachable, from_status
+from edge_client.identity import Pins
+from oneround import stream, tls
+from oneround.v1 import federation_pb2 as pb
+from oneround.v1 import federation_pb2_grpc as rpc
+
+CONNECT_SECONDS = 10.0
+CALL_SECONDS = 60.0
+_OPTIONS = [
+    ("grpc.max_receive_message_length", stream.MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+]
+
+OnBytes = Callable[[int], None]  # called with how many bytes of the file are across so far
+OnFirstUse = Callable[[str, str], None]  # called with the address and the fingerprint that is being pinned
+
+
+class Remote:
+    """A connection. Methods raise OneroundError: Refused for a no, Unreachable when nobody answers."""
+
+    def __init__(self, server: str, channel: grpc.aio.Channel) -> None:
+        self.server = server
+        self._stub = rpc.FederationStub(channel)
+
+    async def join(self, request: pb.JoinRequest) -> pb.JoinReply:
+        async with self._readable():
+            return await self._stub.Join(request, timeout=CALL_SECONDS)
+
+    async def heartbeat(self, beat: pb.HeartbeatRequest) -> pb.HeartbeatReply:
+        async with self._readable():
+            return await self._stub.Heartbeat(beat, timeout=CALL_SECONDS)
+
+    async def job(self, name: str) -> pb.JobStatus:
+        """The job's status now."""
+        async with self._readable():
+            async for status in self._stub.Watch(pb.WatchRequest(job=name), timeout=CALL_SECONDS):
+                return status
+        raise Refused(f"the coordinator says nothing of {name!r}")
+
+    async def watch(self, name: str) -> AsyncIterator[pb.JobStatus]:
+        """The job's status, now and whenever it changes."""
+        async with self._readable():
+            async for status in self._stub.Watch(pb.WatchRequest(job=name)):
+                yield status
+
+    async def download(self, job: str, artifact: pb.Artifact, to: Path, on_bytes: OnBytes) -> None:
+        """Fetch an artifact to a file, from where an earlier try broke off; check its digest and put it in place.
+
+        Raises:
+            BadData: what came is not what was announced.
+        """
+        to.parent.mkdir(parents=True, exist_ok=True)
+        partial = to.with_name(f".{to.name}.download")
+        offset = partial.stat().st_size if partial.exists() else 0
+        request = pb.DownloadRequest(job=job, digest=artifact.digest, offset=offset)
+        with partial.open("ab") as file:
+            if offset < artifact.size:
+                async with self._readable():
+                    async for chunk in self._stub.Download(request):
+                        offset += len(chunk.data)
+                        if offset > artifact.size:
+                            break
+                        file.write(chunk.data)
+                        on_bytes(offset)
+            file.flush()
+            os.fsync(file.fileno())
+        if offset < artifact.size:
+            raise Unreachable(
+                f"{artifact.name} broke off at byte {offset} of {artifact.size}", hint="run it again, to go on"
+            )
+        if await asyncio.to_thread(stream.digest, partial) != artifact.digest:
+            partial.unlink()
+            raise BadData(
+                f"{artifact.name} came damaged: its SHA-256 is not the one that was announced", hint="run it again"
+            )
+        partial.replace(to)
+        tensors.sync_folder(to.parent)
+
+    async def upload(self, lease: str, declaration: pb.Declaration, file: Path, on_bytes: OnBytes) -> pb.Receipt:
+        """Send the contribution from the offset that the coordinator has; returns the receipt."""
+        async with self._readable():
+            opened = await self._stub.OpenUpload(
+                pb.OpenUploadRequest(lease=lease, declaration=declaration), timeout=CALL_SECONDS
+            )
+        if opened.HasField("receipt"):
+            return opened.receipt
+
+        async def messages() -> AsyncIterator[pb.UploadRequest]:
+            sent = opened.committed_offset
+            yield pb.UploadRequest(lease=lease, offset=sent)
+            for data in stream.chunks(file, sent):
+                sent += len(data)
+                yield pb.UploadRequest(data=data)
+                on_bytes(sent)
+
+        async with self._readable():
+            return await self._stub.Upload(messages())
+
+    @asynccontextmanager
+    async def _readable(self) -> AsyncIterator[None]:
+        """Statuses back into the errors that the coordinator raised."""
+        try:
+            yield
+        except grpc.aio.AioRpcError as error:
+            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                raise _unreachable(self.server, error.details() or "") from error
+            hint: Any = dict(error.trailing_metadata() or ()).get("hint-bin", b"")
+            raise from_status(error.code().name, error.details() or "", hint.decode()) from error
+
+
+@asynccontextmanager
+async def connect(
+    server: str, pins: Pins, on_first_use: OnFirstUse, *, insecure: bool = False
+) -> AsyncIterator[Remote]:
+    """A connection to the coordinator at HOST:PORT whose key is the pinned one.
+
+    Raises:
+        Refused: its key has changed.
+        Unreachable: nobody answers there.
+    """
+    if insecure:
+        channel = grpc.aio.insecure_channel(server, _OPTIONS)
+    else:
+        certificate = await _certificate(server)
+        fingerprint = tls.fingerprint(certificate)
+        if pins.check(server, fingerprint):
+            on_first_use(server, fingerprint)
+        # The certificate just seen is the only root: whoever answers on this channel must hold its key.
+        credentials = grpc.ssl_channel_credentials(root_certificates=certificate)
+        channel = grpc.aio.secure_channel(server, credentials, [*_OPTIONS, ("grpc.ssl_target_name_override", tls.NAME)])
+    async with channel:
+        yield Remote(server, channel)
+
+
+def local_path(folder: Path, artifact: pb.Artifact) -> Path:
+    """Where an artifact belongs in a folder of ours.
+
+    Raises:
+        BadData: its name would lead out of the folder.
+    """
+    name = PurePosixPath(artifact.name)
+    if name.is_absolute() or not name.parts or ".." in name.parts or "\\" in artifact.name or "\0" in artifact.name:
+        raise BadData(f"the coordinator names an artifact {artifact.name!r}, which is not a path inside a folder")
+    if not stream.is_digest(artifact.digest):
+        raise BadData(f"the coordinator names no SHA-256 for {artifact.name}")
+    return folder.joinpath(*name.parts)
+
+
+async def _certificate(server: str) -> bytes:
+    """The PEM certificate that the server shows; not trusted by this, only seen."""
+    host, _, port = server.rpartition(":")
+    if not host or not port.isdigit():
+        raise Refused(f"{server!r} is not HOST:PORT", hint="edge-client join --server host:50051")
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            _, writer = await asyncio.open_connection(host.strip("[]"), int(port), ssl=context)
+    except ssl.SSLError as error:
+        raise _unreachable(server, f"no TLS there: {error.reason}") from error
+    except TimeoutError as error:
+        raise _unreachable(server, f"no answer in {CONNECT_SECONDS:.0f} s") from error
+    except OSError as error:
+        raise _unreachable(server, error.strerror or str(error)) from error
+    seen = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    writer.close()
+    return ssl.DER_cert_to_PEM_cert(seen).encode()
+
+
+def _unreachable(server: str, why: str) -> Unreachable:
+    return Unreachable(
+        f"no coordinator answers at {server}" + (f": {why}" if why else ""),
+        hint="check the address and that `coordinator serve` runs there; then run the same command again",
+    )

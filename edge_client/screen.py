@@ -1,0 +1,102 @@
+"""What the person sees: bars in a terminal, plain lines in a log, JSON lines for scripts. The same events in all."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+# Every event that the client reports, and its sentence.
+SENTENCES = {
+    "pinned": "First time at {server}: its key is now pinned.\n  fingerprint  {fingerprint}",
+    "joined": "Joined [bold]{job}[/bold] at {server} as {client}",
+    "plan": "  base      {base}\n  adapter   LoRA rank {rank}, {modules} modules; {send_bytes:,} bytes to send, once\n"
+    "  data      {examples} examples, {tokens} target tokens; {held_out} held out. They stay on this machine.\n"
+    "  training  {steps} steps with {backend} on {device}",
+    "truncated": "[yellow]{truncated} examples were longer than {max_seq_len} tokens and were cut; "
+    "{dropped} had no answer left and were dropped.[/yellow]",
+    "skipped": "[yellow]{skipped} bad rows were skipped.[/yellow]",
+    "resumed": "Already trained; the adapter waits in {folder}",
+    "trained": "Trained {steps} steps in {seconds:.0f} s; loss {loss:.3f}",
+    "retry": "{why}; trying again in {seconds:.0f} s",
+    "receipt": "[green]Receipt[/green]: {size:,} bytes, sha256 {digest}",
+    "done": "You may close this now. The result will be there with:  edge-client pull {job}",
+    "waiting": "Waiting for the publication ({state})",
+    "published": "[green]Published[/green] v{version}. Take it with:  edge-client pull {job}",
+    "pulled": "{name}  {size:,} bytes",
+    "folder": "In {folder}",
+}
+
+Advance = Callable[..., None]
+_PLAIN_EVERY = 5.0  # seconds between lines of progress without a terminal
+_JSON_EVERY = 1.0
+
+
+class Screen:
+    """Reports events; `as_json` prints each as a line of JSON instead of a sentence."""
+
+    def __init__(self, as_json: bool = False) -> None:
+        self._json = as_json
+        self._console = Console(highlight=False, soft_wrap=True)
+
+    def say(self, event: str, **fields: object) -> None:
+        """Report that something happened."""
+        sentence = SENTENCES[event]
+        if self._json:
+            self._print_json(event, fields)
+        else:
+            self._console.print(sentence.format(**fields))
+
+    @contextmanager
+    def bar(self, label: str, total: int) -> Iterator[Advance]:
+        """Report progress: call what is given with how much of `total` is done, and a few words of detail."""
+        if self._json or not self._console.is_terminal:
+            yield self._lines(label, total)
+            return
+        columns = (
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}"),
+        )
+        with Progress(*columns, console=self._console) as progress:
+            task = progress.add_task(label, total=total, detail="")
+
+            def advance(done: int, detail: str = "", **_: object) -> None:
+                progress.update(task, completed=done, detail=detail)
+
+            yield advance
+
+    def _lines(self, label: str, total: int) -> Advance:
+        started = last = time.monotonic()
+        every = _JSON_EVERY if self._json else _PLAIN_EVERY
+
+        def advance(done: int, detail: str = "", **fields: object) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last < every and done < total:
+                return
+            last = now
+            left = (now - started) * (total - done) / max(done, 1)
+            if self._json:
+                self._print_json(
+                    "progress", {"what": label, "done": done, "total": total, "seconds_left": left, **fields}
+                )
+            else:
+                print(
+                    f"{label} {done}/{total} ({100 * done // max(total, 1)} %), {left:.0f} s left {detail}", flush=True
+                )
+
+        return advance
+
+    def _print_json(self, event: str, fields: dict[str, object]) -> None:
+        print(json.dumps({"event": event, **fields}), flush=True)
+        sys.stdout.flush()

@@ -1,0 +1,254 @@
+"""Taking part in a job, as one straight line: join, fetch, train, send, receipt.
+
+Every step leaves its result in the outbox and is skipped when the result is there, so running it again resumes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import platform
+import random
+import re
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters import adapter
+from converters.adapter import Adapter, Shape
+from converters.errors import BadData, Refused, Unreachable
+from edge_client import examples, outbox
+from edge_client.backends import Backend, Progress
+from edge_client.batches import Batches
+from edge_client.outbox import Outbox
+from edge_client.recipe import Recipe
+from edge_client.remote import Remote, local_path
+from edge_client.screen import Screen
+from oneround import stream
+from oneround.v1 import federation_pb2 as pb
+
+HEARTBEAT_SECONDS = 2.0
+LONGEST_PAUSE = 60.0  # seconds between two tries to send
+
+
+@dataclass(frozen=True)
+class Taker:
+    """Who takes part, with what."""
+
+    state: Path
+    client_id: str
+    name: str
+    data: Path
+    backend: Backend
+    model: Path | None = None  # the base model's folder, if it is on this machine
+    skip_bad_rows: bool = False
+
+
+async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen) -> pb.Receipt:
+    """From joining to the receipt.
+
+    Raises:
+        Refused: the coordinator says no, or has quarantined the contribution.
+        BadData: the data, or what the coordinator sent, is not sound.
+    """
+    reply = await remote.join(
+        pb.JoinRequest(
+            job=job_name,
+            client_id=taker.client_id,
+            client_name=taker.name,
+            machine=pb.Machine(
+                platform=f"{platform.system()} {platform.machine()}",
+                backend=taker.backend.name,
+                device=taker.backend.device(),
+            ),
+        )
+    )
+    check(reply.job)
+    box = outbox.outbox(taker.state, reply.job)
+    box.keep_joined(remote.server, reply)
+    screen.say("joined", job=reply.job.spec.name, server=remote.server, client=taker.name)
+
+    if reply.HasField("receipt"):
+        return _safe(box.keep_receipt(reply.receipt), screen)
+    declaration = box.trained()
+    if declaration is None:
+        declaration = await _train(remote, reply, box, taker, screen)
+    else:
+        screen.say("resumed", folder=str(box.folder))
+    return _safe(box.keep_receipt(await _send(remote, reply, declaration, box, screen)), screen)
+
+
+def check(job: pb.Job) -> None:
+    """Hold a job from the wire against what it may say; parts of it become paths and loop bounds.
+
+    Raises:
+        BadData: it says something else.
+    """
+    spec = job.spec
+    sound = (
+        re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}", spec.name)
+        and stream.is_digest(job.initial.digest)
+        and job.base_fingerprint == stream.fingerprint(job.base_files)
+        and 0 < spec.train.epochs <= 1000
+        and 0 < spec.train.learning_rate < math.inf
+        and 1 <= spec.train.batch_size <= 65536
+        and 2 <= spec.train.max_seq_len <= 1 << 20
+        and 1 <= spec.lora.rank <= 1024
+        and 0 < spec.lora.alpha < math.inf
+        and 0 <= spec.lora.dropout < 1
+        and spec.upload.dtype in adapter.WIRE_DTYPES
+    )
+    if not sound:
+        raise BadData("the coordinator announced a job that makes no sense", hint="tell the person who runs it")
+
+
+async def fetch_base(remote: Remote, job: pb.Job, state: Path, model: Path | None, screen: Screen) -> Path:
+    """The folder of the job's base model: the person's own if it is the same, or fetched from the coordinator.
+
+    Raises:
+        BadData: the person's own differs from the job's.
+    """
+    if model is not None:
+        for artifact in job.base_files:
+            file = local_path(model, artifact)
+            if not file.is_file() or await asyncio.to_thread(stream.digest, file) != artifact.digest:
+                raise BadData(
+                    f"{model} is not the job's base model: {artifact.name} is missing or differs",
+                    hint="leave --model out, and the coordinator sends the base",
+                )
+        return model
+    folder = outbox.model_folder(state, job)
+    wanted = [(local_path(folder, artifact), artifact) for artifact in job.base_files]
+    missing = [(file, artifact) for file, artifact in wanted if not file.is_file()]
+    if missing:
+        with screen.bar("base", sum(artifact.size for _, artifact in missing)) as advance:
+            before = 0
+            for file, artifact in missing:
+                await remote.download(job.spec.name, artifact, file, lambda done, before=before: advance(before + done))
+                before += artifact.size
+    return folder
+
+
+async def _train(remote: Remote, reply: pb.JoinReply, box: Outbox, taker: Taker, screen: Screen) -> pb.Declaration:
+    job = reply.job
+    rows = await asyncio.to_thread(examples.load, taker.data, skip_bad_rows=taker.skip_bad_rows)
+    base = await fetch_base(remote, job, taker.state, taker.model, screen)
+    if not box.initial.exists():
+        with screen.bar("adapter", job.initial.size) as advance:
+            await remote.download(job.spec.name, job.initial, box.initial, advance)
+    initial = adapter.read(box.initial)
+    adapter.check(initial, {module.name: Shape(module.out_features, module.in_features) for module in job.modules})
+
+    tokenizer = await asyncio.to_thread(examples.load_tokenizer, base)
+    prepared = await asyncio.to_thread(examples.tokenise, rows.train, tokenizer, job.spec.train.max_seq_len)
+    plan = Batches(prepared.examples, job.spec.train.batch_size, job.spec.train.epochs, job.spec.train.seed)
+    recipe = Recipe.from_spec(job.spec, plan.total_steps)
+    if rows.skipped:
+        screen.say("skipped", skipped=rows.skipped)
+    if prepared.truncated or prepared.dropped:
+        screen.say(
+            "truncated",
+            truncated=prepared.truncated,
+            dropped=prepared.dropped,
+            max_seq_len=job.spec.train.max_seq_len,
+        )
+    num_tokens = sum(example.num_targets for example in prepared.examples)
+    screen.say(
+        "plan",
+        base=job.spec.model.base,
+        rank=job.spec.lora.rank,
+        modules=len(job.modules),
+        send_bytes=_bytes_to_send(job, initial),
+        examples=len(prepared.examples),
+        tokens=num_tokens,
+        held_out=len(rows.held_out),
+        steps=plan.total_steps,
+        backend=taker.backend.name,
+        device=taker.backend.device(),
+    )
+
+    losses: list[float] = []
+    started = time.monotonic()
+    beat = pb.HeartbeatRequest(lease=reply.lease, total_steps=plan.total_steps)
+    stop: list[str] = []  # the coordinator's reason, once it has said stop
+    with screen.bar("training", plan.total_steps) as advance:
+
+        def on_step(progress: Progress) -> None:
+            losses.append(progress.loss)
+            beat.step, beat.loss = progress.step, progress.loss
+            beat.tokens_per_second = progress.tokens / max(progress.seconds, 1e-9)
+            advance(
+                progress.step,
+                f"loss {progress.loss:.3f}, {beat.tokens_per_second:.0f} tokens/s",
+                loss=progress.loss,
+                tokens_per_second=beat.tokens_per_second,
+            )
+            if stop:
+                raise Refused(f"the coordinator stopped this job: {stop[0]}")
+
+        beating = asyncio.create_task(_beat(remote, beat, stop))
+        try:
+            trained = await asyncio.to_thread(taker.backend.train, base, initial, recipe, plan, on_step)
+        finally:
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
+
+    last_epoch = losses[-max(1, round(plan.total_steps / job.spec.train.epochs)) :]
+    declaration = pb.Declaration(
+        num_examples=len(prepared.examples),
+        num_tokens=num_tokens,
+        steps=plan.total_steps,
+        train_loss=sum(last_epoch) / len(last_epoch),
+    )
+    screen.say("trained", steps=plan.total_steps, seconds=time.monotonic() - started, loss=declaration.train_loss)
+    described = {
+        "job": job.spec.name,
+        "base": job.base_fingerprint,
+        "num_examples": str(declaration.num_examples),
+        "num_tokens": str(declaration.num_tokens),
+        "steps": str(declaration.steps),
+        "train_loss": repr(declaration.train_loss),
+    }
+    return box.keep_trained(Adapter(trained.modules, described), job.spec.upload.dtype, declaration)
+
+
+async def _beat(remote: Remote, beat: pb.HeartbeatRequest, stop: list[str]) -> None:
+    """Tell how training goes until cancelled. A coordinator that does not answer is no reason to stop training."""
+    while True:
+        with suppress(Unreachable):
+            answer = await remote.heartbeat(beat)
+            if answer.directive == pb.DIRECTIVE_STOP:
+                stop.append(answer.reason)
+        await asyncio.sleep(HEARTBEAT_SECONDS)
+
+
+async def _send(
+    remote: Remote, reply: pb.JoinReply, declaration: pb.Declaration, box: Outbox, screen: Screen
+) -> pb.Receipt:
+    """Upload until there is a receipt; breaks are resumed, and only the deadline ends the trying."""
+    pause = 1.0
+    while True:
+        try:
+            with screen.bar("sending", declaration.size) as advance:
+                return await remote.upload(reply.lease, declaration, box.adapter, advance)
+        except Unreachable as error:
+            if time.time() > reply.job.deadline_unix:
+                raise
+            wait = pause * random.uniform(0.5, 1.5)  # so that a cohort does not come back at once
+            screen.say("retry", why=str(error), seconds=wait)
+            await asyncio.sleep(wait)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _safe(receipt: pb.Receipt, screen: Screen) -> pb.Receipt:
+    screen.say("receipt", size=receipt.size, digest=receipt.digest)
+    if not receipt.admitted:
+        raise Refused(f"the contribution is stored, but takes no part in the average: {receipt.reason}")
+    screen.say("done", job=receipt.job)
+    return receipt
+
+
+def _bytes_to_send(job: pb.Job, initial: Adapter) -> int:
+    width = adapter.WIRE_DTYPES[job.spec.upload.dtype].itemsize
+    return width * sum(factors.a.size + factors.b.size for factors in initial.modules.values())
