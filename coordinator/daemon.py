@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -14,11 +12,10 @@ import structlog
 
 from converters import adapter, architectures, llama
 from converters.errors import BadData, OneroundError, Refused, UsageError
-from coordinator import admission, base, store
+from coordinator import admission, base, publisher, store
 from coordinator import job as jobs
 from coordinator import round as rounds
 from coordinator.blobs import Blobs
-from coordinator.publish import Given, Order
 from coordinator.round import State
 from coordinator.store import Store
 from oneround import stream
@@ -340,8 +337,13 @@ class Daemon:
             task.add_done_callback(lambda _: self._publishers.pop(name, None))
 
     async def _publish(self, name: str) -> None:
+        async def on_stage(stage: str) -> None:
+            self._stages[name] = stage
+            log.info("publishing", job=name, stage=stage)
+            await self._tell()
+
         try:
-            published = await self._run_publisher(name)
+            published = await publisher.run(self._state, self._store, self._blobs, name, on_stage)
         except OneroundError as error:
             log.error("publishing_failed", job=name, reason=str(error))
             await self._advance(name, rounds.PublishingFailed(str(error)))
@@ -353,74 +355,9 @@ class Daemon:
         log.info("published", job=name, version=published.version, folder=published.publication.folder)
         await self._tell()
 
-    async def _run_publisher(self, name: str) -> store.Publication:
-        row = await offload(self._store.job, name)
-        version = 1
-        folder = self._state / "publications" / name / f"v{version}"
-        order = await offload(self._order, row, version, folder)
-        written = folder.with_name(f"{folder.name}.order.json")
-        written.parent.mkdir(parents=True, exist_ok=True)
-        written.write_text(order.to_json())
-        child = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "coordinator.publish", str(written), stdout=asyncio.subprocess.PIPE
-        )
-        assert child.stdout is not None, "asked for above"
-        failed = "the publisher ended without a word; see the daemon's log"
-        try:
-            async for line in child.stdout:
-                said = json.loads(line)
-                failed = said.get("failed", failed)
-                self._stages[name] = said.get("stage", "")
-                log.info("publishing", job=name, **said)
-                await self._tell()
-            if await child.wait() != 0:
-                raise BadData(failed)
-        finally:
-            if child.returncode is None:
-                child.kill()
-                await child.wait()
-        return store.Publication(job=name, version=version, publication=await offload(_listed, folder, version))
-
-    def _order(self, row: store.Job, version: int, folder: Path) -> Order:
-        prepared = base.Prepared(
-            folder=Path(row.base_folder),
-            base=architectures.describe(Path(row.base_folder)),
-            files=list(row.job.base_files),
-            fingerprint=row.job.base_fingerprint,
-            revision=row.job.spec.model.revision,
-        )
-        names = {client.client_id: client.status.name for client in self._store.clients(row.name)}
-        return Order(
-            spec=row.job.spec,
-            version=version,
-            base_folder=prepared.folder,
-            base_gguf=base.gguf(row.job.spec.model, prepared, self._state / "bases"),
-            base_fingerprint=row.job.base_fingerprint,
-            contributions=[
-                Given(
-                    client=names[given.client_id],
-                    digest=given.declaration.digest,
-                    num_examples=given.declaration.num_examples,
-                    file=self._blobs.path(given.declaration.digest),
-                )
-                for given in self._store.contributions(row.name)
-                if given.receipt.admitted
-            ],
-            folder=folder,
-        )
-
     async def _tell(self) -> None:
         async with self._changed:
             self._changed.notify_all()
-
-
-def _listed(folder: Path, version: int) -> pb.Publication:
-    """A publication as its manifest lists it, the manifest first."""
-    manifest = folder / "manifest.json"
-    artifacts = [pb.Artifact(name="manifest.json", digest=stream.digest(manifest), size=manifest.stat().st_size)]
-    for name, file in json.loads(manifest.read_text())["files"].items():
-        artifacts.append(pb.Artifact(name=name, digest=file["sha256"], size=file["size"]))
-    return pb.Publication(version=version, artifacts=artifacts, folder=str(folder))
 
 
 def _largest_upload(job: pb.Job) -> int:

@@ -20,6 +20,7 @@ from coordinator import aggregate
 from oneround.v1 import federation_pb2 as pb
 
 SCHEDULES = ("constant", "linear", "cosine")
+GGUF_TYPES = (*FLOAT_TYPES, *QUANTISED_TYPES)
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
@@ -93,7 +94,7 @@ def check(spec: pb.JobSpec) -> pb.JobSpec:
         ("upload.dtype", spec.upload.dtype in WIRE_DTYPES, _one_of(WIRE_DTYPES)),
         ("aggregate.method", spec.aggregate.method in aggregate.METHODS, _one_of(aggregate.METHODS)),
         ("aggregate.server_learning_rate", 0 < spec.aggregate.server_learning_rate <= 100, "more than 0, at most 100"),
-        ("publish.gguf", set(spec.publish.gguf) <= {*FLOAT_TYPES, *QUANTISED_TYPES}, "a list of " + _one_of([*FLOAT_TYPES, *QUANTISED_TYPES])),
+        ("publish.gguf", set(spec.publish.gguf) <= set(GGUF_TYPES), "a list of " + _one_of(GGUF_TYPES)),
         ("publish.adapter_rank", spec.publish.adapter_rank <= 65536, "0 to 65536"),
     ]  # fmt: skip
     for key, holds, expected in rules:

@@ -30,6 +30,7 @@ class _Phase:
 class _PhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Phase.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     PHASE_UNSPECIFIED: _Phase.ValueType  # 0
+    """Never sent."""
     PHASE_TRAINING: _Phase.ValueType  # 1
     """Joined; fetching or training."""
     PHASE_UPLOADING: _Phase.ValueType  # 2
@@ -43,6 +44,7 @@ class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper):
     """Where a client stands."""
 
 PHASE_UNSPECIFIED: Phase.ValueType  # 0
+"""Never sent."""
 PHASE_TRAINING: Phase.ValueType  # 1
 """Joined; fetching or training."""
 PHASE_UPLOADING: Phase.ValueType  # 2
@@ -60,6 +62,7 @@ class _Directive:
 class _DirectiveEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Directive.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     DIRECTIVE_UNSPECIFIED: _Directive.ValueType  # 0
+    """Never sent."""
     DIRECTIVE_CONTINUE: _Directive.ValueType  # 1
     """Go on."""
     DIRECTIVE_STOP: _Directive.ValueType  # 2
@@ -69,6 +72,7 @@ class Directive(_Directive, metaclass=_DirectiveEnumTypeWrapper):
     """What a client should do next."""
 
 DIRECTIVE_UNSPECIFIED: Directive.ValueType  # 0
+"""Never sent."""
 DIRECTIVE_CONTINUE: Directive.ValueType  # 1
 """Go on."""
 DIRECTIVE_STOP: Directive.ValueType  # 2
@@ -82,6 +86,7 @@ class _State:
 class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_State.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     STATE_UNSPECIFIED: _State.ValueType  # 0
+    """Never sent."""
     STATE_OPEN: _State.ValueType  # 1
     """Takes contributions."""
     STATE_PUBLISHING: _State.ValueType  # 2
@@ -97,6 +102,7 @@ class State(_State, metaclass=_StateEnumTypeWrapper):
     """Where a job stands."""
 
 STATE_UNSPECIFIED: State.ValueType  # 0
+"""Never sent."""
 STATE_OPEN: State.ValueType  # 1
 """Takes contributions."""
 STATE_PUBLISHING: State.ValueType  # 2
@@ -652,6 +658,7 @@ class HeartbeatRequest(_message.Message):
     LOSS_FIELD_NUMBER: _builtins.int
     TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     lease: _builtins.str
+    """From Join."""
     step: _builtins.int
     """Optimizer steps done."""
     total_steps: _builtins.int
@@ -684,6 +691,7 @@ class HeartbeatReply(_message.Message):
     DIRECTIVE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     directive: Global___Directive.ValueType
+    """Go on, or stop."""
     reason: _builtins.str
     """Why to stop, in a sentence."""
     def __init__(
@@ -799,8 +807,11 @@ class OpenUploadRequest(_message.Message):
     LEASE_FIELD_NUMBER: _builtins.int
     DECLARATION_FIELD_NUMBER: _builtins.int
     lease: _builtins.str
+    """From Join."""
     @_builtins.property
-    def declaration(self) -> Global___Declaration: ...
+    def declaration(self) -> Global___Declaration:
+        """What will come."""
+
     def __init__(
         self,
         *,
@@ -851,6 +862,7 @@ class UploadRequest(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     lease: _builtins.str
+    """From Join."""
     offset: _builtins.int
     """Where the first message's data begins; must be the committed offset."""
     data: _builtins.bytes
@@ -884,9 +896,13 @@ class Receipt(_message.Message):
     ADMITTED_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     job: _builtins.str
+    """The job that was contributed to."""
     client_id: _builtins.str
+    """Who contributed."""
     digest: _builtins.str
+    """SHA-256 of what is stored, in hex."""
     size: _builtins.int
+    """Its length in bytes."""
     received_unix: _builtins.float
     """Seconds since the Unix epoch."""
     admitted: _builtins.bool
@@ -918,6 +934,7 @@ class WatchRequest(_message.Message):
 
     JOB_FIELD_NUMBER: _builtins.int
     job: _builtins.str
+    """The job's name."""
     def __init__(
         self,
         *,
@@ -947,15 +964,23 @@ class ClientStatus(_message.Message):
     LAST_SEEN_UNIX_FIELD_NUMBER: _builtins.int
     CONTRIBUTION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """What people call it."""
     phase: Global___Phase.ValueType
+    """How far it is."""
     step: _builtins.int
+    """Optimizer steps done."""
     total_steps: _builtins.int
+    """Optimizer steps planned; 0 before training starts."""
     loss: _builtins.float
+    """Mean training loss per target token of the last steps."""
     tokens_per_second: _builtins.float
+    """Training speed, in target tokens per second."""
     last_seen_unix: _builtins.float
     """Seconds since the Unix epoch."""
     @_builtins.property
-    def machine(self) -> Global___Machine: ...
+    def machine(self) -> Global___Machine:
+        """Where it trains."""
+
     @_builtins.property
     def contribution(self) -> Global___Contribution:
         """Set once its contribution is in."""
@@ -991,10 +1016,13 @@ class Contribution(_message.Message):
     ADMITTED_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     admitted: _builtins.bool
+    """Whether it takes part in the average."""
     reason: _builtins.str
     """Why it was quarantined."""
     @_builtins.property
-    def declaration(self) -> Global___Declaration: ...
+    def declaration(self) -> Global___Declaration:
+        """What it said of it."""
+
     def __init__(
         self,
         *,
@@ -1020,6 +1048,7 @@ class Publication(_message.Message):
     ARTIFACTS_FIELD_NUMBER: _builtins.int
     FOLDER_FIELD_NUMBER: _builtins.int
     version: _builtins.int
+    """1 for the first."""
     folder: _builtins.str
     """The folder on the coordinator's machine."""
     @_builtins.property
@@ -1043,6 +1072,8 @@ Global___Publication: _TypeAlias = Publication  # noqa: Y015
 
 @_typing.final
 class JobStatus(_message.Message):
+    """A job and everything that has happened to it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SPEC_FIELD_NUMBER: _builtins.int
@@ -1054,17 +1085,23 @@ class JobStatus(_message.Message):
     PUBLICATIONS_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
     state: Global___State.ValueType
+    """Where it stands."""
     reason: _builtins.str
     """Why the round closed, or what went wrong."""
     opened_unix: _builtins.float
-    """Seconds since the Unix epoch."""
+    """When the round opened, in seconds since the Unix epoch."""
     deadline_unix: _builtins.float
+    """When it closes at the latest, in seconds since the Unix epoch."""
     stage: _builtins.str
     """What the publisher is doing, while it publishes."""
     @_builtins.property
-    def spec(self) -> Global___JobSpec: ...
+    def spec(self) -> Global___JobSpec:
+        """What was asked for, defaults filled in."""
+
     @_builtins.property
-    def clients(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClientStatus]: ...
+    def clients(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClientStatus]:
+        """Everybody who joined."""
+
     @_builtins.property
     def publications(self) -> _containers.RepeatedCompositeFieldContainer[Global___Publication]:
         """Oldest first."""
@@ -1095,7 +1132,9 @@ class SubmitRequest(_message.Message):
 
     SPEC_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def spec(self) -> Global___JobSpec: ...
+    def spec(self) -> Global___JobSpec:
+        """The job; a hub id in it is resolved by the coordinator."""
+
     def __init__(
         self,
         *,
@@ -1115,6 +1154,7 @@ class ShowRequest(_message.Message):
 
     JOB_FIELD_NUMBER: _builtins.int
     job: _builtins.str
+    """The job's name."""
     def __init__(
         self,
         *,
@@ -1134,6 +1174,7 @@ class CloseRequest(_message.Message):
 
     JOB_FIELD_NUMBER: _builtins.int
     job: _builtins.str
+    """The job's name."""
     def __init__(
         self,
         *,

@@ -1,0 +1,64 @@
+"""The one direction of imports, and what a coordinator may do without."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FORBIDDEN = {
+    "proto/oneround": {"converters", "coordinator", "edge_client", "torch", "mlx", "transformers", "peft"},
+    "converters": {"coordinator", "edge_client", "oneround", "torch", "mlx", "mlx_lm", "transformers", "peft"},
+    "coordinator": {"edge_client", "torch", "mlx", "mlx_lm", "transformers", "peft"},
+    "edge_client": {"coordinator", "torch", "mlx", "mlx_lm", "peft"},
+}
+
+
+def imported(file: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_imports_point_one_way(package: str) -> None:
+    files = [file for file in (ROOT / package).rglob("*.py") if file.parent.name != "backends"]
+    assert files
+    for file in files:
+        assert not imported(file) & FORBIDDEN[package], file
+
+
+def test_backends_import_nothing_of_the_coordinator() -> None:
+    for file in (ROOT / "edge_client" / "backends").glob("*.py"):
+        assert "coordinator" not in imported(file), file
+
+
+def test_the_coordinator_starts_without_any_training_framework(tmp_path: Path) -> None:
+    """In a process where importing one fails, as on a machine that has none: import, make a daemon, bind a server."""
+    program = """
+import asyncio, pathlib, sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "mlx", "mlx_lm", "transformers", "peft", "tokenizers"}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import coordinator.cli, coordinator.publish, coordinator.verify
+from coordinator import identity, server
+from coordinator.daemon import Daemon
+state = pathlib.Path(sys.argv[1])
+async def main():
+    grpc_server, address = server.create(Daemon(state), identity.load_or_create(state), "127.0.0.1:0", insecure=False)
+    await grpc_server.start()
+    await grpc_server.stop(None)
+    print("started", address)
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "started 127.0.0.1:" in done.stdout
