@@ -31,6 +31,7 @@ WIRE_DTYPES: dict[str, np.dtype[np.generic]] = {
     "float16": np.dtype(np.float16),
 }
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+_VOCABULARY = ("lm_head", "embed_tokens", "embed_out", "embed_in", "wte", "word_embeddings")
 
 
 class Shape(NamedTuple):
@@ -101,19 +102,27 @@ def read(path: Path) -> Adapter:
             f"{path} is not an adapter in the common layout: its header has no format={FORMAT}",
             hint=f"adapter-convert {path} OUT.safetensors --to canonical",
         )
-    for name, tensor in found.items():
+    for name in found:
         if not name.endswith((_A, _B)):
             raise BadAdapter(f"{path}: unknown tensor {name}; expected names that end in {_A} or {_B}")
-        if tensor.ndim != 2 or tensor.dtype not in WIRE_DTYPES.values():
-            raise BadAdapter(f"{path}: tensor {name} is {tensor.dtype} {tensor.shape}, not a matrix of floats")
-        other = name.removesuffix(_A) + _B if name.endswith(_A) else name.removesuffix(_B) + _A
-        if other not in found:
-            raise BadAdapter(f"{path}: {name} has no partner {other}")
-        if name.endswith(_A) and (tensor.shape[0] == 0 or tensor.shape[0] != found[other].shape[1]):
-            raise BadAdapter(f"{path}: {name} {tensor.shape} and {other} {found[other].shape} do not share a rank")
-    if not found:
-        raise BadAdapter(f"{path} holds no tensors")
+    _check_pairs(_half(found, _A), _half(found, _B), path)
     return Adapter(_Mapped(found), metadata)
+
+
+def pair(
+    a: Mapping[str, tensors.Array], b: Mapping[str, tensors.Array], path: Path
+) -> dict[str, tuple[Factor, Factor]]:
+    """Factors by module, from a reader's A (r, in) and B (out, r), checked and made float32.
+
+    Raises:
+        BadAdapter: a lone factor, one that is not a matrix of floats, ranks that do not agree, nothing at all, or a
+            module that llama.cpp has no LoRA for.
+    """
+    _check_pairs(a, b, path)
+    for name in a:
+        if name.rsplit(".", 1)[-1] in _VOCABULARY:
+            raise BadAdapter(f"{path}: {name} is adapted; LoRA on embeddings and output layers cannot be converted")
+    return {name: (_float32(a[name]), _float32(b[name])) for name in sorted(a)}
 
 
 def write(adapter: Adapter, path: Path, dtype: str = "float32") -> None:
@@ -162,3 +171,24 @@ def initial(shapes: Mapping[str, Shape], rank: int, seed: int) -> Adapter:
         a = rng.uniform(-bound, bound, (rank, shape.into)).astype(np.float32)
         modules[name] = LowRank(a, np.zeros((shape.out, rank), np.float32))
     return Adapter(modules)
+
+
+def _half(found: Mapping[str, tensors.Array], suffix: str) -> dict[str, tensors.Array]:
+    return {name.removesuffix(suffix): tensor for name, tensor in found.items() if name.endswith(suffix)}
+
+
+def _float32(factor: tensors.Array) -> Factor:
+    return np.ascontiguousarray(factor, np.float32)
+
+
+def _check_pairs(a: Mapping[str, tensors.Array], b: Mapping[str, tensors.Array], path: Path) -> None:
+    if not a and not b:
+        raise BadAdapter(f"{path} holds no tensors")
+    if alone := sorted(a.keys() ^ b.keys()):
+        raise BadAdapter(f"{path}: {alone[0]} has only one of its two factors")
+    for name in a:
+        for letter, factor in (("A", a[name]), ("B", b[name])):
+            if factor.ndim != 2 or factor.dtype not in WIRE_DTYPES.values() or 0 in factor.shape:
+                raise BadAdapter(f"{path}: {name}: {letter} is {factor.dtype} {factor.shape}, not a matrix of floats")
+        if a[name].shape[0] != b[name].shape[1]:
+            raise BadAdapter(f"{path}: {name}: A {a[name].shape} and B {b[name].shape} do not share a rank")

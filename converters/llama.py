@@ -66,5 +66,6 @@ def logits(model: Llama, ids: Sequence[int]) -> Logits:
 
 def log_softmax(scores: Logits) -> Logits:
     """Log-probabilities over the last axis."""
-    shifted = scores - scores.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    shifted: Logits = scores - scores.max(axis=-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return shifted

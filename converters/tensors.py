@@ -6,18 +6,21 @@ so the views are made here, over one read-only map of the file.
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from converters.errors import BadData
+from converters.errors import BadData, NotEnough
 
 Array = NDArray[np.generic]
 
@@ -48,7 +51,7 @@ def read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
         BadData: the file is not there, is not safetensors, or holds a dtype that NumPy cannot view.
     """
     try:
-        with safe_open(path, framework="numpy") as checked:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="numpy") as checked:
             metadata = dict(checked.metadata() or {})
     except FileNotFoundError:
         raise BadData(f"{path} is not there") from None
@@ -93,14 +96,33 @@ def write(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str])
 
 
 def replace(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
-    """Put a file in place whole or not at all: temporary name, fsync, rename, fsync of the folder."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    """Put a file in place whole or not at all."""
+    with placed(path) as file:
         for piece in pieces:
             file.write(piece)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+
+
+@contextmanager
+def placed(path: Path) -> Iterator[BinaryIO]:
+    """A file to write under a temporary name, which appears at `path` when the block ends well, and else not at all.
+
+    Written, synced, renamed, and the folder synced.
+
+    Raises:
+        NotEnough: the disk is full.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise NotEnough(f"there is no room on the disk for {path}") from error
+        raise
     sync_folder(path.parent)
 
 
@@ -115,4 +137,4 @@ def sync_folder(folder: Path) -> None:
 
 def _bytes(tensor: Array) -> memoryview:
     # ml_dtypes have no buffer format of their own, so every dtype goes out as plain bytes.
-    return memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data

@@ -151,7 +151,8 @@ class Daemon:
         await offload(self._store.update_client, client, status)
         await self._tell()
         row = await offload(self._store.job, client.job)
-        if row.state == State.OPEN or await offload(self._store.contribution, client.job, client.client_id):
+        given = await offload(self._store.contribution, client.job, client.client_id)
+        if given is not None or row.state == State.OPEN:
             return pb.HeartbeatReply(directive=pb.DIRECTIVE_CONTINUE)
         return pb.HeartbeatReply(directive=pb.DIRECTIVE_STOP, reason=f"the round is {row.state}: {row.reason}")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf import json_format
-from google.protobuf.descriptor import Descriptor
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from converters.adapter import WIRE_DTYPES
@@ -51,15 +51,8 @@ def read(path: Path) -> pb.JobSpec:
 
 def parse(table: Mapping[str, Any]) -> pb.JobSpec:
     """A checked spec, with every default filled in, from the keys and values of a job file."""
-    _known_keys(table, pb.JobSpec.DESCRIPTOR, "")
-    table = {key: dict(value) if isinstance(value, Mapping) else value for key, value in table.items()}
-    lora = table.get("lora", {})
-    if isinstance(lora.get("target_modules"), str):
-        lora["target_modules"] = [lora["target_modules"]]
-    try:
-        spec = json_format.ParseDict(table, pb.JobSpec())
-    except json_format.ParseError as error:
-        raise UsageError(_readable(error)) from error
+    spec = pb.JobSpec()
+    _take(table, spec, "")
     return check(spec)
 
 
@@ -111,8 +104,9 @@ def seconds(duration: str) -> float:
     return float(match[1]) * _UNITS[match[2]]
 
 
-def _known_keys(table: Mapping[str, Any], message: Descriptor, prefix: str) -> None:
-    known = {field.name: field for field in message.fields}
+def _take(table: Mapping[str, Any], message: Message, prefix: str) -> None:
+    """Set a message's fields from a table's keys; an unknown key or a value of another type is named in full."""
+    known = {field.name: field for field in message.DESCRIPTOR.fields}
     for key, value in table.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
@@ -121,11 +115,28 @@ def _known_keys(table: Mapping[str, Any], message: Descriptor, prefix: str) -> N
                 f"unknown key `{prefix}{key}`" + (f"; did you mean `{prefix}{close[0]}`?" if close else ""),
                 hint=f"{where} takes {', '.join(known)}",
             )
-        inner = known[key].message_type
-        if inner is not None:
+        field = known[key]
+        if field.message_type is not None:
             if not isinstance(value, Mapping):
                 raise UsageError(f"`{prefix}{key}` is a table: write [{prefix}{key}] and its keys below")
-            _known_keys(value, inner, f"{prefix}{key}.")
+            _take(value, getattr(message, key), f"{prefix}{key}.")
+            continue
+        if field.is_repeated and isinstance(value, str):
+            value = [value]
+        try:
+            json_format.ParseDict({key: value}, message)
+        except json_format.ParseError as error:
+            raise UsageError(f"{prefix}{key} is {value!r}; expected {_expected(field)}") from error
+
+
+def _expected(field: FieldDescriptor) -> str:
+    one = {
+        FieldDescriptor.CPPTYPE_STRING: "text",
+        FieldDescriptor.CPPTYPE_DOUBLE: "a number",
+        FieldDescriptor.CPPTYPE_UINT32: "a whole number, 0 or more",
+        FieldDescriptor.CPPTYPE_UINT64: "a whole number, 0 or more",
+    }[field.cpp_type]
+    return f"a list of {one}" if field.is_repeated else one
 
 
 def _filled(spec: pb.JobSpec) -> pb.JobSpec:
@@ -156,12 +167,3 @@ def _value(spec: pb.JobSpec, key: str) -> Any:
 
 def _one_of(names: Any) -> str:
     return ", ".join(names)
-
-
-def _readable(error: json_format.ParseError) -> str:
-    """`json_format` nests its message and ends it with the path; say the path first."""
-    text = str(error)
-    path = re.search(r" at JobSpec\.([\w.\[\]]+?)\.*$", text)
-    what = re.sub(r"^(Failed to parse \w+ field: )+", "", text)
-    what = re.sub(r" at JobSpec\.[\w.\[\]]+\.*$", "", what).rstrip(".")
-    return f"{path[1]}: {what}" if path else what

@@ -78,7 +78,8 @@ def verify(merged: Path, kind: str, against: Reference) -> Verdict:
 
 
 def _centred(scores: Logits) -> Logits:
-    return scores - scores.mean(-1, keepdims=True)
+    centred: Logits = scores - scores.mean(-1, keepdims=True)
+    return centred
 
 
 def _in_child(model: Path, adapter: Path | None, ids: list[int] | None) -> tuple[list[int], Logits]:

@@ -124,8 +124,12 @@ async def fetch_base(remote: Remote, job: pb.Job, state: Path, model: Path | Non
     if missing:
         with screen.bar("base", sum(artifact.size for _, artifact in missing)) as advance:
             before = 0
+
+            def on_bytes(done: int) -> None:
+                advance(before + done)
+
             for file, artifact in missing:
-                await remote.download(job.spec.name, artifact, file, lambda done, before=before: advance(before + done))
+                await remote.download(job.spec.name, artifact, file, on_bytes)
                 before += artifact.size
     return folder
 
@@ -141,11 +145,13 @@ async def _train(remote: Remote, reply: pb.JoinReply, box: Outbox, taker: Taker,
     adapter.check(initial, {module.name: Shape(module.out_features, module.in_features) for module in job.modules})
 
     tokenizer = await asyncio.to_thread(examples.load_tokenizer, base)
-    prepared = await asyncio.to_thread(examples.tokenise, rows.train, tokenizer, job.spec.train.max_seq_len)
+    prepared = await asyncio.to_thread(
+        examples.tokenise, rows.train, tokenizer, job.spec.train.max_seq_len, skip_bad_rows=taker.skip_bad_rows
+    )
     plan = Batches(prepared.examples, job.spec.train.batch_size, job.spec.train.epochs, job.spec.train.seed)
     recipe = Recipe.from_spec(job.spec, plan.total_steps)
-    if rows.skipped:
-        screen.say("skipped", skipped=rows.skipped)
+    if skipped := rows.skipped + prepared.skipped:
+        screen.say("skipped", skipped=skipped)
     if prepared.truncated or prepared.dropped:
         screen.say(
             "truncated",
@@ -153,15 +159,14 @@ async def _train(remote: Remote, reply: pb.JoinReply, box: Outbox, taker: Taker,
             dropped=prepared.dropped,
             max_seq_len=job.spec.train.max_seq_len,
         )
-    num_tokens = sum(example.num_targets for example in prepared.examples)
     screen.say(
         "plan",
         base=job.spec.model.base,
         rank=job.spec.lora.rank,
         modules=len(job.modules),
         send_bytes=_bytes_to_send(job, initial),
-        examples=len(prepared.examples),
-        tokens=num_tokens,
+        examples=plan.num_examples,
+        tokens=plan.num_targets,
         held_out=len(rows.held_out),
         steps=plan.total_steps,
         backend=taker.backend.name,
@@ -194,10 +199,10 @@ async def _train(remote: Remote, reply: pb.JoinReply, box: Outbox, taker: Taker,
             beating.cancel()
             await asyncio.gather(beating, return_exceptions=True)
 
-    last_epoch = losses[-max(1, round(plan.total_steps / job.spec.train.epochs)) :]
+    last_epoch = losses[-plan.steps_per_epoch :]
     declaration = pb.Declaration(
-        num_examples=len(prepared.examples),
-        num_tokens=num_tokens,
+        num_examples=plan.num_examples,
+        num_tokens=plan.num_targets,
         steps=plan.total_steps,
         train_loss=sum(last_epoch) / len(last_epoch),
     )

@@ -1,0 +1,290 @@
+"""GGUF files: read with nothing trusted, and written one tensor at a time.
+
+The `gguf` package knows the format's numbers and is used for them. Its reader keeps an object for every token and
+follows the lengths that a file claims, and its writer decodes and encodes every key; here a key is a slice of bytes
+that was walked over once, so copying is verbatim and a hostile length is an error.
+
+Source: ggml/docs/gguf.md, versions 2 and 3, little-endian.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from gguf import (
+    GGML_QUANT_SIZES,
+    GGUF_DEFAULT_ALIGNMENT,
+    GGUF_MAGIC,
+    GGUF_VERSION,
+    GGMLQuantizationType,
+    GGUFValueType,
+    GGUFWriter,
+)
+from numpy.typing import NDArray
+
+from converters import tensors
+from converters.errors import BadModel
+
+Bytes = NDArray[np.uint8]
+_Kind = GGUFValueType
+_SCALARS: dict[int, str] = {
+    _Kind.UINT8: "B",
+    _Kind.INT8: "b",
+    _Kind.UINT16: "H",
+    _Kind.INT16: "h",
+    _Kind.UINT32: "I",
+    _Kind.INT32: "i",
+    _Kind.FLOAT32: "f",
+    _Kind.UINT64: "Q",
+    _Kind.INT64: "q",
+    _Kind.FLOAT64: "d",
+    _Kind.BOOL: "?",
+}
+_MOST_DIMENSIONS = 4
+
+
+class Float(NamedTuple):
+    """A float type as a tensor's, as NumPy's, and as a whole file's (`general.file_type`, llama_ftype in llama.h)."""
+
+    type: GGMLQuantizationType
+    dtype: np.dtype[Any]
+    file_type: int
+
+
+FLOATS = {  # from fine to coarse
+    "f32": Float(GGMLQuantizationType.F32, np.dtype(np.float32), 0),
+    "f16": Float(GGMLQuantizationType.F16, np.dtype(np.float16), 1),
+    "bf16": Float(GGMLQuantizationType.BF16, np.dtype(ml_dtypes.bfloat16), 32),
+}
+
+
+class Info(NamedTuple):
+    """A tensor to come: its shape in NumPy's order, (out, in), and its type."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+
+    @property
+    def nbytes(self) -> int:
+        block, size = GGML_QUANT_SIZES[self.type]
+        return prod(self.shape) // int(block) * int(size)
+
+
+class Tensor(NamedTuple):
+    """A tensor's description, and its bytes as a view of the mapped file."""
+
+    info: Info
+    data: Bytes
+
+
+class File(NamedTuple):
+    """A GGUF file: keys with their typed values as they stand in the file, and tensors in the file's order."""
+
+    keys: Mapping[str, bytes]
+    tensors: Mapping[str, Tensor]
+
+    def value(self, key: str) -> int | float | bool | str | None:
+        """A number, flag or string; None when the key is absent or holds an array."""
+        raw = self.keys.get(key)
+        if raw is None:
+            return None
+        kind = int.from_bytes(raw[:4], "little")
+        if kind == _Kind.STRING:
+            return raw[12:].decode("utf-8", errors="replace")
+        if kind in _SCALARS:
+            value: int | float | bool = struct.unpack(f"<{_SCALARS[kind]}", raw[4:])[0]
+            return value
+        return None
+
+
+def read(path: Path) -> File:
+    """Map a GGUF file and walk its header; no tensor is read.
+
+    Raises:
+        BadModel: the file is not there, is not GGUF, is cut short, or claims what cannot be.
+    """
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # ValueError: an empty file
+        raise BadModel(f"{path} cannot be read: {error}") from error
+    try:
+        return _Walk(mapped).file()
+    except (struct.error, UnicodeDecodeError) as error:
+        raise BadModel(f"{path} is not a sound GGUF file: {error}") from error
+    except _Unsound as error:
+        raise BadModel(f"{path} is not a sound GGUF file: {error}") from None
+
+
+def write(path: Path, keys: Mapping[str, bytes], infos: Sequence[Info], data: Iterable[NDArray[Any]]) -> None:
+    """Write a GGUF file; `data` yields the arrays that `infos` announces, in that order, one held at a time.
+
+    Raises:
+        NotEnough: the disk is full.
+    """
+    alignment = int.from_bytes(keys.get("general.alignment", b"")[4:], "little") or GGUF_DEFAULT_ALIGNMENT
+    header = bytearray(struct.pack("<IIQQ", GGUF_MAGIC, GGUF_VERSION, len(infos), len(keys)))
+    for key, raw in keys.items():
+        header += _string(key) + raw
+    offset = 0
+    for info in infos:
+        header += _string(info.name) + struct.pack("<I", len(info.shape))
+        header += struct.pack(f"<{len(info.shape)}QIQ", *reversed(info.shape), info.type, offset)
+        offset += info.nbytes + _padding(info.nbytes, alignment)
+    with tensors.placed(path) as file:
+        file.write(header)
+        file.write(bytes(_padding(len(header), alignment)))
+        for info, array in zip(infos, data, strict=True):
+            assert array.nbytes == info.nbytes, info
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            file.write(bytes(_padding(info.nbytes, alignment)))
+
+
+def keys_of(writer: GGUFWriter) -> dict[str, bytes]:
+    """The keys that a GGUFWriter was given, as they go into a file.
+
+    Raises:
+        BadModel: a value does not fit its type; they come from files that are not ours.
+    """
+    try:
+        return {key: encode(field.value, field.type, field.sub_type) for key, field in writer.kv_data[0].items()}
+    except (UnicodeEncodeError, struct.error) as error:
+        raise BadModel(f"a value has no place in a GGUF file: {error}") from error
+
+
+def encode(value: Any, kind: GGUFValueType, items: GGUFValueType | None = None) -> bytes:
+    """A typed value's bytes; `items` is the type of an array's items, found from the first one when not given."""
+    if kind == _Kind.STRING:
+        body = _string(value)
+    elif kind == _Kind.ARRAY:
+        items = _Kind.get_type(value[0]) if items is None else items
+        body = struct.pack("<IQ", items, len(value))
+        if items == _Kind.STRING:
+            body += b"".join(_string(item) for item in value)
+        else:
+            body += struct.pack(f"<{len(value)}{_SCALARS[items]}", *value)
+    else:
+        body = struct.pack(f"<{_SCALARS[kind]}", value)
+    return struct.pack("<I", kind) + body
+
+
+def to_float32(tensor: Tensor) -> NDArray[np.float32]:
+    """A float tensor's values, in its shape. A view where they are float32 already."""
+    info = tensor.info
+    if info.type == GGMLQuantizationType.BF16:
+        # A bfloat16 is the upper half of a float32; this is several times faster than a cast.
+        values = (tensor.data.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    elif info.type == GGMLQuantizationType.F16:
+        values = tensor.data.view(np.float16).astype(np.float32)
+    else:
+        values = tensor.data.view(np.float32)
+    return values.reshape(info.shape)
+
+
+class _Unsound(Exception):
+    """What is wrong with the file that is being walked."""
+
+
+class _Walk:
+    """One pass over a header."""
+
+    def __init__(self, mapped: mmap.mmap) -> None:
+        self._mapped = mapped
+        self._at = 0
+
+    def file(self) -> File:
+        if self._unpack("I") != GGUF_MAGIC:
+            raise _Unsound("it does not begin with GGUF")
+        if (version := self._unpack("I")) not in (2, GGUF_VERSION):
+            raise _Unsound(f"its version is {version}; versions 2 and 3, little-endian, are known")
+        n_tensors, n_keys = self._unpack("Q"), self._unpack("Q")
+        keys: dict[str, bytes] = {}
+        for _ in range(n_keys):
+            key, start = self._text(), self._at
+            self._skip_value(self._unpack("I"))
+            if key in keys:
+                raise _Unsound(f"the key {key} is there twice")
+            keys[key] = self._mapped[start : self._at]
+        placed: dict[str, tuple[Info, int]] = {}
+        for _ in range(n_tensors):
+            info, offset = self._info()
+            if info.name in placed:
+                raise _Unsound(f"the tensor {info.name} is there twice")
+            placed[info.name] = info, offset
+        alignment = File(keys, {}).value("general.alignment")
+        alignment = GGUF_DEFAULT_ALIGNMENT if alignment is None else alignment
+        if not isinstance(alignment, int) or alignment not in (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096):
+            raise _Unsound(f"general.alignment is {alignment}")
+        return File(keys, dict(self._views(placed, self._at + _padding(self._at, alignment), alignment)))
+
+    def _views(
+        self, placed: Mapping[str, tuple[Info, int]], begin: int, alignment: int
+    ) -> Iterator[tuple[str, Tensor]]:
+        whole = np.frombuffer(self._mapped, np.uint8)
+        for name, (info, offset) in placed.items():
+            if offset % alignment or begin + offset + info.nbytes > len(whole):
+                raise _Unsound(f"the tensor {name} lies outside the file")
+            yield name, Tensor(info, whole[begin + offset : begin + offset + info.nbytes])
+
+    def _info(self) -> tuple[Info, int]:
+        name, n_dims = self._text(), self._unpack("I")
+        if not 1 <= n_dims <= _MOST_DIMENSIONS:
+            raise _Unsound(f"the tensor {name} has {n_dims} dimensions")
+        shape = tuple(self._unpack("Q") for _ in range(n_dims))[::-1]
+        number, offset = self._unpack("I"), self._unpack("Q")
+        if number not in {known.value for known in GGML_QUANT_SIZES}:
+            raise _Unsound(f"the tensor {name} has the unknown type {number}")
+        info = Info(name, shape, GGMLQuantizationType(number))
+        if shape[-1] % GGML_QUANT_SIZES[info.type][0]:
+            raise _Unsound(f"the tensor {name} {shape} does not divide into blocks of {info.type.name}")
+        return info, offset
+
+    def _skip_value(self, kind: int) -> None:
+        if kind == _Kind.STRING:
+            self._skip(self._unpack("Q"))
+        elif kind == _Kind.ARRAY:
+            items, count = self._unpack("I"), self._unpack("Q")
+            if items == _Kind.STRING:
+                for _ in range(count):
+                    self._skip(self._unpack("Q"))
+            elif items in _SCALARS:
+                self._skip(count * struct.calcsize(f"<{_SCALARS[items]}"))
+            else:
+                raise _Unsound(f"an array of type {items}")
+        elif kind in _SCALARS:
+            self._skip(struct.calcsize(f"<{_SCALARS[kind]}"))
+        else:
+            raise _Unsound(f"a value of type {kind}")
+
+    def _text(self) -> str:
+        length = self._unpack("Q")
+        self._skip(length)
+        return self._mapped[self._at - length : self._at].decode("utf-8")
+
+    def _unpack(self, code: str) -> int:
+        (value,) = struct.unpack_from(f"<{code}", self._mapped, self._at)
+        self._at += struct.calcsize(f"<{code}")
+        return int(value)
+
+    def _skip(self, length: int) -> None:
+        # Every loop above consumes bytes, so a claimed count can never outlast the file.
+        if length > len(self._mapped) - self._at:
+            raise _Unsound("it is cut short")
+        self._at += length
+
+
+def _string(text: str | bytes) -> bytes:
+    encoded = text.encode("utf-8") if isinstance(text, str) else text
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def _padding(length: int, alignment: int) -> int:
+    return -length % alignment

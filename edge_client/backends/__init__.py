@@ -1,0 +1,97 @@
+"""Training backends: a module each, chosen by name, imported only when chosen.
+
+A backend takes integer arrays and a recipe and gives an adapter in the common layout; in float32 all of them give
+the same one within rounding. Importing this package imports no training framework.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+from converters.adapter import Adapter
+from converters.errors import BadData, UsageError
+from edge_client.batches import Batches
+from edge_client.recipe import Recipe
+
+# OpenMP threads that wait should sleep, not spin: on a machine that does other work as well, which is what a person's
+# laptop does, spinning made training 10 to 30 times slower. Read when the first framework loads OpenMP.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+BACKENDS = {"torch": "edge_client.backends.torch", "mlx": "edge_client.backends.mlx"}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One optimizer step, done.
+
+    Raises:
+        BadData: the loss is not finite, so going on is of no use.
+    """
+
+    step: int  # steps done, from 1
+    total_steps: int
+    loss: float  # mean over the step's target tokens, before the step
+    tokens: int  # target tokens of this step
+    seconds: float  # wall time of this step
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.loss):
+            raise BadData(f"training diverged: the loss of step {self.step} is {self.loss}", hint="lower learning_rate")
+
+
+class Backend(Protocol):
+    """What a backend module offers."""
+
+    name: str
+
+    def available(self) -> str | None:
+        """None if it can be used here, else why not."""
+
+    def device(self) -> str:
+        """Where it would train: `cuda`, `mps`, `metal` or `cpu`, perhaps with a remark on its speed."""
+
+    def train(
+        self, base: Path, initial: Adapter, recipe: Recipe, plan: Batches, on_step: Callable[[Progress], None]
+    ) -> Adapter:
+        """Fine-tune `initial` over the model in folder `base`; ranks and modules are those of `initial`.
+
+        `on_step` is called after every step, and may raise to interrupt.
+
+        Raises:
+            BadModel: the folder holds no model that the framework can load.
+            LayoutMismatch: the model lacks a module of `initial`, or has it in another shape.
+        """
+
+
+def load(name: str) -> Backend:
+    """The backend module of a name in BACKENDS, whether or not it is available."""
+    return cast(Backend, importlib.import_module(BACKENDS[name]))
+
+
+def choose(name: str = "auto") -> Backend:
+    """A backend that can be used here; `auto` prefers MLX on Apple silicon and PyTorch elsewhere.
+
+    Raises:
+        UsageError: there is none, or not the one that was asked for; says what to install.
+    """
+    apple = sys.platform == "darwin" and platform.machine() == "arm64"
+    preferred = ("mlx", "torch") if apple else ("torch", "mlx")
+    if name not in ("auto", *BACKENDS):
+        raise UsageError(f"there is no backend {name!r}", hint=f"--backend auto, {' or '.join(BACKENDS)}")
+    names = preferred if name == "auto" else (name,)
+    reasons = []
+    for candidate in names:
+        backend = load(candidate)
+        reason = backend.available()
+        if reason is None:
+            return backend
+        reasons.append(f"{candidate}: {reason}")
+    raise UsageError(f"no training backend: {'; '.join(reasons)}", hint=f"pip install 'oneround[{names[0]}]'")

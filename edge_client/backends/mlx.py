@@ -1,0 +1,168 @@
+"""Training with MLX and mlx-lm: on Apple silicon, on CUDA, or on a CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters.adapter import Adapter, LowRank, Shape
+from converters.errors import BadModel, LayoutMismatch
+from edge_client.backends import Progress
+from edge_client.batches import Batches
+from edge_client.recipe import Recipe
+
+
+def _open_fast_blas() -> bool:
+    """Put a fast BLAS in front of the reference one that MLX's CPU wheel for Linux carries: 30 times faster.
+
+    Symbols of a library that was opened globally come first, so this has to happen before mlx is imported. PyTorch's
+    library carries one and opens without importing torch; else the system's OpenBLAS.
+    """
+    candidates = ["libopenblas.so.0"]
+    torch = importlib.util.find_spec("torch")
+    for place in (torch.submodule_search_locations or []) if torch else []:
+        candidates.insert(0, str(Path(place) / "lib" / "libtorch_cpu.so"))
+    for candidate in candidates:
+        with contextlib.suppress(OSError):
+            if hasattr(ctypes.CDLL(candidate, mode=ctypes.RTLD_GLOBAL | os.RTLD_NOW), "sgemm_"):
+                return True
+    return False
+
+
+def _on_reference_blas() -> bool:
+    """Whether mlx is its CPU build for Linux; only there is the wheel `mlx-cpu` installed."""
+    try:
+        importlib.metadata.distribution("mlx-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+_slow = _on_reference_blas() and not _open_fast_blas()
+name = "mlx"
+_missing: str | None = None
+try:
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.optimizers import AdamW
+    from mlx.utils import tree_flatten, tree_map, tree_unflatten
+    from mlx_lm.tuner.lora import LoRALinear
+    from mlx_lm.utils import load_model
+except ImportError as error:
+    _missing = str(error)
+
+
+def available() -> str | None:
+    return _missing
+
+
+def device() -> str:
+    """`metal`, `cuda` or `cpu`; a CPU without a fast BLAS says so."""
+    if mx.default_device() == mx.Device(mx.gpu):
+        return "metal" if mx.metal.is_available() else "cuda"
+    return "cpu (slow: neither PyTorch nor libopenblas.so.0 is here to speed it up)" if _slow else "cpu"
+
+
+def train(base: Path, initial: Adapter, recipe: Recipe, plan: Batches, on_step: Callable[[Progress], None]) -> Adapter:
+    model = _model(base)
+    layers = _adapt(model, initial, recipe)
+    loss_and_gradients = nn.value_and_grad(model, _loss_at_targets(model))
+    optimizer = AdamW(
+        0.0,
+        betas=list(recipe.betas),
+        eps=recipe.eps,
+        weight_decay=recipe.weight_decay,
+        bias_correction=True,  # as torch always does
+    )
+    for step in range(plan.total_steps):
+        began = time.perf_counter()
+        batch = plan.batch(step)
+        mx.random.seed(recipe.dropout_seed(step))
+        optimizer.learning_rate = recipe.learning_rate(step)
+        labels = mx.array(batch.labels.reshape(-1)[batch.targets])
+        loss, gradients = loss_and_gradients(mx.array(batch.inputs), mx.array(batch.targets.astype(np.int32)), labels)
+        optimizer.update(model, _clipped(gradients, recipe.clip_norm))
+        mx.eval(loss, model.trainable_parameters(), optimizer.state)
+        seconds = time.perf_counter() - began
+        on_step(Progress(step + 1, plan.total_steps, loss.item(), batch.num_targets, seconds))
+    return Adapter({name: _factors(layer) for name, layer in layers.items()})
+
+
+def _model(base: Path) -> Any:
+    """The base in float32, frozen. In evaluation mode: LoRA's dropout is the recipe's, the base's own would not be."""
+    try:
+        model, _ = load_model(base, lazy=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise BadModel(f"{base} holds no model that mlx-lm can load: {error}") from error
+    model.set_dtype(mx.float32)
+    model.freeze()
+    return model.eval()
+
+
+def _adapt(model: Any, initial: Adapter, recipe: Recipe) -> dict[str, Any]:
+    """Put LoRA on exactly the modules of `initial`, with its factors; returns the layers by module name."""
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    layers = {}
+    for name, factors in initial.modules.items():
+        if name not in linears:
+            raise LayoutMismatch(f"the model has no linear layer {name}")
+        if Shape(*linears[name].weight.shape) != factors.shape:
+            raise LayoutMismatch(f"{name} adapts {factors.shape}, the model's is {linears[name].weight.shape}")
+        scaling = recipe.scaling(factors.rank)
+        layer = LoRALinear.from_base(linears[name], r=factors.rank, dropout=recipe.dropout, scale=scaling)
+        layer.lora_a, layer.lora_b = mx.array(factors.a.T), mx.array(factors.b.T / scaling)
+        layer.linear.freeze()
+        layers[name] = layer
+    model.update_modules(tree_unflatten(list(layers.items())))
+    return layers
+
+
+def _loss_at_targets(model: Any) -> Callable[[Any, Any, Any], Any]:
+    """Mean cross-entropy over a batch's targets, with the output layer run at the targets only.
+
+    Hidden states are picked where they leave the inner model, so that whatever the model does to make logits of them
+    (tied weights, scaling, soft caps) stays its own business. A module has no hooks; it changes its class instead.
+    """
+    targets = None
+    inner = getattr(model, "model", None)
+
+    if isinstance(inner, nn.Module):
+        forward = type(inner).__call__
+
+        def pick(self: Any, *args: Any, **kwargs: Any) -> Any:
+            hidden = forward(self, *args, **kwargs)
+            return hidden.reshape(-1, hidden.shape[-1])[targets][None]  # (1, targets, D)
+
+        inner.__class__ = type(type(inner).__name__, (type(inner),), {"__call__": pick})
+
+    def loss(inputs: Any, positions: Any, labels: Any) -> Any:
+        nonlocal targets
+        targets = positions
+        logits = model(inputs)
+        logits = logits.reshape(-1, logits.shape[-1])
+        if logits.shape[0] != positions.size:
+            logits = logits[positions]
+        return nn.losses.cross_entropy(logits.astype(mx.float32), labels, reduction="mean")
+
+    return loss
+
+
+def _clipped(gradients: Any, most: float) -> Any:
+    """Scaled down to a global norm of at most `most`, with torch's small print."""
+    squares = [(gradient**2).sum() for _, gradient in tree_flatten(gradients)]
+    scale = mx.minimum(most / (mx.sqrt(sum(squares)) + 1e-6), 1.0)
+    return tree_map(lambda gradient: gradient * scale, gradients)
+
+
+def _factors(layer: Any) -> LowRank:
+    a, b = np.array(layer.lora_a.T, dtype=np.float32), np.array(layer.lora_b.T, dtype=np.float32)
+    return LowRank(np.ascontiguousarray(a), np.ascontiguousarray(b * np.float32(layer.scale)))

@@ -1,0 +1,342 @@
+"""The daemon behind a real gRPC server with TLS: what survives, and what is refused."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from converters import adapter
+from converters.adapter import Adapter, LowRank, Shape
+from converters.errors import BadData, Refused, Unreachable
+from coordinator import control, identity, job, server
+from coordinator.daemon import Daemon
+from edge_client import remote as remotes
+from edge_client.identity import Pins
+from edge_client.remote import Remote
+from oneround import stream, tls
+from oneround.v1 import federation_pb2 as pb
+from oneround.v1 import federation_pb2_grpc as rpc
+
+BASE = Path(__file__).parents[2] / "benchmarks" / "base"
+ALICE, BOB = "a" * 32, "b" * 32
+SPEC = {
+    "name": "notes",
+    "model": {"base": str(BASE)},
+    "lora": {"rank": 2, "target_modules": ["q_proj", "v_proj"]},
+    "round": {"min_clients": 2, "target_clients": 0},
+    "publish": {"gguf": ["f16"]},
+}
+
+
+@asynccontextmanager
+async def running(state: Path, clock: Callable[[], float] | None = None) -> AsyncIterator[tuple[Daemon, str]]:
+    """A daemon and its server on a free port; the daemon's loop, which publishes, does not run."""
+    daemon = Daemon(state, clock=clock) if clock else Daemon(state)
+    grpc_server, address = server.create(daemon, identity.load_or_create(state), "127.0.0.1:0", insecure=False)
+    await grpc_server.start()
+    control.announce(state, address, insecure=False)
+    try:
+        yield daemon, address
+    finally:
+        await grpc_server.stop(None)
+
+
+def with_server(state: Path, test: Callable[[Daemon, Remote], Awaitable[None]], **options) -> None:  # type: ignore[no-untyped-def]
+    """Run a test against a fresh server over a state folder that may have seen others."""
+
+    async def run() -> None:
+        async with (
+            running(state, **options) as (daemon, address),
+            remotes.connect(address, Pins(state), lambda *_: None) as remote,
+        ):
+            await daemon.submit(job.parse(SPEC))
+            await test(daemon, remote)
+
+    asyncio.run(run())
+
+
+async def join(remote: Remote, client: str = ALICE) -> pb.JoinReply:
+    return await remote.join(pb.JoinRequest(job="notes", client_id=client, client_name=client[:5]))
+
+
+def trained(reply: pb.JoinReply, seed: int = 0, **changes) -> Adapter:  # type: ignore[no-untyped-def]
+    """An adapter such as training would give."""
+    shapes = {module.name: Shape(module.out_features, module.in_features) for module in reply.job.modules}
+    rng = np.random.default_rng(seed)
+    modules = {
+        name: LowRank(factors.a, rng.standard_normal(factors.b.shape).astype(np.float32))
+        for name, factors in adapter.initial(shapes, 2, 0).modules.items()
+    }
+    return Adapter(modules | changes, {"base": reply.job.base_fingerprint})
+
+
+def written(made: Adapter, folder: Path, num_examples: int = 10) -> tuple[Path, pb.Declaration]:
+    folder.mkdir(exist_ok=True)
+    file = folder / "adapter.safetensors"
+    adapter.write(made, file, "bfloat16")
+    return file, pb.Declaration(digest=stream.digest(file), size=file.stat().st_size, num_examples=num_examples)
+
+
+def nothing(_: int) -> None:
+    pass
+
+
+def test_a_contribution_is_taken_once(tmp_path: Path) -> None:
+    async def test(daemon: Daemon, remote: Remote) -> None:
+        reply = await join(remote)
+        assert (await join(remote)).lease == reply.lease, "joining again renews"
+        file, declaration = written(trained(reply), tmp_path)
+        receipt = await remote.upload(reply.lease, declaration, file, nothing)
+        assert receipt.admitted and (receipt.digest, receipt.size) == (declaration.digest, declaration.size)
+        assert await remote.upload(reply.lease, declaration, file, nothing) == receipt
+        assert (await join(remote)).receipt == receipt
+
+        other, another = written(trained(reply, seed=1), tmp_path)
+        with pytest.raises(Refused, match="in already"):
+            await remote.upload(reply.lease, another, other, nothing)
+        status = await daemon.status("notes")
+        assert [client.contribution.declaration.digest for client in status.clients] == [declaration.digest]
+
+    with_server(tmp_path / "state", test)
+
+
+def test_an_upload_that_breaks_off_goes_on_after_a_restart(tmp_path: Path) -> None:
+    sent = 20_000
+
+    async def half(_: Daemon, remote: Remote) -> None:
+        reply = await join(remote)
+        file, declaration = written(trained(reply), tmp_path)
+        await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
+
+        async def messages() -> AsyncIterator[pb.UploadRequest]:
+            yield pb.UploadRequest(lease=reply.lease, data=file.read_bytes()[:sent])
+
+        with pytest.raises(grpc.aio.AioRpcError, match="ended at byte 20000"):
+            await remote._stub.Upload(messages())
+
+    async def rest(_: Daemon, remote: Remote) -> None:
+        reply = await join(remote)
+        file, declaration = written(trained(reply), tmp_path)
+        opened = await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
+        assert opened.committed_offset == sent
+        seen: list[int] = []
+        assert (await remote.upload(reply.lease, declaration, file, seen.append)).admitted
+        assert min(seen) > sent, "what was there is not sent again"
+
+    with_server(tmp_path / "state", half)
+    with_server(tmp_path / "state", rest)
+
+
+def test_a_lying_digest_drops_what_came(tmp_path: Path) -> None:
+    async def test(_: Daemon, remote: Remote) -> None:
+        reply = await join(remote)
+        file, declaration = written(trained(reply), tmp_path)
+        lie = pb.Declaration(digest="0" * 64, size=declaration.size, num_examples=1)
+        with pytest.raises(BadData, match="was declared"):
+            await remote.upload(reply.lease, lie, file, nothing)
+        assert not list((tmp_path / "state" / "uploads").glob("notes.a*"))
+        assert (await remote.upload(reply.lease, declaration, file, nothing)).admitted
+
+    with_server(tmp_path / "state", test)
+
+
+def test_unsound_adapters_are_quarantined_and_the_round_goes_on(tmp_path: Path) -> None:
+    async def test(daemon: Daemon, remote: Remote) -> None:
+        reply = await join(remote)
+        module = reply.job.modules[0]
+        good = trained(reply).modules[module.name]
+        nan = LowRank(good.a, np.full_like(good.b, np.nan))
+        wide = LowRank(np.zeros((2, module.in_features + 1), np.float32), good.b)
+        ranks = LowRank(np.zeros((3, module.in_features), np.float32), np.zeros((module.out_features, 3), np.float32))
+        odd = {
+            "1": (trained(reply, **{module.name: nan}), "NaN or Inf"),
+            "2": (trained(reply, **{module.name: wide}), "the base has"),
+            "3": (trained(reply, **{module.name: ranks}), "has rank 3"),
+            "4": (trained(reply, **{"model.lm_head": good}), "does not ask for"),
+            "5": (Adapter(trained(reply).modules, {"base": "0" * 64}), "trained over base"),
+            "6": (Adapter({module.name: good}, trained(reply).metadata), "lacks"),
+        }
+        for client, (made, reason) in odd.items():
+            mine = await join(remote, client * 32)
+            file, declaration = written(made, tmp_path)
+            receipt = await remote.upload(mine.lease, declaration, file, nothing)
+            assert not receipt.admitted and reason in receipt.reason
+
+        mine = await join(remote, BOB)
+        junk = tmp_path / "junk"
+        junk.write_bytes(b"\xff" * 1000)
+        declaration = pb.Declaration(digest=stream.digest(junk), size=1000, num_examples=1)
+        assert "not a safetensors file" in (await remote.upload(mine.lease, declaration, junk, nothing)).reason
+
+        file, declaration = written(trained(reply), tmp_path)
+        assert (await remote.upload(reply.lease, declaration, file, nothing)).admitted
+        status = await daemon.status("notes")
+        assert sum(client.contribution.admitted for client in status.clients) == 1
+        assert status.state == pb.STATE_OPEN
+
+    with_server(tmp_path / "state", test)
+
+
+@pytest.mark.parametrize(
+    ("offset", "data", "says"),
+    [(7, b"x", "starts at byte 7; 0 are here"), (0, b"x" * 500_000, "more bytes came"), (0, b"x", "ended at byte 1")],
+)
+def test_chunks_that_do_not_fit(tmp_path: Path, offset: int, data: bytes, says: str) -> None:
+    async def test(_: Daemon, remote: Remote) -> None:
+        reply = await join(remote)
+        _, declaration = written(trained(reply), tmp_path)
+        await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
+
+        async def messages() -> AsyncIterator[pb.UploadRequest]:
+            yield pb.UploadRequest(lease=reply.lease, offset=offset, data=data)
+
+        with pytest.raises(grpc.aio.AioRpcError, match=says):
+            await remote._stub.Upload(messages())
+
+    with_server(tmp_path / "state", test)
+
+
+def test_what_a_stranger_may_not(tmp_path: Path) -> None:
+    async def test(_: Daemon, remote: Remote) -> None:
+        stub = remote._stub
+        beat = pb.HeartbeatRequest(lease="0" * 64)
+        with pytest.raises(Refused, match="lease"):
+            await remote.heartbeat(beat)
+        for name, says in [("../../etc/passwd", "no job"), ("nothing", "no job")]:
+            with pytest.raises(Refused, match=says):
+                await remote.join(pb.JoinRequest(job=name, client_id=ALICE))
+        with pytest.raises(grpc.aio.AioRpcError, match="32 lower-case hex"):
+            await stub.Join(pb.JoinRequest(job="notes", client_id="../../../etc/passwd"))
+        reply = await join(remote)
+        for declaration, says in [
+            (pb.Declaration(digest="../../key.pem", size=10), "not a SHA-256"),
+            (pb.Declaration(digest="0" * 64, size=1 << 40), "at most"),
+            (pb.Declaration(digest="0" * 64, size=0), "at most"),
+        ]:
+            with pytest.raises(grpc.aio.AioRpcError, match=says):
+                await stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
+        with pytest.raises(grpc.aio.AioRpcError, match="no artifact"):
+            async for _chunk in stub.Download(pb.DownloadRequest(job="notes", digest="../../key.pem")):
+                pass
+
+        async def nothing_at_all() -> AsyncIterator[pb.UploadRequest]:
+            return
+            yield
+
+        with pytest.raises(grpc.aio.AioRpcError, match="empty upload"):
+            await stub.Upload(nothing_at_all())
+
+    with_server(tmp_path / "state", test)
+
+
+def test_only_the_operator_administers(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+
+    async def test() -> None:
+        async with running(state):
+            await control.submit(state, job.parse(SPEC))
+            assert [found.spec.name for found in await control.jobs(state)] == ["notes"]
+            async with control.channel(state) as (channel, _):
+                for metadata in ((), (("authorization", "Bearer wrong"),)):
+                    with pytest.raises(grpc.aio.AioRpcError) as caught:
+                        await rpc.AdminStub(channel).Close(pb.CloseRequest(job="notes"), metadata=metadata)
+                    assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+            assert (await control.show(state, "notes")).state == pb.STATE_OPEN
+            assert (await control.close(state, "notes")).state == pb.STATE_EXPIRED
+
+    asyncio.run(test())
+
+
+def test_submitting_again_is_idempotent_and_another_job_of_the_name_is_refused(tmp_path: Path) -> None:
+    async def test(daemon: Daemon, _: Remote) -> None:
+        again = await daemon.submit(job.parse(SPEC))
+        assert again.spec.name == "notes" and len(await daemon.all()) == 1
+        with pytest.raises(Refused, match="different job"):
+            await daemon.submit(job.parse({**SPEC, "train": {"epochs": 1}}))
+        with pytest.raises(BadData, match="is not there"):
+            await daemon.submit(job.parse({**SPEC, "name": "other", "model": {"base": "/no/such/base"}}))
+
+    with_server(tmp_path / "state", test)
+
+
+def test_silent_clients_sleep_and_the_deadline_closes(tmp_path: Path) -> None:
+    now = [1000.0]
+
+    async def test(daemon: Daemon, remote: Remote) -> None:
+        reply = await join(remote)
+        now[0] += 61
+        assert (await daemon.status("notes")).clients[0].phase == pb.PHASE_ASLEEP
+        answer = await remote.heartbeat(pb.HeartbeatRequest(lease=reply.lease, step=3, total_steps=9, loss=1.5))
+        assert answer.directive == pb.DIRECTIVE_CONTINUE
+        client = (await daemon.status("notes")).clients[0]
+        assert (client.phase, client.step, client.loss) == (pb.PHASE_TRAINING, 3, 1.5)
+
+        now[0] += 86400
+        loop = asyncio.create_task(daemon.run())
+        async for status in remote.watch("notes"):
+            if status.state == pb.STATE_EXPIRED:
+                break
+        loop.cancel()
+        answer = await remote.heartbeat(pb.HeartbeatRequest(lease=reply.lease))
+        assert (answer.directive, "expired" in answer.reason) == (pb.DIRECTIVE_STOP, True)
+        with pytest.raises(Refused, match="no more contributions"):
+            await join(remote, BOB)
+
+    with_server(tmp_path / "state", test, clock=lambda: now[0])
+
+
+def test_downloads_resume_and_are_checked(tmp_path: Path) -> None:
+    async def test(_: Daemon, remote: Remote) -> None:
+        reply = await join(remote)
+        to = tmp_path / "initial.safetensors"
+        partial = tmp_path / ".initial.safetensors.download"
+        await remote.download("notes", reply.job.initial, to, nothing)
+        whole = to.read_bytes()
+        partial.write_bytes(whole[:1000])
+        seen: list[int] = []
+        await remote.download("notes", reply.job.initial, to, seen.append)
+        assert to.read_bytes() == whole and seen[-1] == len(whole)
+        partial.write_bytes(b"\0" * 1000)
+        with pytest.raises(BadData, match="damaged"):
+            await remote.download("notes", reply.job.initial, to, nothing)
+        assert to.read_bytes() == whole and not partial.exists()
+        hostile = pb.Artifact(name="../../etc/cron.d/x", digest="0" * 64)
+        with pytest.raises(BadData, match="not a path inside"):
+            remotes.local_path(tmp_path, hostile)
+
+    with_server(tmp_path / "state", test)
+
+
+def test_a_coordinator_with_another_key_is_refused(tmp_path: Path) -> None:
+    async def test() -> None:
+        first_use: list[str] = []
+        pins = Pins(tmp_path)
+        async with running(tmp_path / "one") as (_, address):
+            async with remotes.connect(address, pins, lambda _, seen: first_use.append(seen)) as remote:
+                with pytest.raises(Refused, match="no job is open"):
+                    await remote.join(pb.JoinRequest(client_id=ALICE))
+            async with remotes.connect(address, pins, lambda _, seen: first_use.append(seen)):
+                pass
+        assert first_use == [identity.load_or_create(tmp_path / "one").fingerprint]
+
+        async with running(tmp_path / "two") as (_, other):
+            assert pins.check(other, first_use[0]), "pinned to the key of another coordinator"
+            with pytest.raises(Refused, match="another key") as caught:
+                async with remotes.connect(other, pins, lambda *_: None):
+                    pass
+            assert tls.grouped(first_use[0]) in str(caught.value)
+
+    asyncio.run(test())
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    async def test() -> None:
+        with pytest.raises(Unreachable, match="no coordinator answers at"):
+            async with remotes.connect("127.0.0.1:1", Pins(tmp_path), lambda *_: None):
+                pass
+
+    asyncio.run(test())
