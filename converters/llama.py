@@ -9,11 +9,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from converters import gguf_file
 from converters.errors import BadModel, UsageError
 
 if TYPE_CHECKING:
@@ -29,30 +30,54 @@ def require() -> None:
         raise UsageError("llama.cpp is not installed here", hint="pip install 'oneround[serve]'")
 
 
-def load(model: Path, *, adapter: Path | None = None, context: int = 512, seed: int = 0) -> Llama:
-    """A model, with a GGUF adapter applied if one is given, that keeps the logits of every position.
+def load(model: Path, *, adapter: Path | None = None, context: int = 512) -> Llama:
+    """A model to be measured, with a GGUF adapter applied if one is given: it keeps the logits of every position.
+
+    On the CPU, with keys and values in float32. `context` in tokens.
 
     Raises:
         BadModel: the file is not there, or llama.cpp does not take it.
     """
+    if adapter is not None:
+        gguf_file.read(adapter)
+    return _open(
+        model,
+        lora_path=str(adapter) if adapter else None,
+        n_ctx=context,
+        n_batch=min(context, 512),
+        logits_all=True,
+        type_k=_F32,
+        type_v=_F32,
+    )
+
+
+def load_to_talk(model: Path, *, context: int = 4096, seed: int = 0) -> Llama:
+    """A model to be used: on the GPU if llama.cpp was built for one, with the model's own context up to `context`.
+
+    Raises:
+        BadModel: the file is not there, or llama.cpp does not take it.
+    """
+    header = gguf_file.read(model)
+    own = header.value(f"{header.value('general.architecture')}.context_length")
+    return _open(model, n_ctx=min(int(own or context), context), n_gpu_layers=-1, seed=seed)
+
+
+def _open(model: Path, **options: Any) -> Llama:
     require()
     from llama_cpp import Llama
 
-    for file in (model, adapter):
-        if file is not None and not file.is_file():
-            raise BadModel(f"{file} is not there")
+    class Plain(Llama):  # type: ignore[misc]
+        """Llama without the repacked weights (`use_extra_bufts`), which its constructor does not offer: with them
+        quantised models crash on some processors with AMX (ggml-org/llama.cpp issue 20824)."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            if name == "model_params":
+                value.use_extra_bufts = False
+            super().__setattr__(name, value)
+
+    gguf_file.read(model)  # llama.cpp can abort the process on a file that is not sound
     try:
-        return Llama(
-            model_path=str(model),
-            lora_path=str(adapter) if adapter else None,
-            n_ctx=context,
-            n_batch=min(context, 512),
-            logits_all=True,
-            type_k=_F32,
-            type_v=_F32,
-            seed=seed,
-            verbose=False,
-        )
+        return Plain(model_path=str(model), verbose=False, **options)
     except (ValueError, RuntimeError) as error:
         raise BadModel(f"llama.cpp does not load {model}: {error}") from error
 

@@ -32,7 +32,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+# Without a terminal lines are as long as they need to be: a log or a pipe has no edge to wrap at.
+out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 _DEFAULT_STATE = Path(platformdirs.user_data_dir("oneround")) / "coordinator"
 State = Annotated[Path, typer.Option("--state", help="The daemon's folder.", show_default="the user's data folder")]
@@ -166,13 +167,13 @@ def _is_loopback(listen: str) -> bool:
 
 
 def _log_to_stderr() -> None:
-    console = sys.stderr.isatty()
+    lines = structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"], bool_as_flag=False)
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso"),
             structlog.processors.format_exc_info,
-            structlog.dev.ConsoleRenderer() if console else structlog.processors.LogfmtRenderer(),
+            structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else lines,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),

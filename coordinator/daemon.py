@@ -242,6 +242,9 @@ class Daemon:
             reason=reason,
         )
         client.status.phase = pb.PHASE_CONTRIBUTED
+        client.status.step = client.status.total_steps = declared.steps
+        client.status.loss = declared.train_loss
+        client.status.last_seen_unix = receipt.received_unix
         contribution = store.Contribution(
             job=client.job, client_id=client.client_id, declaration=declared, receipt=receipt
         )

@@ -129,7 +129,8 @@ def _take(table: Mapping[str, Any], message: Message, prefix: str) -> None:
             raise UsageError(f"{prefix}{key} is {value!r}; expected {_expected(field)}") from error
 
 
-def _expected(field: FieldDescriptor) -> str:
+def _expected(field: Any) -> str:
+    """What a FieldDescriptor takes, in words."""
     one = {
         FieldDescriptor.CPPTYPE_STRING: "text",
         FieldDescriptor.CPPTYPE_DOUBLE: "a number",

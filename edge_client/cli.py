@@ -100,7 +100,7 @@ def status(state: State = _DEFAULT_STATE, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    out = Console(highlight=False)
+    out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
     if not rows:
         out.print("No job joined yet. Start with:  edge-client join --server HOST:PORT --data FILE_OR_FOLDER")
         return
@@ -133,7 +133,6 @@ def pull(
         async with _connected(server, state, screen, insecure, job) as remote:
             await _pull(remote, job, artifact, folder, screen)
 
-    _make(folder)
     asyncio.run(run())
     screen.say("folder", folder=str(folder))
 
@@ -151,11 +150,11 @@ def chat(
     """Talk with the published model, or with any GGUF; a model without a chat template continues your text."""
     llama.require()
     file = Path(model)
-    if not file.exists():
+    if not file.is_file():
         folder = outbox.find(state, model).folder / "published"
         found = sorted(folder.glob("*.gguf")) if folder.exists() else []
         file = found[0] if found else asyncio.run(_fetch_for_chat(model, server, state, insecure, folder))
-    loaded = llama.load(file, context=0)
+    loaded = llama.load_to_talk(file)
     history: list[dict[str, str]] = []
     while True:
         text = prompt or _ask()

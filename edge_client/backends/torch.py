@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from safetensors import SafetensorError
 
 from converters.adapter import Adapter, LowRank, Shape
 from converters.errors import BadModel, LayoutMismatch
@@ -73,7 +74,7 @@ def _model(base: Path) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             str(base), dtype=torch.float32, trust_remote_code=False, use_safetensors=True, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise BadModel(f"{base} holds no model that transformers can load: {error}") from error
     model.config.use_cache = False
     return model.eval()
