@@ -10,7 +10,7 @@ import click
 import typer
 from rich.console import Console
 
-from converters.errors import OneroundError
+from converters.errors import NotEnough, OneroundError
 
 INTERRUPTED = 130
 
@@ -32,6 +32,14 @@ def run(app: typer.Typer, name: str) -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         Console(stderr=True).print(f"\nInterrupted. Nothing is lost: run the same {name} command to go on.")
         sys.exit(INTERRUPTED)
+    except OSError as error:
+        if os.environ.get("ONEROUND_DEBUG"):
+            raise
+        fail(NotEnough(f"this machine does not let us: {error}"))
+    except Exception as error:
+        if os.environ.get("ONEROUND_DEBUG"):
+            raise
+        fail(OneroundError(f"a fault in {name}: {type(error).__name__}: {error}", hint=f"ONEROUND_DEBUG=1 {name} …"))
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -27,6 +27,7 @@ from oneround import tls
 from oneround.v1 import federation_pb2 as pb
 
 app = typer.Typer(
+    pretty_exceptions_enable=False,
     help="Announce fine-tuning jobs, take one adapter from each client, average, publish GGUFs.",
     epilog="Example: coordinator serve --job clinic-notes.toml",
     no_args_is_help=True,

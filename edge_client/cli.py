@@ -25,6 +25,7 @@ from oneround import tls
 from oneround.v1 import federation_pb2 as pb
 
 app = typer.Typer(
+    pretty_exceptions_enable=False,
     help="Fine-tune a shared model on files that stay on this machine; send one adapter; use the result.",
     epilog="Example: edge-client join --server host:50051 --data notes/",
     no_args_is_help=True,

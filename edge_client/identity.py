@@ -34,6 +34,7 @@ class Pins:
         known: dict[str, str] = json.loads(self._file.read_text()) if self._file.exists() else {}
         pinned = known.get(address)
         if pinned is None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
             tensors.replace(self._file, [json.dumps({**known, address: fingerprint}, indent=2).encode()])
             return True
         if pinned != fingerprint:
