@@ -78,7 +78,7 @@ gguf = ["f16", "q8_0"]
 """
 EPOCHS, LEARNING_RATE = 2, 2e-3
 
-console = Console(highlight=False)
+console = Console(highlight=False, record=True, width=None if sys.stdout.isatty() else 110)
 
 
 def main() -> None:
@@ -122,6 +122,7 @@ def main() -> None:
             pull("together", server, OUT / "together")
 
     title("llama.cpp measures every model on every client's held-out data")
+    console.print("  on rows that no training has seen; the adapters of single clients as base + adapter")
     with stages("evaluate"):
         losses, tokens = measure()
     with stages("samples"):
@@ -144,7 +145,9 @@ def main() -> None:
         "claims": claims(losses),
     }
     (OUT / "report.json").write_text(json.dumps(report, indent=2))
+    console.export_text(clear=True)  # the picture begins with the result
     show(report)
+    console.save_svg(str(OUT / "demo.svg"), title="make demo")
     if not all(report["claims"].values()):
         console.print("[red]The federated model did not keep what this demo promises; see above.[/red]")
         sys.exit(1)

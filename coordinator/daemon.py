@@ -144,11 +144,14 @@ class Daemon:
     async def heartbeat(self, beat: pb.HeartbeatRequest) -> pb.HeartbeatReply:
         """Note how training goes; say whether to go on."""
         client = await offload(self._store.client, beat.lease)
-        status = client.status
-        status.step, status.total_steps = beat.step, beat.total_steps
-        status.loss, status.tokens_per_second = beat.loss, beat.tokens_per_second
-        status.last_seen_unix = self._clock()
-        await offload(self._store.update_client, client, status)
+        now = self._clock()
+
+        def note(status: pb.ClientStatus) -> None:
+            status.step, status.total_steps = beat.step, beat.total_steps
+            status.loss, status.tokens_per_second = beat.loss, beat.tokens_per_second
+            status.last_seen_unix = now
+
+        await offload(self._store.update_client, client, note)
         await self._tell()
         row = await offload(self._store.job, client.job)
         given = await offload(self._store.contribution, client.job, client.client_id)
@@ -176,8 +179,11 @@ class Daemon:
         partial = self._blobs.partial(client.job, client.client_id)
         if client.declaration is not None and client.declaration.digest != declared.digest:
             partial.unlink(missing_ok=True)  # another training run's: what is here of the last one does not continue it
-        client.status.phase = pb.PHASE_UPLOADING
-        await offload(self._store.update_client, client, client.status, declared)
+
+        def note(status: pb.ClientStatus) -> None:
+            status.phase, status.last_seen_unix = pb.PHASE_UPLOADING, self._clock()
+
+        await offload(self._store.update_client, client, note, declared)
         await self._tell()
         return pb.OpenUploadReply(committed_offset=self._blobs.committed(partial, declared.digest, declared.size))
 
@@ -230,8 +236,6 @@ class Daemon:
         blob = await offload(self._blobs.commit, self._blobs.partial(client.job, client.client_id), declared.digest)
         row = await offload(self._store.job, client.job)
         reason = await offload(admission.verdict, blob, declared, row.job)
-        if row.state != State.OPEN:
-            reason = reason or f"it came in after the round had closed ({row.reason})"
         receipt = pb.Receipt(
             job=client.job,
             client_id=client.client_id,
@@ -241,17 +245,19 @@ class Daemon:
             admitted=not reason,
             reason=reason,
         )
-        client.status.phase = pb.PHASE_CONTRIBUTED
-        client.status.step = client.status.total_steps = declared.steps
-        client.status.loss = declared.train_loss
-        client.status.last_seen_unix = receipt.received_unix
+
+        def note(status: pb.ClientStatus) -> None:
+            status.phase, status.last_seen_unix = pb.PHASE_CONTRIBUTED, receipt.received_unix
+            status.step = status.total_steps = declared.steps
+            status.loss = declared.train_loss
+
         contribution = store.Contribution(
             job=client.job, client_id=client.client_id, declaration=declared, receipt=receipt
         )
-        receipt = await offload(self._store.contribute, contribution, client.status)
-        log.info("contribution", job=client.job, client=client.status.name, admitted=not reason, reason=reason)
-        await self._advance(client.job, rounds.Admitted(client.client_id) if not reason else rounds.Tick())
-        return receipt
+        kept = await offload(self._store.contribute, contribution, note)
+        log.info("contribution", job=client.job, client=client.status.name, admitted=kept.admitted, reason=kept.reason)
+        await self._advance(client.job, rounds.Admitted(client.client_id) if kept.admitted else rounds.Tick())
+        return kept
 
     async def file(self, name: str, digest: str) -> Path:
         """The file of one of a job's artifacts."""
@@ -325,10 +331,8 @@ class Daemon:
         raise Refused(f"several jobs are open here: {names}", hint=f"edge-client join --job {rows[0].name}")
 
     async def _advance(self, name: str, event: rounds.Event) -> None:
-        before = await offload(self._store.round, name)
-        after = rounds.apply(before, event, self._clock())
+        before, after = await offload(self._store.advance, name, event, self._clock())
         if after != before:
-            await offload(self._store.set_round, name, after)
             log.info("round", job=name, state=after.state.value, reason=after.reason)
         await self._tell()
         if after.state == State.PUBLISHING:
@@ -354,8 +358,7 @@ class Daemon:
             return
         finally:
             self._stages.pop(name, None)
-        after = rounds.apply(await offload(self._store.round, name), rounds.Published(), self._clock())
-        await offload(self._store.publish, published, after)
+        await offload(self._store.publish, published, self._clock())
         log.info("published", job=name, version=published.version, folder=published.publication.folder)
         await self._tell()
 

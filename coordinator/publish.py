@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import shutil
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -155,6 +157,7 @@ def main() -> int:
     def report(stage: str) -> None:
         print(json.dumps({"stage": stage}), flush=True)
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         publish(Order.from_json(Path(sys.argv[1]).read_text()), report)
     except OneroundError as error:
@@ -165,6 +168,12 @@ def main() -> int:
         print(json.dumps({"failed": f"{type(error).__name__}: {error}"}), flush=True)
         return 1
     return 0
+
+
+def _end_with_parent() -> None:
+    """Our input closes when the daemon dies, however it dies; its successor starts this work anew."""
+    sys.stdin.buffer.read()
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ async def run(state: Path, known: Store, blobs: Blobs, name: str, on_stage: OnSt
     tensors.replace(written, [order.to_json().encode()])
 
     command = (sys.executable, "-m", "coordinator.publish", str(written))
-    child = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    pipe = asyncio.subprocess.PIPE
+    child = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
     assert child.stdout is not None, "asked for above"
     failed = "the publisher ended without a word; see the daemon's log"
     try:

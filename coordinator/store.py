@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf import json_format
 from google.protobuf.message import Message
-from sqlalchemy import Dialect, ForeignKeyConstraint, Text, create_engine, event, select
+from sqlalchemy import Connection, Dialect, ForeignKeyConstraint, Text, create_engine, event, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.types import TypeDecorator
 
 from converters.errors import Refused
+from coordinator import round as rounds
 from coordinator.round import Round, State
 from oneround.v1 import federation_pb2 as pb
 
@@ -94,6 +95,7 @@ class Store:
         self._engine = create_engine(url)
         if self._engine.dialect.name == "sqlite":
             event.listen(self._engine, "connect", _durable_sqlite)
+            event.listen(self._engine, "begin", _begin_immediate)
         Base.metadata.create_all(self._engine)
 
     @contextmanager
@@ -117,15 +119,13 @@ class Store:
         with self._transaction() as session:
             return session.scalars(select(Job).order_by(Job.opened.desc())).all()
 
-    def round(self, name: str) -> Round:
-        """Where the job's round stands."""
+    def advance(self, name: str, event: rounds.Event, now: float) -> tuple[Round, Round]:
+        """Apply an event to a job's round; returns the round before and after."""
         with self._transaction() as session:
-            return _round(session, name)
-
-    def set_round(self, name: str, round: Round) -> None:
-        with self._transaction() as session:
-            job = session.get_one(Job, name)
-            job.state, job.reason = round.state.value, round.reason
+            before = _round(session, name)
+            after = rounds.apply(before, event, now)
+            _set_round(session, name, after)
+            return before, after
 
     # Clients
 
@@ -150,24 +150,37 @@ class Store:
         with self._transaction() as session:
             return session.scalars(select(Client).where(Client.job == job).order_by(Client.client_id)).all()
 
-    def update_client(self, client: Client, status: pb.ClientStatus, declaration: pb.Declaration | None = None) -> None:
+    def update_client(
+        self, client: Client, change: Callable[[pb.ClientStatus], None], declaration: pb.Declaration | None = None
+    ) -> None:
+        """Change a client's status where it stands, and what it declares; nothing once its contribution is in."""
         with self._transaction() as session:
-            row = session.get_one(Client, (client.job, client.client_id))
-            row.status = status
+            key = (client.job, client.client_id)
+            if session.get(Contribution, key) is not None:
+                return
+            row = session.get_one(Client, key)
+            _change(row, change)
             if declaration is not None:
                 row.declaration = declaration
 
     # Contributions
 
-    def contribute(self, contribution: Contribution, status: pb.ClientStatus) -> pb.Receipt:
-        """Commit a contribution and return its receipt; if this client's is already there, the receipt of that one."""
+    def contribute(self, contribution: Contribution, change: Callable[[pb.ClientStatus], None]) -> pb.Receipt:
+        """Commit a contribution and return its receipt; if this client's is already there, the receipt of that one.
+
+        One that comes when the round is no longer open is kept, and takes no part.
+        """
         with self._transaction() as session:
             key = (contribution.job, contribution.client_id)
             there = session.get(Contribution, key)
             if there is not None:
                 return there.receipt
+            round = _round(session, contribution.job)
+            if contribution.receipt.admitted and round.state is not State.OPEN:
+                contribution.receipt.admitted = False
+                contribution.receipt.reason = f"it came in after the round had closed ({round.reason})"
             session.add(contribution)
-            session.get_one(Client, key).status = status
+            _change(session.get_one(Client, key), change)
             return contribution.receipt
 
     def contribution(self, job: str, client_id: str) -> Contribution | None:
@@ -182,12 +195,12 @@ class Store:
 
     # Publications
 
-    def publish(self, publication: Publication, round: Round) -> None:
+    def publish(self, publication: Publication, now: float) -> None:
         """A publication and the round's new state, together."""
         with self._transaction() as session:
             session.merge(publication)
-            job = session.get_one(Job, publication.job)
-            job.state, job.reason = round.state.value, round.reason
+            name = publication.job
+            _set_round(session, name, rounds.apply(_round(session, name), rounds.Published(), now))
 
     def publications(self, job: str) -> Sequence[Publication]:
         """Oldest first."""
@@ -210,6 +223,19 @@ def _round(session: Session, name: str) -> Round:
     )
 
 
+def _set_round(session: Session, name: str, round: Round) -> None:
+    job = session.get_one(Job, name)
+    job.state, job.reason = round.state.value, round.reason
+
+
+def _change(client: Client, change: Callable[[pb.ClientStatus], None]) -> None:
+    """Change a copy and put it in place: a message that is changed where it is would not look changed to SQLAlchemy."""
+    status = pb.ClientStatus()
+    status.CopyFrom(client.status)
+    change(status)
+    client.status = status
+
+
 def _found(row: Row | None, otherwise: str) -> Row:
     if row is None:
         raise Refused(otherwise)
@@ -218,5 +244,11 @@ def _found(row: Row | None, otherwise: str) -> Row:
 
 def _durable_sqlite(connection: Any, _record: Any) -> None:
     """Readers do not wait for the writer, and a commit is on the disk when it returns."""
+    connection.isolation_level = None  # transactions begin below, not where the driver thinks
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=10000"):
         connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_immediate(connection: Connection) -> None:
+    """Take the write lock at once: a transaction that reads, then writes, would fail if another wrote between."""
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
