@@ -239,6 +239,8 @@ class _Walk:
         if not 1 <= n_dims <= _MOST_DIMENSIONS:
             raise _Unsound(f"the tensor {name} has {n_dims} dimensions")
         shape = tuple(self._unpack("Q") for _ in range(n_dims))[::-1]
+        if 0 in shape:
+            raise _Unsound(f"the tensor {name} {shape} is empty")
         number, offset = self._unpack("I"), self._unpack("Q")
         if number not in {known.value for known in GGML_QUANT_SIZES}:
             raise _Unsound(f"the tensor {name} has the unknown type {number}")

@@ -6,6 +6,7 @@ template need no code, and memory is one tensor. It equals merging in transforme
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 
-from converters import gguf_file, tensors
+from converters import gguf_file, llama, tensors
 from converters.adapter import Adapter, LowRank, Shape
 from converters.architectures import Base, check_fits, gguf_name, interleave
 from converters.errors import BadModel, LayoutMismatch, UsageError
@@ -77,11 +78,11 @@ def quantize(source: Path, out: Path, kind: str) -> dict[str, int]:
     """
     if kind not in QUANTISED_TYPES:
         raise UsageError(f"a quantised model is {', '.join(QUANTISED_TYPES)}, not {kind}")
-    try:
-        import llama_cpp
-    except ImportError:
-        raise UsageError("llama.cpp is not installed here", hint="pip install 'oneround[serve]'") from None
+    llama.require()
+    import llama_cpp
+
     gguf_file.read(source)  # llama.cpp can abort the process on a file that is not sound
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # it has a line for every tensor
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = QUANTISED_TYPES[kind]
     with tensors.placed(out) as file:

@@ -11,6 +11,7 @@ expressions behind each name of pre-tokenizer).
 
 from __future__ import annotations
 
+import logging
 import re
 import struct
 from collections.abc import Iterator
@@ -96,6 +97,7 @@ def add(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
     if model == "llama":
         writer.add_token_scores(vocabulary.scores)
     writer.add_token_types(vocabulary.types)
+    logging.getLogger("gguf.vocab").setLevel(logging.ERROR)  # it warns of what the lines below settle
     try:
         special = gguf.SpecialVocab(folder, load_merges=model == "gpt2", n_vocab=vocab_size)
         # A tokenizer.json says what it adds; without one, transformers makes a LlamaTokenizer, which adds BOS.

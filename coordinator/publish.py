@@ -104,7 +104,7 @@ def _make(order: Order, work: Path, report: Report) -> None:
     mlx.write(result.adapter, work / "mlx", base)
     gguf_adapter.write(result.adapter, work / "adapter.gguf", base)
 
-    merged = _merge(order, base, result.adapter, work, report)
+    merged, types = _merge(order, base, result.adapter, work, report)
 
     report("verifying with llama.cpp")
     against = verify.reference(order.base_gguf, work / "adapter.gguf")
@@ -123,6 +123,7 @@ def _make(order: Order, work: Path, report: Report) -> None:
             {"client": given.client, "digest": given.digest, "num_examples": given.num_examples}
             for given in order.contributions
         ],
+        "quantised_tensors": types,
         "verification": {name: verdict.as_json() for name, verdict in verdicts.items()},
         "made_with": {name: importlib.metadata.version(name) for name in ("oneround", "gguf", "llama-cpp-python")},
         "files": {
@@ -134,21 +135,25 @@ def _make(order: Order, work: Path, report: Report) -> None:
     tensors.replace(work / "manifest.json", [json.dumps(manifest, indent=2).encode()])
 
 
-def _merge(order: Order, base: Base, mean: Adapter, work: Path, report: Report) -> dict[str, Path]:
-    """The merged models that the job asks for, by type. Quantised ones come from the finest float file."""
+def _merge(
+    order: Order, base: Base, mean: Adapter, work: Path, report: Report
+) -> tuple[dict[str, Path], dict[str, dict[str, int]]]:
+    """The merged models that the job asks for, by type, and how many tensors of each type quantised ones hold: rows
+    that a type does not fit fall back to another. Quantised ones come from the finest float file."""
     wanted = list(order.spec.publish.gguf)
     floats = [kind for kind in gguf_merge.FLOAT_TYPES if kind in wanted] or ["f16"]
-    made = {kind: work / f"{order.spec.name}-{kind}.gguf" for kind in {*floats, *wanted}}
+    files = {kind: work / f"{order.spec.name}-{kind}.gguf" for kind in {*floats, *wanted}}
+    types = {}
     for kind in floats:
         report(f"merging into {kind}")
-        gguf_merge.merge(order.base_gguf, mean, made[kind], kind, base)
+        gguf_merge.merge(order.base_gguf, mean, files[kind], kind, base)
     for kind in wanted:
         if kind not in floats:
             report(f"quantising to {kind}")
-            gguf_merge.quantize(made[floats[0]], made[kind], kind)
+            types[files[kind].name] = gguf_merge.quantize(files[floats[0]], files[kind], kind)
     for kind in set(floats) - set(wanted):
-        made.pop(kind).unlink()
-    return {kind: made[kind] for kind in wanted}
+        files.pop(kind).unlink()
+    return {kind: files[kind] for kind in wanted}, types
 
 
 def main() -> int:
@@ -172,7 +177,8 @@ def main() -> int:
 
 def _end_with_parent() -> None:
     """Our input closes when the daemon dies, however it dies; its successor starts this work anew."""
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):
+        pass
     os._exit(1)
 
 

@@ -126,4 +126,4 @@ def test_each_client_sent_one_adapter_and_says_so(played: Path) -> None:
 def test_the_published_model_speaks(played: Path) -> None:
     file = played / "published" / "plays-q8_0.gguf"
     said, _ = commands.run("edge-client", "chat", file, "--prompt", "Once upon a time", "--max-tokens", 20)
-    assert said.startswith("Once upon a time") and len(said.split()) > 8
+    assert said.startswith("Once upon a time") and len(said) > 30

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from converters import adapter, architectures, gguf_adapter, gguf_base, gguf_file, gguf_merge, llama, mlx, peft
 from tests.converters import tiny
 
-BOUND = 1e-3  # of logits of about ±10; measured: 1e-5 in torch and MLX, 2e-5 in llama.cpp
+BOUND = 1e-4  # of logits of about ±4; measured: at most 1e-5 in torch, MLX and llama.cpp
 
 ADAPTERS = {
     "plain": {},
@@ -52,7 +54,6 @@ def test_every_format_gives_the_logits_of_the_original(base: Path, original: Pat
         "merged gguf": llama.logits(llama.load(tmp_path / "merged.gguf", context=64), tiny.PROMPT),
     }
     differences = {name: float(np.abs(logits - expected).max()) for name, logits in found.items()}
-    print(differences, float(np.abs(expected).max()))
     assert max(differences.values()) < BOUND, differences
 
 
@@ -73,10 +74,6 @@ def test_mlx_adapter_with_the_default_scale_gives_its_logits_in_peft(bases: dict
 
 
 def save_mlx(folder: Path, found: dict[str, np.ndarray], scale: float, keys: list[str], num_layers: int) -> Path:
-    import json
-
-    from safetensors.numpy import save_file
-
     folder.mkdir()
     save_file(found, folder / "adapters.safetensors")
     parameters = {"rank": 3, "scale": scale, "dropout": 0.0, "keys": keys}
@@ -183,5 +180,4 @@ def test_stories260k_in_llama_cpp_with_an_adapter(stories: Path, tmp_path: Path)
     gguf_adapter.write(peft.read(original), tmp_path / "adapter.gguf", described)
     model = llama.load(tmp_path / "base.gguf", adapter=tmp_path / "adapter.gguf")
     difference = np.abs(llama.logits(model, tiny.PROMPT) - expected).max()
-    print(difference, np.abs(expected).max())
     assert difference < BOUND

@@ -1,0 +1,167 @@
+"""What the common layout cannot hold is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from converters import adapter, architectures, gguf_adapter, gguf_base, gguf_merge, mlx, peft
+from converters.adapter import Adapter, LowRank
+from converters.errors import BadAdapter, BadModel, LayoutMismatch, UsageError
+from tests.converters import tiny
+
+NAME = "model.layers.0.self_attn.q_proj"
+
+
+def save_peft(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray] | None = None) -> Path:
+    found = {
+        f"base_model.model.{NAME}.lora_A.weight": np.ones((2, 64), np.float32),
+        f"base_model.model.{NAME}.lora_B.weight": np.ones((96, 2), np.float32),
+    }
+    folder.mkdir()
+    save_file({**found, **(tensors or {})}, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], **config}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"bias": "all"}, "bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"target_parameters": ["experts.w"]}, "target_parameters"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"peft_type": "LOHA"}, "LOHA"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+        ({"init_lora_weights": "olora"}, "olora"),
+        ({"init_lora_weights": "corda"}, "corda"),
+        ({"init_lora_weights": "loftq"}, "loftq"),
+        ({"init_lora_weights": "lora_ga"}, "lora_ga"),
+        ({"from_the_future": 1}, "from_the_future"),
+        ({"r": 3}, "rank 3"),
+        ({"r": 0}, "r is 0"),
+        ({"r": 1e9}, "r is 1000000000.0"),
+        ({"lora_alpha": "8"}, "lora_alpha"),
+        ({"lora_alpha": float("nan")}, "lora_alpha"),
+        ({"rank_pattern": {"(": 3}}, "regular expression"),
+        ({"rank_pattern": {"q_proj": "2"}}, "q_proj"),
+        ({"use_rslora": "yes"}, "use_rslora"),
+    ],
+)
+def test_peft_settings(tmp_path: Path, config: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadAdapter, match=said.replace("(", r"\(")):
+        peft.read(save_peft(tmp_path / "adapter", config))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "said"),
+    [
+        (f"base_model.model.{NAME}.lora_magnitude_vector", (96,), "DoRA"),
+        (f"base_model.model.{NAME}.lora_B.bias", (96,), "a bias on lora_B"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", (2, 384), "embedding"),
+        ("base_model.model.model.embed_tokens.base_layer.weight", (384, 64), "a weight of the base"),
+        ("base_model.model.lm_head.weight", (384, 64), "lm_head"),
+        ("base_model.model.x.lora_A.weight", (2, 64), "only one of its two"),
+        ("x.lora_A.weight", (2, 64), "x.lora_A"),
+    ],
+)
+def test_peft_tensors(tmp_path: Path, name: str, shape: tuple[int, ...], said: str) -> None:
+    with pytest.raises(BadAdapter, match=said):
+        peft.read(save_peft(tmp_path / "adapter", {}, {name: np.ones(shape, np.float32)}))
+
+
+def test_output_layer_lora(tmp_path: Path) -> None:
+    extra = {
+        "base_model.model.lm_head.lora_A.weight": np.ones((2, 64), np.float32),
+        "base_model.model.lm_head.lora_B.weight": np.ones((384, 2), np.float32),
+    }
+    with pytest.raises(BadAdapter, match="lm_head"):
+        peft.read(save_peft(tmp_path / "adapter", {}, extra))
+
+
+def test_rank_pattern_matches_as_peft_matches(tmp_path: Path) -> None:
+    """From the right at a dot, first key first: `q_proj` does, `proj` does not; an anchored key does."""
+    config = {"r": 9, "rank_pattern": {"proj": 5, "^model.layers.0.*q_proj": 2}, "alpha_pattern": {"q_proj": 6}}
+    (found,) = peft.read(save_peft(tmp_path / "adapter", config)).modules.values()
+    assert found.b[0, 0] == 3.0
+
+
+def save_mlx(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray] | None = None) -> Path:
+    found = {f"{NAME}.lora_a": np.ones((64, 2), np.float32), f"{NAME}.lora_b": np.ones((2, 96), np.float32)}
+    folder.mkdir()
+    save_file({**found, **(tensors or {})}, folder / "adapters.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "extra", "said"),
+    [
+        ({"fine_tune_type": "dora"}, {}, "dora"),
+        ({"fine_tune_type": "full"}, {}, "full"),
+        ({"lora_parameters": {"scale": "20"}}, {}, "scale"),
+        ({"lora_parameters": []}, {}, "lora_parameters"),
+        ({}, {f"{NAME}.m": (96,)}, r"q_proj\.m"),
+        ({}, {"model.layers.0.mlp.switch_mlp.up_proj.lora_a": (4, 2, 64)}, "switch_mlp"),
+        ({}, {"model.embed_tokens.lora_a": (384, 2), "model.embed_tokens.lora_b": (2, 64)}, "embed_tokens"),
+    ],
+)
+def test_mlx(tmp_path: Path, config: dict[str, Any], extra: dict[str, tuple[int, ...]], said: str) -> None:
+    tensors = {name: np.ones(shape, np.float32) for name, shape in extra.items()}
+    with pytest.raises(BadAdapter, match=said):
+        mlx.read(save_mlx(tmp_path / "adapter", config, tensors))
+
+
+def test_mlx_scale_is_twenty_when_nothing_is_said(tmp_path: Path) -> None:
+    assert mlx.read(save_mlx(tmp_path / "adapter", {})).modules[NAME].b[0, 0] == 20.0
+
+
+def test_adapters_that_do_not_fit_the_base(base: Path, tmp_path: Path) -> None:
+    described = architectures.describe(base)
+    gguf_base.build(base, tmp_path / "base.gguf")
+    for name, shape in (("model.layers.9.self_attn.q_proj", (96, 64)), (NAME, (64, 96)), ("lm_head", (384, 64))):
+        a, b = np.ones((2, shape[1]), np.float32), np.ones((shape[0], 2), np.float32)
+        wrong = Adapter({name: LowRank(a, b)})
+        with pytest.raises(LayoutMismatch, match=name):
+            mlx.write(wrong, tmp_path / "mlx", described)
+        with pytest.raises(LayoutMismatch, match=name):
+            gguf_adapter.write(wrong, tmp_path / "adapter.gguf", described)
+        with pytest.raises(LayoutMismatch, match=name):
+            gguf_merge.merge(tmp_path / "base.gguf", wrong, tmp_path / "merged.gguf", "f16", described)
+    assert [file.name for file in tmp_path.iterdir()] == ["base.gguf"]
+
+
+def test_merging_into_another_model_or_a_quantised_one(base: Path, tmp_path: Path) -> None:
+    described = architectures.describe(base)
+    update = adapter.initial(described.linears, 2, 0)
+    other = tiny.save_model(tmp_path / "other", tiny.config(tied=True, num_key_value_heads=4))
+    tiny.save_tokenizer(other)
+    gguf_base.build(other, tmp_path / "other.gguf")
+    with pytest.raises(LayoutMismatch, match="head_count_kv"):
+        gguf_merge.merge(tmp_path / "other.gguf", update, tmp_path / "merged.gguf", "f16", described)
+    gguf_base.build(base, tmp_path / "f16.gguf", "f16")
+    gguf_merge.quantize(tmp_path / "f16.gguf", tmp_path / "q8_0.gguf", "q8_0")
+    with pytest.raises(BadModel, match="is quantised"):
+        gguf_merge.merge(tmp_path / "q8_0.gguf", update, tmp_path / "merged.gguf", "f16", described)
+
+
+def test_quantising_what_cannot_be_leaves_nothing(base: Path, tmp_path: Path) -> None:
+    gguf_adapter.write(
+        adapter.initial(architectures.describe(base).linears, 2, 0),
+        tmp_path / "adapter.gguf",
+        architectures.describe(base),
+    )
+    with pytest.raises(BadModel, match="does not quantise"):
+        gguf_merge.quantize(tmp_path / "adapter.gguf", tmp_path / "out.gguf", "q8_0")
+    with pytest.raises(UsageError, match="q3"):
+        gguf_merge.quantize(tmp_path / "adapter.gguf", tmp_path / "out.gguf", "q3")
+    assert [file.name for file in tmp_path.iterdir()] == ["adapter.gguf"]
