@@ -6,7 +6,6 @@ import os
 import sys
 from typing import NoReturn
 
-import click
 import typer
 from rich.console import Console
 
@@ -21,17 +20,15 @@ def run(app: typer.Typer, name: str) -> NoReturn:
     No traceback, unless ONEROUND_DEBUG is set.
     """
     try:
-        code = app(prog_name=name, standalone_mode=False)
+        app(prog_name=name)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            Console(stderr=True).print(f"\nInterrupted. Nothing is lost: run the same {name} command to go on.")
+        raise
     except OneroundError as error:
         if os.environ.get("ONEROUND_DEBUG"):
             raise
         fail(error)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        Console(stderr=True).print(f"\nInterrupted. Nothing is lost: run the same {name} command to go on.")
-        sys.exit(INTERRUPTED)
     except OSError as error:
         if os.environ.get("ONEROUND_DEBUG"):
             raise
@@ -40,7 +37,7 @@ def run(app: typer.Typer, name: str) -> NoReturn:
         if os.environ.get("ONEROUND_DEBUG"):
             raise
         fail(OneroundError(f"a fault in {name}: {type(error).__name__}: {error}", hint=f"ONEROUND_DEBUG=1 {name} …"))
-    sys.exit(code if isinstance(code, int) else 0)
+    sys.exit(0)
 
 
 def fail(error: OneroundError) -> NoReturn:

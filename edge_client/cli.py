@@ -58,17 +58,19 @@ def join(
     """Take part in a job, start to receipt. Run it again after any interruption, and it goes on."""
     screen = Screen(as_json)
     _make(state)
+    if not data.exists():
+        raise BadData(f"there is no data at {data}", hint="edge-client join --data FILE_OR_FOLDER")
+    with screen.busy("loading the training backend"):
+        chosen = backends.choose(backend)
     taker = session.Taker(
         state=state,
         client_id=identity.client_id(state),
         name=name or socket.gethostname(),
         data=data,
-        backend=backends.choose(backend),
+        backend=chosen,
         model=model,
         skip_bad_rows=skip_bad_rows,
     )
-    if not data.exists():
-        raise BadData(f"there is no data at {data}", hint="edge-client join --data FILE_OR_FOLDER")
 
     async def run() -> None:
         async with _connected(server, state, screen, insecure) as remote:

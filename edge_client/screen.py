@@ -53,6 +53,15 @@ class Screen:
             self._console.print(sentence.format(**fields))
 
     @contextmanager
+    def busy(self, label: str) -> Iterator[None]:
+        """Show that something goes on whose length is not known."""
+        if self._json or not self._console.is_terminal:
+            yield
+            return
+        with self._console.status(label):
+            yield
+
+    @contextmanager
     def bar(self, label: str, total: int) -> Iterator[Advance]:
         """Report progress: call what is given with how much of `total` is done, and a few words of detail."""
         if self._json or not self._console.is_terminal:

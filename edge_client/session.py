@@ -196,6 +196,7 @@ async def _train(remote: Remote, reply: pb.JoinReply, box: Outbox, taker: Taker,
         try:
             trained = await asyncio.to_thread(taker.backend.train, base, initial, recipe, plan, on_step)
         finally:
+            stop.append("interrupted")  # training runs in a thread, which only ends by itself
             beating.cancel()
             await asyncio.gather(beating, return_exceptions=True)
 

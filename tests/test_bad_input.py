@@ -1,6 +1,7 @@
 """What people get wrong: a clear sentence, the way out, the documented exit code, and never a traceback."""
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,6 +88,26 @@ def test_a_job_that_is_not_there_and_a_model_that_is_another(served: tuple[Path,
     assert "there is no job 'nothing'" in err
     _, err = commands.run("edge-client", *join, "--model", folder, code=5)
     assert "is not the job's base model" in err
+
+
+@pytest.mark.parametrize("arguments", [("join", "--sevrer", "host:1"), ("joni",), ("chat",)])
+def test_wrong_usage(arguments: tuple[str, ...]) -> None:
+    _, err = commands.run("edge-client", *arguments, code=2)
+    assert "Usage: edge-client" in err
+
+
+def test_interrupted_training_says_how_to_go_on(served: tuple[Path, str]) -> None:
+    folder, address = served
+    (folder / "long.txt").write_text("for line in file:\n    print(line)\n" * 5000)
+    data = ("--data", folder / "long.txt", "--state", folder / "client")
+    client = commands.start("edge-client", "join", "--server", address, *data, "--json")
+    assert client.stdout is not None
+    for line in client.stdout:
+        if '"tokens_per_second"' in line:
+            break
+    client.send_signal(signal.SIGINT)
+    _, err = commands.finish(client, code=130)
+    assert "run the same edge-client command to go on" in err
 
 
 def test_insecure_is_for_loopback(tmp_path: Path) -> None:
