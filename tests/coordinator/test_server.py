@@ -200,6 +200,36 @@ def test_chunks_that_do_not_fit(tmp_path: Path, offset: int, data: bytes, says: 
     with_server(tmp_path / "state", test)
 
 
+def test_one_stream_at_a_time(tmp_path: Path) -> None:
+    async def test(_: Daemon, remote: Remote) -> None:
+        reply = await join(remote)
+        file, declaration = written(trained(reply), tmp_path)
+        await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
+        go_on = asyncio.Event()
+
+        async def messages() -> AsyncIterator[pb.UploadRequest]:
+            yield pb.UploadRequest(lease=reply.lease, data=file.read_bytes()[:1000])
+            await go_on.wait()
+            yield pb.UploadRequest(data=file.read_bytes()[1000:])
+
+        first = asyncio.create_task(_receipt(remote._stub.Upload(messages())))
+        partial = tmp_path / "state" / "uploads" / f"notes.{ALICE}"
+        while not partial.exists():  # until the coordinator has taken the stream
+            await asyncio.sleep(0.01)
+        with pytest.raises(Unreachable, match="another stream"):
+            await remote.upload(reply.lease, declaration, file, nothing)
+        other = pb.Declaration(digest="1" * 64, size=10, num_examples=1)
+        with pytest.raises(grpc.aio.AioRpcError, match="another stream"):
+            await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=other))
+        go_on.set()
+        assert (await first).admitted
+
+    async def _receipt(call: Awaitable[pb.Receipt]) -> pb.Receipt:
+        return await call
+
+    with_server(tmp_path / "state", test)
+
+
 def test_what_a_stranger_may_not(tmp_path: Path) -> None:
     async def test(_: Daemon, remote: Remote) -> None:
         stub = remote._stub
