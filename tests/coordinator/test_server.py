@@ -214,7 +214,9 @@ def test_one_stream_at_a_time(tmp_path: Path) -> None:
 
         first = asyncio.create_task(_receipt(remote._stub.Upload(messages())))
         partial = tmp_path / "state" / "uploads" / f"notes.{ALICE}"
-        while not partial.exists():  # until the coordinator has taken the stream
+        for _ in range(1000):  # until the coordinator has taken the stream
+            if partial.exists():
+                break
             await asyncio.sleep(0.01)
         with pytest.raises(Unreachable, match="another stream"):
             await remote.upload(reply.lease, declaration, file, nothing)
