@@ -35,7 +35,6 @@ from rich.progress import (
     TaskID,
     TaskProgressColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
@@ -43,6 +42,7 @@ from rich.table import Table
 from converters import adapter, architectures, gguf_adapter, gguf_base, llama
 from converters.errors import OneroundError
 from edge_client import backends, examples, local_model, outbox
+from edge_client.screen import columns_of_a_bar
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "benchmarks" / "base"
@@ -267,12 +267,7 @@ class Board:
         columns = (
             TextColumn("  {task.description:<18}"),
             TextColumn("{task.fields[what]:<10}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}"),
+            *columns_of_a_bar(),
         )
         self._progress = Progress(*columns, console=console) if console.is_terminal else None
         self._names: list[str] = []

@@ -9,7 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 # Every event that the client reports, and its sentence.
 SENTENCES = {
@@ -37,6 +46,18 @@ _PLAIN_EVERY = 5.0  # seconds between lines of progress without a terminal
 _JSON_EVERY = 1.0
 
 
+def columns_of_a_bar() -> tuple[ProgressColumn, ...]:
+    """How far, how long, how long still, and the task's `detail`."""
+    return (
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
+
+
 class Screen:
     """Reports events; `as_json` prints each as a line of JSON instead of a sentence."""
 
@@ -50,7 +71,7 @@ class Screen:
         if self._json:
             self._print_json(event, fields)
         else:
-            self._console.print(sentence.format(**fields))
+            self._console.print(sentence.format(**{name: _plain(value) for name, value in fields.items()}))
 
     @contextmanager
     def busy(self, label: str) -> Iterator[None]:
@@ -67,15 +88,7 @@ class Screen:
         if self._json or not self._console.is_terminal:
             yield self._lines(label, total)
             return
-        columns = (
-            TextColumn("{task.description:<10}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}"),
-        )
+        columns = (TextColumn("{task.description:<10}"), *columns_of_a_bar())
         with Progress(*columns, console=self._console) as progress:
             task = progress.add_task(label, total=total, detail="")
 
@@ -109,3 +122,10 @@ class Screen:
     def _print_json(self, event: str, fields: dict[str, object]) -> None:
         print(json.dumps({"event": event, **fields}), flush=True)
         sys.stdout.flush()
+
+
+def _plain(value: object) -> object:
+    """Names come from elsewhere too: no markup, and no control characters that a terminal would obey."""
+    if not isinstance(value, str):
+        return value
+    return escape("".join(letter for letter in value if letter.isprintable() or letter == "\n"))
