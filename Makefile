@@ -18,7 +18,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "oneround needs Python 3.11 or newer, and found none: install one, or make PYTHON=/path/to/python3"; exit 1; }
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version) (the first time takes several minutes: llama.cpp is compiled)"
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)/python -m pip install --quiet --progress-bar on -c constraints.txt -e '.[all,dev]'
+	$(RUN)/python -m pip install -c constraints.txt -e '.[all,dev]'
 	@touch $@
 
 demo: setup  ## a coordinator and three clients on this machine, start to GGUF

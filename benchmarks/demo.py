@@ -26,7 +26,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich import box
 from rich.console import Console
 from rich.progress import (
@@ -141,7 +140,7 @@ def main() -> None:
             file.relative_to(OUT).as_posix() for file in (OUT / "published").rglob("*") if file.is_file()
         ),
         "recipe": {"epochs": EPOCHS, "learning_rate": LEARNING_RATE, "max_seq_len": SEQUENCE},
-        "machine": {"platform": platform.platform(), "python": platform.python_version(), "cores": psutil.cpu_count()},
+        "machine": {"platform": platform.platform(), "python": platform.python_version(), "cores": os.cpu_count()},
         "claims": claims(losses),
     }
     (OUT / "report.json").write_text(json.dumps(report, indent=2))
@@ -340,7 +339,7 @@ def tool(name: str) -> str:
 
 
 def threads(processes: int) -> int:
-    return max(1, (psutil.cpu_count(logical=False) or 1) // processes)
+    return max(1, (os.cpu_count() or 1) // processes)
 
 
 # Measurement
