@@ -47,8 +47,13 @@ ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "benchmarks" / "base"
 OUT = ROOT / "demo-output"
 CLIENTS = {"asyncio": "torch", "email": "torch", "xml": "mlx"}
-PROMPTS = {"asyncio": "    async def _read_ready(self", "email": "    def get_content_", "xml": "class ContentHandler"}
-TRAIN_BYTES, HELD_OUT_BYTES = 200_000, 30_000  # of source, per client
+PROMPTS = {
+    "asyncio": "class Server:\n\n    async def wait_closed(self):\n",
+    "email": '    def get_payload(self, i=None, decode=False):\n        """Return',
+    "xml": "class ContentHandler:\n    def startElement(self, name",
+}
+SAMPLING = ("--temperature", 0.6, "--seed", 0)
+TRAIN_BYTES, HELD_OUT_BYTES = 160_000, 25_000  # of source, per client
 SEQUENCE = 256
 
 JOB = """\
@@ -397,7 +402,7 @@ def sample(prompt: str) -> dict[str, str]:
     """What the base and the published model write after a prompt."""
     said = {}
     for name, file in (("base", OUT / "base.gguf"), ("published", OUT / "published" / "stdlib-q8_0.gguf")):
-        said[name] = run("edge-client", "chat", file, "--prompt", prompt, "--max-tokens", 64).rstrip()
+        said[name] = run("edge-client", "chat", file, "--prompt", prompt, "--max-tokens", 60, *SAMPLING).rstrip()
     return {"prompt": prompt, **said}
 
 

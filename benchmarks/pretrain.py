@@ -297,6 +297,7 @@ def main() -> None:
     s = parse_settings()
     torch.set_num_threads(s.threads)
     torch.manual_seed(s.seed)
+    torch.use_deterministic_algorithms(True)  # or the embedding's gradient is summed in any order
 
     texts, held_out, left_out = read_corpus()
     tokenizer = train_tokenizer(texts, s.vocab)

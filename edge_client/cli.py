@@ -146,6 +146,7 @@ def chat(
     prompt: Annotated[str, typer.Option(help="One prompt, one answer. Left out: a conversation.")] = "",
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling, at a temperature over 0.", min=0)] = 0,
     server: Server = "",
     state: State = _DEFAULT_STATE,
     insecure: Insecure = False,
@@ -157,7 +158,7 @@ def chat(
         folder = outbox.find(state, model).folder / "published"
         found = sorted(folder.glob("*.gguf")) if folder.exists() else []
         file = found[0] if found else asyncio.run(_fetch_for_chat(model, server, state, insecure, folder))
-    loaded = llama.load_to_talk(file)
+    loaded = llama.load_to_talk(file, seed=seed)
     history: list[dict[str, str]] = []
     while True:
         text = prompt or _ask()
