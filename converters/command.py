@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import typer
 from rich.console import Console
 
-from converters.errors import NotEnough, OneroundError
+from converters.errors import NotEnough, OneroundError, UsageError
 
 INTERRUPTED = 130
 
@@ -23,29 +27,45 @@ def run(app: typer.Typer, name: str) -> NoReturn:
         app(prog_name=name)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            Console(stderr=True).print(f"\nInterrupted. Nothing is lost: run the same {name} command to go on.")
+            print(f"\nInterrupted. What was finished is kept: run the same {name} command to go on.", file=sys.stderr)
         raise
-    except OneroundError as error:
-        if os.environ.get("ONEROUND_DEBUG"):
-            raise
-        fail(error)
-    except OSError as error:
-        if os.environ.get("ONEROUND_DEBUG"):
-            raise
-        fail(NotEnough(f"this machine does not let us: {error}"))
+    except BrokenPipeError:  # `edge-client status | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except Exception as error:
         if os.environ.get("ONEROUND_DEBUG"):
             raise
+        if isinstance(error, OneroundError):
+            fail(error)
+        if isinstance(error, MemoryError):
+            fail(NotEnough("there is not enough memory for this"))
+        if isinstance(error, OSError):
+            fail(NotEnough(f"this machine does not let us: {error}"))
         fail(OneroundError(f"a fault in {name}: {type(error).__name__}: {error}", hint=f"ONEROUND_DEBUG=1 {name} …"))
     sys.exit(0)
 
 
 def fail(error: OneroundError) -> NoReturn:
     """Print what happened, why, and what to do next; exit with the error's code."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
     console.print("[red]Error:[/red] ", end="")
     console.print(str(error), markup=False)
     if error.hint:
         console.print("Try: ", style="dim", end="")
         console.print(error.hint, markup=False)
     sys.exit(error.exit_code)
+
+
+@contextmanager
+def only_one(folder: Path, what: str) -> Iterator[None]:
+    """Hold a folder for this process alone; the lock goes with the process, however it ends.
+
+    Raises:
+        UsageError: another process holds it.
+    """
+    with (folder / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another {what} is at work over {folder}", hint="wait for it, or give --state") from None
+        yield

@@ -57,9 +57,10 @@ def load_to_talk(model: Path, *, context: int = 4096, seed: int = 0) -> Llama:
     Raises:
         BadModel: the file is not there, or llama.cpp does not take it.
     """
+    # To llama-cpp-python a seed of 0 means a random one.
     header = gguf_file.read(model)
     own = header.value(f"{header.value('general.architecture')}.context_length")
-    return _open(model, n_ctx=min(int(own or context), context), n_gpu_layers=-1, seed=seed)
+    return _open(model, n_ctx=min(int(own or context), context), n_gpu_layers=-1, seed=seed + 1)
 
 
 def _open(model: Path, **options: Any) -> Llama:

@@ -7,6 +7,7 @@ so the views are made here, over one read-only map of the file.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import mmap
 import os
@@ -115,8 +116,7 @@ def placed(path: Path) -> Iterator[BinaryIO]:
     try:
         with partial.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         partial.replace(path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
@@ -124,6 +124,15 @@ def placed(path: Path) -> Iterator[BinaryIO]:
             raise NotEnough(f"there is no room on the disk for {path}") from error
         raise
     sync_folder(path.parent)
+
+
+def sync(file: BinaryIO) -> None:
+    """Put what was written to a file on the medium. On macOS fsync stops at the drive's cache; F_FULLFSYNC does not."""
+    file.flush()
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

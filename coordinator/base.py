@@ -8,6 +8,7 @@ from pathlib import Path
 from converters import architectures, gguf_base
 from converters.architectures import Base
 from converters.errors import BadModel
+from coordinator import job as jobs
 from oneround import stream
 from oneround.v1 import federation_pb2 as pb
 
@@ -59,7 +60,7 @@ def _find(spec: pb.ModelSpec) -> tuple[Path, str]:
     local = Path(spec.base).expanduser()
     if local.is_dir():
         return local.resolve(), ""
-    if local.is_absolute() or spec.base.startswith((".", "~")) or spec.base.count("/") != 1:
+    if jobs.is_path(spec.base):
         raise BadModel(
             f"the base model {spec.base} is not there",
             hint="model.base takes a folder on the coordinator's machine, or a Hugging Face hub id such as org/name",

@@ -7,6 +7,7 @@ its digest is checked over all of its bytes at the end, so a tail that a power c
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from converters import tensors
@@ -31,10 +32,8 @@ class Blobs:
         """Where a client's upload grows. Job names and client ids are checked where they come in."""
         return self._uploads / f"{job}.{client_id}"
 
-    def committed(self, partial: Path, digest: str, size: int) -> int:
-        """How many bytes of a declared upload are here."""
-        if self.path(digest).exists():
-            return size
+    def committed(self, partial: Path) -> int:
+        """How many bytes of an upload are here."""
         return partial.stat().st_size if partial.exists() else 0
 
     def adopt(self, file: Path) -> str:
@@ -45,16 +44,15 @@ class Blobs:
         return digest
 
     def commit(self, partial: Path, digest: str) -> Path:
-        """Sync a complete upload, check its digest, and put it in place.
+        """Sync a complete upload, check its digest, and give it its place; the partial file stays until `discard`.
+
+        So if the process dies before the contribution's row is committed, the whole upload is still there.
 
         Raises:
             BadData: the bytes are not those that were declared; they are dropped.
         """
-        blob = self.path(digest)
-        if not partial.exists() and blob.exists():
-            return blob
         with partial.open("rb+") as file:
-            os.fsync(file.fileno())
+            tensors.sync(file)
         found = stream.digest(partial)
         if found != digest:
             partial.unlink()
@@ -62,6 +60,12 @@ class Blobs:
                 f"the upload's SHA-256 is {found}, and {digest} was declared; what came in was dropped",
                 hint="edge-client join again, which sends it from the start",
             )
-        partial.replace(blob)
+        blob = self.path(digest)
+        with suppress(FileExistsError):
+            os.link(partial, blob)
         tensors.sync_folder(self._blobs)
         return blob
+
+    def discard(self, partial: Path) -> None:
+        """Drop a partial upload that is committed, or that another one replaces."""
+        partial.unlink(missing_ok=True)

@@ -34,7 +34,7 @@ app = typer.Typer(
     add_completion=False,
 )
 # Without a terminal lines are as long as they need to be: a log or a pipe has no edge to wrap at.
-out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 200)
 
 _DEFAULT_STATE = Path(platformdirs.user_data_dir("oneround")) / "coordinator"
 State = Annotated[Path, typer.Option("--state", help="The daemon's folder.", show_default="the user's data folder")]
@@ -53,6 +53,7 @@ def serve(
     """Run the daemon until it is told to stop (Ctrl-C or SIGTERM); it drains, and starts again where it was."""
     if insecure and not _is_loopback(listen):
         raise UsageError(f"--insecure is for loopback, and {listen} is not", hint="leave --insecure out")
+    _check_address(listen)
     specs = [jobs_.read(file) for file in job or []]
     try:
         state.mkdir(parents=True, exist_ok=True)
@@ -60,30 +61,26 @@ def serve(
     except OSError as error:
         raise NotEnough(f"cannot write to {state}: {error.strerror}", hint="coordinator serve --state DIR") from error
     _log_to_stderr()
-    asyncio.run(_serve(listen, state, specs, database, who, insecure))
+    with command.only_one(state, "coordinator"):
+        asyncio.run(_serve(listen, state.resolve(), specs, database, who, insecure))
 
 
 async def _serve(
     listen: str, state: Path, specs: list[pb.JobSpec], database: str, who: identity.Identity, insecure: bool
 ) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for wanted in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(wanted, stop.set)
-
     daemon = Daemon(state, database)
     grpc_server, address = server.create(daemon, who, listen, insecure=insecure)
-    for spec in specs:
-        await daemon.submit(spec)
+    statuses = [await daemon.submit(spec) for spec in specs]  # can take minutes; an interrupt just ends it
+    stop = asyncio.Event()
+    for wanted in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(wanted, stop.set)
     await grpc_server.start()
     control.announce(state, address, insecure=insecure)
     out.print(f"Listening on [bold]{address}[/bold]" + (" without TLS" if insecure else ""))
     if not insecure:
         out.print(f"Key fingerprint  {tls.grouped(who.fingerprint)}")
-    for spec in specs:
-        out.print(
-            f"Job {spec.name} is open: {spec.model.base}, LoRA rank {spec.lora.rank}, closes in {spec.round.deadline}"
-        )
+    for status in statuses:
+        out.print(tables.line(status))
     port = address.rpartition(":")[2]
     out.print(f"To take part:  edge-client join --server {tables.reachable_host(address)}:{port}")
 
@@ -95,6 +92,7 @@ async def _serve(
     await grpc_server.stop(grace=DRAIN_SECONDS)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
+    daemon.release()
 
 
 @app.command(epilog="Example: coordinator submit clinic-notes.toml")
@@ -141,7 +139,7 @@ def close(
     state: State = _DEFAULT_STATE,
     as_json: Json = False,
 ) -> None:
-    """Close a round now, and publish what is in."""
+    """Close a round now and publish what is in, below the quorum too; after a failure, publish again."""
     _show(asyncio.run(control.close(state, job)), as_json)
 
 
@@ -165,6 +163,12 @@ def _is_loopback(listen: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _check_address(listen: str) -> None:
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise UsageError(f"{listen} is not an address", hint="--listen HOST:PORT, as 0.0.0.0:50051")
 
 
 def _log_to_stderr() -> None:

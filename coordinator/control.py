@@ -17,7 +17,7 @@ from oneround import tls
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
 
-_TIMEOUT = 600.0  # seconds; a submission fingerprints and converts the base before it returns
+_TIMEOUT = 60.0  # seconds; a submission has none, since it may fetch, fingerprint and convert a large base
 
 
 def announce(state: Path, address: str, *, insecure: bool) -> None:
@@ -48,7 +48,7 @@ async def channel(state: Path) -> AsyncIterator[tuple[grpc.aio.Channel, list[tup
 
 async def submit(state: Path, spec: pb.JobSpec) -> pb.JobStatus:
     async with channel(state) as (opened, metadata):
-        return await rpc.AdminStub(opened).Submit(pb.SubmitRequest(spec=spec), metadata=metadata, timeout=_TIMEOUT)
+        return await rpc.AdminStub(opened).Submit(pb.SubmitRequest(spec=spec), metadata=metadata)
 
 
 async def show(state: Path, name: str) -> pb.JobStatus:
@@ -68,7 +68,7 @@ async def jobs(state: Path) -> list[pb.JobStatus]:
 
 
 def _readable(error: grpc.aio.AioRpcError, address: str, state: Path) -> OneroundError:
-    if error.code() == grpc.StatusCode.UNAVAILABLE:
+    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
         return Unreachable(f"no coordinator answers at {address}", hint=f"coordinator serve --state {state}")
     hint: Any = dict(error.trailing_metadata() or ()).get("hint-bin", b"")
     return from_status(error.code().name, error.details() or "", hint.decode())

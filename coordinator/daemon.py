@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
 
+import sqlalchemy
 import structlog
 
 from converters import adapter, architectures, llama
-from converters.errors import OneroundError, Refused, UsageError
+from converters.errors import BadModel, OneroundError, Refused, UsageError
 from coordinator import base, publisher, store
 from coordinator import job as jobs
 from coordinator import round as rounds
@@ -36,7 +38,7 @@ class Daemon:
         self._state = state
         self._clock = clock
         self._blobs = Blobs(state)
-        self._store = Store(database or f"sqlite:///{state / 'coordinator.sqlite'}")
+        self._store = Store(database or sqlalchemy.URL.create("sqlite", database=str(state / "coordinator.sqlite")))
         self._publishers: dict[str, asyncio.Task[None]] = {}
         self._stages: dict[str, str] = {}
         self._uploads = Uploads(self._store, self._blobs, clock)
@@ -56,6 +58,10 @@ class Daemon:
             for task in self._publishers.values():
                 task.cancel()
             await asyncio.gather(*self._publishers.values(), return_exceptions=True)
+
+    def release(self) -> None:
+        """Let go of the database; nothing of the daemon works after it."""
+        self._store.close()
 
     # The operator
 
@@ -97,6 +103,7 @@ class Daemon:
             base_files=prepared.files,
             base_fingerprint=prepared.fingerprint,
             deadline_unix=now + jobs.seconds(spec.round.deadline),
+            id=secrets.token_hex(16),
         )
         return store.Job(
             name=spec.name,
@@ -178,7 +185,13 @@ class Daemon:
             return self._blobs.path(digest)
         for artifact in row.job.base_files:
             if artifact.digest == digest:
-                return Path(row.base_folder) / artifact.name
+                file = Path(row.base_folder) / artifact.name
+                if not file.is_file() or file.stat().st_size != artifact.size:
+                    raise BadModel(
+                        f"the base model of {name!r} has changed on the coordinator since the job was submitted",
+                        hint=f"put {artifact.name} back as it was, or submit a new job",
+                    )
+                return file
         for published in await offload(self._store.publications, name):
             for artifact in published.publication.artifacts:
                 if artifact.digest == digest:
@@ -264,9 +277,10 @@ class Daemon:
 
         try:
             published = await publisher.run(self._state, self._store, self._blobs, name, on_stage)
-        except OneroundError as error:
-            log.error("publishing_failed", job=name, reason=str(error))
-            await self._advance(name, rounds.PublishingFailed(str(error)))
+        except Exception as error:
+            # Whatever it is, the operator is told and the round stops trying, or it would try for ever.
+            log.error("publishing_failed", job=name, reason=str(error), exc_info=not isinstance(error, OneroundError))
+            await self._advance(name, rounds.PublishingFailed(f"{error}; `coordinator close {name}` tries again"))
             return
         finally:
             self._stages.pop(name, None)

@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from converters import tensors
 from oneround import tls
 
 _VALID = datetime.timedelta(days=3650)
@@ -75,6 +76,5 @@ def _write_private(path: Path, content: bytes) -> None:
     handle = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(handle, "wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+        tensors.sync(file)
     partial.replace(path)

@@ -41,11 +41,11 @@ def read(path: Path) -> pb.JobSpec:
         spec = parse(table)
     except UsageError as error:
         raise UsageError(f"{path}: {error}", hint=error.hint) from error
-    for section, key in (("model", "base"), ("model", "gguf")):
-        value = getattr(getattr(spec, section), key)
+    for key in ("base", "gguf"):
+        value = getattr(spec.model, key)
         local = (path.parent / Path(value).expanduser()).resolve()
-        if value and local.exists():
-            setattr(getattr(spec, section), key, str(local))
+        if value and (local.exists() or key == "gguf" or is_path(value)):
+            setattr(spec.model, key, str(local))
     return spec
 
 
@@ -65,7 +65,8 @@ def check(spec: pb.JobSpec) -> pb.JobSpec:
         spec.publish.gguf.extend(["f16", "q8_0"])
     rules = [
         ("name", _NAME.fullmatch(spec.name), "1 to 63 lower-case letters, digits, `-`, `_` or `.`"),
-        ("model.base", spec.model.base, "a Hugging Face hub id or a folder"),
+        ("model.base", spec.model.base and spec.model.base.isprintable(), "a Hugging Face hub id or a folder"),
+        ("model.gguf", not spec.model.gguf or spec.model.gguf.isprintable(), "a file"),
         ("lora.rank", 1 <= spec.lora.rank <= 1024, "1 to 1024"),
         ("lora.alpha", 0 < spec.lora.alpha < 1e6, "more than 0"),
         ("lora.dropout", 0 <= spec.lora.dropout < 1, "0 or more and less than 1"),
@@ -94,6 +95,11 @@ def check(spec: pb.JobSpec) -> pb.JobSpec:
         if not holds:
             raise UsageError(f"{key} is {_value(spec, key)!r}; expected {expected}")
     return spec
+
+
+def is_path(base: str) -> bool:
+    """Whether a base that is not there can only be meant as a folder; hub ids look like `org/name`."""
+    return base.startswith((".", "/", "~")) or base.count("/") != 1
 
 
 def seconds(duration: str) -> float:

@@ -35,15 +35,15 @@ async def run(state: Path, known: Store, blobs: Blobs, name: str, on_stage: OnSt
 
     command = (sys.executable, "-m", "coordinator.publish", str(written))
     pipe = asyncio.subprocess.PIPE
-    child = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
+    child = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=1 << 20)
     assert child.stdout is not None, "asked for above"
     failed = "the publisher ended without a word; see the daemon's log"
     try:
         async for line in child.stdout:
-            said = json.loads(line)
+            said = _said(line)
             if "failed" in said:
                 failed = said["failed"]
-            else:
+            elif "stage" in said:
                 await on_stage(said["stage"])
         if await child.wait() != 0:
             raise BadData(failed)
@@ -53,6 +53,15 @@ async def run(state: Path, known: Store, blobs: Blobs, name: str, on_stage: OnSt
             await child.wait()
     listed = await asyncio.to_thread(_listed, folder, version)
     return store.Publication(job=name, version=version, publication=listed)
+
+
+def _said(line: bytes) -> dict[str, str]:
+    """A line of the publisher's; libraries that print to its output are not listened to."""
+    try:
+        said = json.loads(line)
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def _order(state: Path, known: Store, blobs: Blobs, name: str, version: int, folder: Path) -> Order:

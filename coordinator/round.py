@@ -42,7 +42,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class CloseByHand:
-    """The operator asks to close now."""
+    """The operator asks to close now, whatever the quorum; or to publish again after a failure."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ def apply(round: Round, event: Event, now: float) -> Round:
             return _close_if_due(round, now)
         case CloseByHand(), State.OPEN if round.admitted:
             return replace(round, state=State.PUBLISHING, reason="closed by the operator")
+        case CloseByHand(), State.FAILED if round.admitted:
+            return replace(round, state=State.PUBLISHING, reason="tried again by the operator")
         case CloseByHand(), State.OPEN:
             return replace(round, state=State.EXPIRED, reason="closed by the operator with no contribution")
         case Published(), State.PUBLISHING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hmac
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -62,6 +63,9 @@ async def _answered(context: Context) -> AsyncIterator[None]:
         trailing = (("hint-bin", error.hint.encode()),) if error.hint else ()
         await context.abort(grpc.StatusCode[error.status], str(error), trailing_metadata=trailing)
     except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            log.exception("fault")
+            await context.abort(grpc.StatusCode.INTERNAL, "a fault in the coordinator; its log has the details")
         log.error("disk", reason=str(error))
         await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"the coordinator cannot write: {error.strerror}")
     except (grpc.aio.AbortError, asyncio.CancelledError):

@@ -34,6 +34,13 @@ def jobs(statuses: Sequence[pb.JobStatus]) -> Table:
     return table
 
 
+def line(status: pb.JobStatus) -> Text:
+    """One job in a line."""
+    spec, state = status.spec, _word(pb.State.Name(status.state))
+    closes = f", closes {_when(status.deadline_unix)}" if status.state == pb.STATE_OPEN else ""
+    return Text(f"Job {spec.name} is {state}: {spec.model.base}, LoRA rank {spec.lora.rank}{closes}")
+
+
 def job(status: pb.JobStatus) -> RenderableType:
     """One job at a glance."""
     spec = status.spec

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import structlog
 
-from converters.errors import BadData, Refused, Unreachable, UsageError
+from converters.errors import Refused, Unreachable, UsageError
 from coordinator import admission, store
 from coordinator.blobs import Blobs
 from coordinator.round import State
@@ -35,7 +35,9 @@ class Uploads:
         row = await offload(self._store.job, client.job)
         declared = request.declaration
         given = await offload(self._store.contribution, client.job, client.client_id)
+        partial = self._blobs.partial(client.job, client.client_id)
         if given is not None:
+            self._blobs.discard(partial)  # left over if the daemon died right after the commit
             if given.declaration.digest != declared.digest:
                 raise Refused(f"this client's contribution to {row.name!r} is in already, and it is another one")
             return pb.OpenUploadReply(committed_offset=given.declaration.size, receipt=given.receipt)
@@ -46,16 +48,15 @@ class Uploads:
         largest = _largest_upload(row.job)
         if not 0 < declared.size <= largest:
             raise Refused(f"an upload of {declared.size} bytes is declared; this job's adapters have at most {largest}")
-        partial = self._blobs.partial(client.job, client.client_id)
         if client.declaration is not None and client.declaration.digest != declared.digest:
             self._only_stream(client)
-            partial.unlink(missing_ok=True)  # another training run's: what is here of the last one does not continue it
+            self._blobs.discard(partial)  # another training run's: what is here of the last one does not continue it
 
         def note(status: pb.ClientStatus) -> None:
             status.phase, status.last_seen_unix = pb.PHASE_UPLOADING, self._clock()
 
         await offload(self._store.update_client, client, note, declared)
-        return pb.OpenUploadReply(committed_offset=self._blobs.committed(partial, declared.digest, declared.size))
+        return pb.OpenUploadReply(committed_offset=self._blobs.committed(partial))
 
     async def take(self, messages: AsyncIterator[pb.UploadRequest]) -> pb.Receipt:
         """Take a contribution's bytes from the committed offset; the receipt once they are safe and judged."""
@@ -85,9 +86,9 @@ class Uploads:
     async def _receive(
         self, declared: pb.Declaration, partial: Path, first: pb.UploadRequest, rest: AsyncIterator[pb.UploadRequest]
     ) -> None:
-        offset = self._blobs.committed(partial, declared.digest, declared.size)
+        offset = self._blobs.committed(partial)
         if first.offset != offset:
-            raise Refused(f"the upload starts at byte {first.offset}; {offset} are here")
+            raise Unreachable(f"the upload starts at byte {first.offset}; {offset} are here")
         if offset == declared.size:
             return
         with partial.open("ab") as file:
@@ -102,12 +103,13 @@ class Uploads:
                     break
                 data = message.data
         if offset < declared.size:
-            raise BadData(f"the upload ended at byte {offset} of {declared.size}", hint="edge-client join, to go on")
+            raise Unreachable(f"the upload ended at byte {offset} of {declared.size}")
 
     async def _accept(self, client: store.Client) -> pb.Receipt:
         declared = client.declaration
         assert declared is not None, "checked by take"
-        blob = await offload(self._blobs.commit, self._blobs.partial(client.job, client.client_id), declared.digest)
+        partial = self._blobs.partial(client.job, client.client_id)
+        blob = await offload(self._blobs.commit, partial, declared.digest)
         row = await offload(self._store.job, client.job)
         reason = await offload(admission.verdict, blob, declared, row.job)
         receipt = pb.Receipt(
@@ -129,6 +131,7 @@ class Uploads:
             job=client.job, client_id=client.client_id, declaration=declared, receipt=receipt
         )
         kept = await offload(self._store.contribute, contribution, note)
+        self._blobs.discard(partial)
         log.info("contribution", job=client.job, client=client.status.name, admitted=kept.admitted, reason=kept.reason)
         return kept
 

@@ -12,12 +12,16 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from converters import llama
 from converters.errors import BadModel
 from converters.llama import Logits
+
+if TYPE_CHECKING:
+    from llama_cpp import Llama
 
 PROBE_TOKENS = 128
 
@@ -104,14 +108,19 @@ def _child() -> None:
     request = json.loads(sys.stdin.read())
     adapter = Path(request["adapter"]) if request["adapter"] else None
     model = llama.load(Path(request["model"]), adapter=adapter, context=2 * PROBE_TOKENS)
-    ids = request["ids"]
-    if ids is None:
-        ids = [max(model.token_bos(), 0)]
-        model.eval(ids)
-        while len(ids) < PROBE_TOKENS:
-            ids.append(model.sample(temp=1.0, top_k=0, top_p=1.0, min_p=0.0))
-            model.eval(ids[-1:])
+    ids = request["ids"] or _written_by(model)
     np.savez(request["out"], ids=ids, logits=llama.logits(model, ids))
+
+
+def _written_by(model: Llama) -> list[int]:
+    """PROBE_TOKENS ids, sampled from the model with a fixed seed."""
+    rng = np.random.default_rng(0)
+    ids = [max(model.token_bos(), 0)]
+    while len(ids) < PROBE_TOKENS:
+        model.eval(ids[-1:])
+        chances = np.exp(llama.log_softmax(np.array(model.scores[len(ids) - 1], np.float32)).astype(np.float64))
+        ids.append(int(rng.choice(len(chances), p=chances / chances.sum())))
+    return ids
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from converters.errors import BadData, NotEnough, Refused, Unreachable, UsageErr
 from edge_client import backends, identity, local_model, outbox, session
 from edge_client.remote import Remote, connect, local_path
 from edge_client.screen import Screen
-from oneround import tls
+from oneround import stream, tls
 from oneround.v1 import federation_pb2 as pb
 
 app = typer.Typer(
@@ -74,7 +74,8 @@ def join(
 
     async def run() -> None:
         async with _connected(server, state, screen, insecure) as remote:
-            receipt = await session.take_part(remote, job, taker, screen)
+            with command.only_one(state, "edge-client join"):
+                receipt = await session.take_part(remote, job, taker, screen)
             if wait:
                 await _until_published(remote, receipt.job, screen)
 
@@ -103,7 +104,7 @@ def status(state: State = _DEFAULT_STATE, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    out = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 200)
     if not rows:
         out.print("No job joined yet. Start with:  edge-client join --server HOST:PORT --data FILE_OR_FOLDER")
         return
@@ -155,15 +156,14 @@ def chat(
     llama.require()
     file = Path(model)
     if not file.is_file():
-        folder = outbox.find(state, model).folder / "published"
+        folder = outbox.published_folder(state, model)
         found = sorted(folder.glob("*.gguf")) if folder.exists() else []
         file = found[0] if found else asyncio.run(_fetch_for_chat(model, server, state, insecure, folder))
     loaded = llama.load_to_talk(file, seed=seed)
     history: list[dict[str, str]] = []
-    while True:
-        text = prompt or _ask()
-        if text is None:
-            return
+    while (text := prompt or _ask()) is not None:
+        if not text.strip():
+            continue
         if local_model.has_chat_template(loaded):
             history.append({"role": "user", "content": text})
             pieces = local_model.reply(loaded, history, max_tokens=max_tokens, temperature=temperature)
@@ -221,7 +221,7 @@ async def _pull(remote: Remote, job: str, artifact: str, folder: Path, screen: S
     fetched = []
     for wanted in _select(status.publications[-1], artifact):
         file = local_path(folder, wanted)
-        if not file.is_file() or file.stat().st_size != wanted.size:
+        if not file.is_file() or await asyncio.to_thread(stream.digest, file) != wanted.digest:
             with screen.bar(wanted.name, wanted.size) as advance:
                 await remote.download(job, wanted, file, advance)
         screen.say("pulled", name=wanted.name, size=wanted.size)
@@ -255,7 +255,7 @@ async def _fetch_for_chat(job: str, server: str, state: Path, insecure: bool, fo
 def _ask() -> str | None:
     """The person's next line; None at the end of input."""
     try:
-        return input("> " if sys.stdin.isatty() else "") or None
+        return input("> " if sys.stdin.isatty() else "")
     except EOFError:
         return None
 

@@ -7,7 +7,7 @@ import secrets
 from pathlib import Path
 
 from converters import tensors
-from converters.errors import Refused
+from converters.errors import BadData, Refused
 from oneround import tls
 
 
@@ -31,7 +31,12 @@ class Pins:
         Raises:
             Refused: the key is not the one that was pinned.
         """
-        known: dict[str, str] = json.loads(self._file.read_text()) if self._file.exists() else {}
+        try:
+            known: dict[str, str] = json.loads(self._file.read_text("utf-8")) if self._file.exists() else {}
+        except ValueError as error:
+            raise BadData(
+                f"{self._file} is damaged: {error}", hint="remove it, and compare fingerprints anew"
+            ) from error
         pinned = known.get(address)
         if pinned is None:
             self._file.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,16 +54,34 @@ def evaluate(model: Llama, examples: Sequence[Example]) -> Loss:
 
 
 def complete(model: Llama, prompt: str, *, max_tokens: int = 128, temperature: float = 0.0) -> Iterator[str]:
-    """The model's continuation of a text, in pieces."""
-    for piece in model.create_completion(prompt, max_tokens=max_tokens, temperature=temperature, stream=True):
-        yield piece["choices"][0]["text"]
+    """The model's continuation of a text, in pieces.
+
+    Raises:
+        BadData: the text is longer than the model's context.
+    """
+    with _fitting(model):
+        for piece in model.create_completion(prompt, max_tokens=max_tokens, temperature=temperature, stream=True):
+            yield piece["choices"][0]["text"]
 
 
 def reply(model: Llama, messages: list[dict[str, str]], *, max_tokens: int, temperature: float) -> Iterator[str]:
-    """The model's next turn in a conversation, by its own chat template, in pieces."""
-    answer = model.create_chat_completion(messages, max_tokens=max_tokens, temperature=temperature, stream=True)
-    for piece in answer:
-        yield piece["choices"][0]["delta"].get("content") or ""
+    """The model's next turn in a conversation, by its own chat template, in pieces.
+
+    Raises:
+        BadData: the conversation is longer than the model's context.
+    """
+    with _fitting(model):
+        options = {"max_tokens": max_tokens, "temperature": temperature, "stream": True}
+        for piece in model.create_chat_completion(messages, **options):
+            yield piece["choices"][0]["delta"].get("content") or ""
+
+
+@contextmanager
+def _fitting(model: Llama) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # llama-cpp-python has no error of its own for it
+        raise BadData(f"this does not fit into the model's context of {model.n_ctx()} tokens: {error}") from error
 
 
 def has_chat_template(model: Llama) -> bool:

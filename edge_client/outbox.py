@@ -1,14 +1,15 @@
 """What survives on this machine: the job, the finished adapter until it has its receipt, and the receipt.
 
     STATE/models/FINGERPRINT/      base models, shared by all jobs
-    STATE/jobs/NAME-DIGEST/        one job: joined.json, initial.safetensors, trained.safetensors, trained.json,
-                                   receipt.json; DIGEST is the initial adapter's, so a job made anew is another one
+    STATE/jobs/NAME-ID/            one job: joined.json, initial.safetensors, trained.safetensors, trained.json,
+                                   receipt.json; ID is the job's own, so a job made anew is another one
 
 Each file is put in place whole; a step is done when its file is there.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,11 @@ from google.protobuf.message import Message
 
 from converters import adapter, tensors
 from converters.adapter import Adapter
-from converters.errors import Refused
+from converters.errors import BadData, Refused, UsageError
 from oneround import stream
 from oneround.v1 import federation_pb2 as pb
+
+JOB_NAME = r"[a-z0-9][a-z0-9._-]{0,62}"  # it becomes part of paths
 
 Record = TypeVar("Record", bound=Message)
 
@@ -75,7 +78,7 @@ class Outbox:
 
 def outbox(state: Path, job: pb.Job) -> Outbox:
     """The folder of a job."""
-    return Outbox(state / "jobs" / f"{job.spec.name}-{job.initial.digest[:12]}")
+    return Outbox(state / "jobs" / f"{job.spec.name}-{job.id[:12]}")
 
 
 def all_outboxes(state: Path) -> Sequence[Outbox]:
@@ -99,13 +102,29 @@ def find(state: Path, name: str) -> Outbox:
     raise Refused(f"this machine has not joined a job {name!r}", hint="edge-client status")
 
 
+def published_folder(state: Path, name: str) -> Path:
+    """Where a job's published model is kept for `chat`.
+
+    Raises:
+        UsageError: this cannot be a job's name.
+    """
+    if not re.fullmatch(JOB_NAME, name):
+        raise UsageError(f"{name} is neither a GGUF file nor a job's name", hint="edge-client status")
+    return state / "published" / name
+
+
 def model_folder(state: Path, job: pb.Job) -> Path:
     """Where a job's base model is kept."""
     return state / "models" / job.base_fingerprint
 
 
 def _read(file: Path, record: Record) -> Record | None:
-    return json_format.Parse(file.read_text(), record) if file.exists() else None
+    try:
+        return json_format.Parse(file.read_text("utf-8"), record)
+    except FileNotFoundError:
+        return None
+    except (json_format.ParseError, UnicodeDecodeError) as error:
+        raise BadData(f"{file} is damaged: {error}", hint=f"remove {file.parent}, and join again") from error
 
 
 def _write(file: Path, record: Message) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -13,7 +12,7 @@ from typing import Any
 import grpc
 
 from converters import tensors
-from converters.errors import BadData, Refused, Unreachable, from_status
+from converters.errors import BadData, Refused, Unreachable, UsageError, from_status
 from edge_client.identity import Pins
 from oneround import stream, tls
 from oneround.v1 import federation_pb2 as pb
@@ -26,6 +25,9 @@ _OPTIONS = [
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
 ]
+
+_GONE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED})
+_PASSING = _GONE | {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.RESOURCE_EXHAUSTED}
 
 OnBytes = Callable[[int], None]  # called with how many bytes of the file are across so far
 OnFirstUse = Callable[[str, str], None]  # called with the address and the fingerprint that is being pinned
@@ -66,7 +68,7 @@ class Remote:
             BadData: what came is not what was announced.
         """
         to.parent.mkdir(parents=True, exist_ok=True)
-        partial = to.with_name(f".{to.name}.download")
+        partial = to.with_name(f".{to.name}.{artifact.digest[:12]}")  # what is here of another version does not help
         offset = partial.stat().st_size if partial.exists() else 0
         request = pb.DownloadRequest(job=job, digest=artifact.digest, offset=offset)
         with partial.open("ab") as file:
@@ -78,8 +80,7 @@ class Remote:
                             break
                         file.write(chunk.data)
                         on_bytes(offset)
-            file.flush()
-            os.fsync(file.fileno())
+            tensors.sync(file)
         if offset < artifact.size:
             raise Unreachable(
                 f"{artifact.name} broke off at byte {offset} of {artifact.size}", hint="run it again, to go on"
@@ -93,8 +94,12 @@ class Remote:
         tensors.sync_folder(to.parent)
 
     async def upload(self, lease: str, declaration: pb.Declaration, file: Path, on_bytes: OnBytes) -> pb.Receipt:
-        """Send the contribution from the offset that the coordinator has; returns the receipt."""
-        async with self._readable():
+        """Send the contribution from the offset that the coordinator has; returns the receipt.
+
+        Raises:
+            Unreachable: also for troubles of the coordinator that may pass, such as a full disk.
+        """
+        async with self._readable(passing=_PASSING):
             opened = await self._stub.OpenUpload(
                 pb.OpenUploadRequest(lease=lease, declaration=declaration), timeout=CALL_SECONDS
             )
@@ -109,17 +114,19 @@ class Remote:
                 yield pb.UploadRequest(data=data)
                 on_bytes(sent)
 
-        async with self._readable():
+        async with self._readable(passing=_PASSING):
             return await self._stub.Upload(messages())
 
     @asynccontextmanager
-    async def _readable(self) -> AsyncIterator[None]:
-        """Statuses back into the errors that the coordinator raised."""
+    async def _readable(self, passing: frozenset[grpc.StatusCode] = _GONE) -> AsyncIterator[None]:
+        """Statuses back into the errors that the coordinator raised; those that may pass are Unreachable."""
         try:
             yield
         except grpc.aio.AioRpcError as error:
-            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+            if error.code() in _GONE:
                 raise _unreachable(self.server, error.details() or "") from error
+            if error.code() in passing:
+                raise Unreachable(f"the coordinator at {self.server} has a trouble: {error.details()}") from error
             hint: Any = dict(error.trailing_metadata() or ()).get("hint-bin", b"")
             raise from_status(error.code().name, error.details() or "", hint.decode()) from error
 
@@ -165,8 +172,8 @@ def local_path(folder: Path, artifact: pb.Artifact) -> Path:
 async def _certificate(server: str) -> bytes:
     """The PEM certificate that the server shows; not trusted by this, only seen."""
     host, _, port = server.rpartition(":")
-    if not host or not port.isdigit():
-        raise Refused(f"{server!r} is not HOST:PORT", hint="edge-client join --server host:50051")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UsageError(f"{server!r} is not HOST:PORT", hint="edge-client join --server host:50051")
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -178,8 +185,8 @@ async def _certificate(server: str) -> bytes:
         raise _unreachable(server, f"no TLS there: {error.reason}") from error
     except TimeoutError as error:
         raise _unreachable(server, f"no answer in {CONNECT_SECONDS:.0f} s") from error
-    except OSError as error:
-        raise _unreachable(server, error.strerror or str(error)) from error
+    except (OSError, UnicodeError) as error:  # UnicodeError: a host that cannot be a name
+        raise _unreachable(server, getattr(error, "strerror", None) or str(error)) from error
     seen = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
     writer.close()
     return ssl.DER_cert_to_PEM_cert(seen).encode()

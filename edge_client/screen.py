@@ -63,7 +63,7 @@ class Screen:
 
     def __init__(self, as_json: bool = False) -> None:
         self._json = as_json
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False, soft_wrap=True, emoji=False)
 
     def say(self, event: str, **fields: object) -> None:
         """Report that something happened."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from converters import adapter
 from converters.adapter import Adapter, Shape
-from converters.errors import BadData, Refused, Unreachable
+from converters.errors import BadData, OneroundError, Refused, Unreachable
 from edge_client import examples, outbox
 from edge_client.backends import Backend, Progress
 from edge_client.batches import Batches
@@ -71,12 +71,36 @@ async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen)
 
     if reply.HasField("receipt"):
         return _safe(box.keep_receipt(reply.receipt), screen)
-    declaration = box.trained()
-    if declaration is None:
-        declaration = await _train(remote, reply, box, taker, screen)
-    else:
-        screen.say("resumed", folder=str(box.folder))
-    return _safe(box.keep_receipt(await _send(remote, reply, declaration, box, screen)), screen)
+    pulse = Pulse(pb.HeartbeatRequest(lease=reply.lease))
+    beating = asyncio.create_task(pulse.beat(remote))
+    try:
+        declaration = box.trained()
+        if declaration is None:
+            declaration = await _train(remote, reply, box, taker, pulse, screen)
+        else:
+            screen.say("resumed", folder=str(box.folder))
+        receipt = await _send(remote, reply, declaration, box, screen)
+    finally:
+        beating.cancel()
+        await asyncio.gather(beating, return_exceptions=True)
+    return _safe(box.keep_receipt(receipt), screen)
+
+
+@dataclass
+class Pulse:
+    """What the coordinator is told every few seconds, and why it wants this client to stop, once it does."""
+
+    now: pb.HeartbeatRequest
+    stop: str = ""
+
+    async def beat(self, remote: Remote) -> None:
+        """Tell until cancelled. A coordinator that does not answer, or has troubles, is no reason to stop training."""
+        while True:
+            with suppress(OneroundError):
+                answer = await remote.heartbeat(self.now)
+                if answer.directive == pb.DIRECTIVE_STOP:
+                    self.stop = answer.reason
+            await asyncio.sleep(HEARTBEAT_SECONDS)
 
 
 def check(job: pb.Job) -> None:
@@ -87,7 +111,8 @@ def check(job: pb.Job) -> None:
     """
     spec = job.spec
     sound = (
-        re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}", spec.name)
+        re.fullmatch(outbox.JOB_NAME, spec.name)
+        and re.fullmatch(r"[0-9a-f]{32}", job.id)
         and stream.is_digest(job.initial.digest)
         and job.base_fingerprint == stream.fingerprint(job.base_files)
         and 0 < spec.train.epochs <= 1000
@@ -134,7 +159,9 @@ async def fetch_base(remote: Remote, job: pb.Job, state: Path, model: Path | Non
     return folder
 
 
-async def _train(remote: Remote, reply: pb.JoinReply, box: Outbox, taker: Taker, screen: Screen) -> pb.Declaration:
+async def _train(
+    remote: Remote, reply: pb.JoinReply, box: Outbox, taker: Taker, pulse: Pulse, screen: Screen
+) -> pb.Declaration:
     job = reply.job
     rows = await asyncio.to_thread(examples.load, taker.data, skip_bad_rows=taker.skip_bad_rows)
     base = await fetch_base(remote, job, taker.state, taker.model, screen)
@@ -175,8 +202,8 @@ async def _train(remote: Remote, reply: pb.JoinReply, box: Outbox, taker: Taker,
 
     losses: list[float] = []
     started = time.monotonic()
-    beat = pb.HeartbeatRequest(lease=reply.lease, total_steps=plan.total_steps)
-    stop: list[str] = []  # the coordinator's reason, once it has said stop
+    beat = pulse.now
+    beat.total_steps = plan.total_steps
     with screen.bar("training", plan.total_steps) as advance:
 
         def on_step(progress: Progress) -> None:
@@ -189,16 +216,14 @@ async def _train(remote: Remote, reply: pb.JoinReply, box: Outbox, taker: Taker,
                 loss=progress.loss,
                 tokens_per_second=beat.tokens_per_second,
             )
-            if stop:
-                raise Refused(f"the coordinator stopped this job: {stop[0]}")
+            if pulse.stop:
+                raise Refused(f"the coordinator stopped this job: {pulse.stop}")
 
-        beating = asyncio.create_task(_beat(remote, beat, stop))
         try:
             trained = await asyncio.to_thread(taker.backend.train, base, initial, recipe, plan, on_step)
-        finally:
-            stop.append("interrupted")  # training runs in a thread, which only ends by itself
-            beating.cancel()
-            await asyncio.gather(beating, return_exceptions=True)
+        except asyncio.CancelledError:
+            pulse.stop = "interrupted"  # training runs in a thread, which only ends by itself
+            raise
 
     last_epoch = losses[-plan.steps_per_epoch :]
     declaration = pb.Declaration(
@@ -217,16 +242,6 @@ async def _train(remote: Remote, reply: pb.JoinReply, box: Outbox, taker: Taker,
         "train_loss": repr(declaration.train_loss),
     }
     return box.keep_trained(Adapter(trained.modules, described), job.spec.upload.dtype, declaration)
-
-
-async def _beat(remote: Remote, beat: pb.HeartbeatRequest, stop: list[str]) -> None:
-    """Tell how training goes until cancelled. A coordinator that does not answer is no reason to stop training."""
-    while True:
-        with suppress(Unreachable):
-            answer = await remote.heartbeat(beat)
-            if answer.directive == pb.DIRECTIVE_STOP:
-                stop.append(answer.reason)
-        await asyncio.sleep(HEARTBEAT_SECONDS)
 
 
 async def _send(

@@ -53,9 +53,11 @@ from coordinator import identity, server
 from coordinator.daemon import Daemon
 state = pathlib.Path(sys.argv[1])
 async def main():
-    grpc_server, address = server.create(Daemon(state), identity.load_or_create(state), "127.0.0.1:0", insecure=False)
+    daemon = Daemon(state)
+    grpc_server, address = server.create(daemon, identity.load_or_create(state), "127.0.0.1:0", insecure=False)
     await grpc_server.start()
     await grpc_server.stop(None)
+    daemon.release()
     print("started", address)
 asyncio.run(main())
 """

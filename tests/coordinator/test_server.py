@@ -43,6 +43,7 @@ async def running(state: Path, clock: Callable[[], float] | None = None) -> Asyn
         yield daemon, address
     finally:
         await grpc_server.stop(None)
+        daemon.release()
 
 
 def with_server(state: Path, test: Callable[[Daemon, Remote], Awaitable[None]], **options) -> None:  # type: ignore[no-untyped-def]

@@ -477,10 +477,13 @@ class Job(_message.Message):
     BASE_FILES_FIELD_NUMBER: _builtins.int
     BASE_FINGERPRINT_FIELD_NUMBER: _builtins.int
     DEADLINE_UNIX_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
     base_fingerprint: _builtins.str
     """SHA-256 over the base's file names and digests, in hex."""
     deadline_unix: _builtins.float
     """When the round closes at the latest, in seconds since the Unix epoch."""
+    id: _builtins.str
+    """32 random hex digits: a job made anew under the same name is another one."""
     @_builtins.property
     def spec(self) -> Global___JobSpec:
         """What the operator submitted, defaults filled in."""
@@ -506,10 +509,11 @@ class Job(_message.Message):
         base_files: _abc.Iterable[Global___Artifact] | None = ...,
         base_fingerprint: _builtins.str | None = ...,
         deadline_unix: _builtins.float | None = ...,
+        id: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["base_files", b"base_files", "base_fingerprint", b"base_fingerprint", "deadline_unix", b"deadline_unix", "initial", b"initial", "modules", b"modules", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base_files", b"base_files", "base_fingerprint", b"base_fingerprint", "deadline_unix", b"deadline_unix", "id", b"id", "initial", b"initial", "modules", b"modules", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_files", b"base_files", "base_fingerprint", b"base_fingerprint", "deadline_unix", b"deadline_unix", "initial", b"initial", "modules", b"modules", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_files", b"base_files", "base_fingerprint", b"base_fingerprint", "deadline_unix", b"deadline_unix", "id", b"id", "initial", b"initial", "modules", b"modules", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

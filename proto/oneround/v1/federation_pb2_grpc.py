@@ -84,7 +84,7 @@ class FederationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Join(self, request, context):
-        """Take part in a job. Joining again with the same client_id renews the lease and changes nothing else.
+        """Take part in a job. Joining again with the same client_id returns the same lease.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

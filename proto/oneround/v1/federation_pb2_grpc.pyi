@@ -40,7 +40,7 @@ class FederationStub:
     ListJobs: _grpc.UnaryUnaryMultiCallable[_federation_pb2.ListJobsRequest, _federation_pb2.ListJobsReply]
     """The jobs that this coordinator has, newest first."""
     Join: _grpc.UnaryUnaryMultiCallable[_federation_pb2.JoinRequest, _federation_pb2.JoinReply]
-    """Take part in a job. Joining again with the same client_id renews the lease and changes nothing else."""
+    """Take part in a job. Joining again with the same client_id returns the same lease."""
     Heartbeat: _grpc.UnaryUnaryMultiCallable[_federation_pb2.HeartbeatRequest, _federation_pb2.HeartbeatReply]
     """Say how training goes; hear whether to go on. A client that is silent is taken to be asleep, never to have failed."""
     Download: _grpc.UnaryStreamMultiCallable[_federation_pb2.DownloadRequest, _federation_pb2.Chunk]
@@ -60,7 +60,7 @@ class FederationAsyncStub(FederationStub):
     ListJobs: _aio.UnaryUnaryMultiCallable[_federation_pb2.ListJobsRequest, _federation_pb2.ListJobsReply]  # type: ignore[assignment]
     """The jobs that this coordinator has, newest first."""
     Join: _aio.UnaryUnaryMultiCallable[_federation_pb2.JoinRequest, _federation_pb2.JoinReply]  # type: ignore[assignment]
-    """Take part in a job. Joining again with the same client_id renews the lease and changes nothing else."""
+    """Take part in a job. Joining again with the same client_id returns the same lease."""
     Heartbeat: _aio.UnaryUnaryMultiCallable[_federation_pb2.HeartbeatRequest, _federation_pb2.HeartbeatReply]  # type: ignore[assignment]
     """Say how training goes; hear whether to go on. A client that is silent is taken to be asleep, never to have failed."""
     Download: _aio.UnaryStreamMultiCallable[_federation_pb2.DownloadRequest, _federation_pb2.Chunk]  # type: ignore[assignment]
@@ -89,7 +89,7 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
         request: _federation_pb2.JoinRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_federation_pb2.JoinReply, _abc.Awaitable[_federation_pb2.JoinReply]]:
-        """Take part in a job. Joining again with the same client_id renews the lease and changes nothing else."""
+        """Take part in a job. Joining again with the same client_id returns the same lease."""
 
     @_abc_1.abstractmethod
     def Heartbeat(
