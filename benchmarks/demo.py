@@ -116,13 +116,12 @@ def main() -> None:
         title("Three clients train on their own data; each sends one adapter")
         with stages("federated"), Board() as board:
             cohort = [Client(name, server, "stdlib", used[name], OUT / "data" / name, board) for name in CLIENTS]
-            for client in cohort:
-                client.wait()
+            wait_for(cohort)
             pull("stdlib", server, OUT / "published")
 
         title("For comparison: one model on everybody's data together")
         with stages("together"), Board() as board:
-            Client("together", server, "together", used["asyncio"], OUT / "data" / "together", board).wait()
+            wait_for([Client("together", server, "together", used["asyncio"], OUT / "data" / "together", board)])
             pull("together", server, OUT / "together")
 
     title("llama.cpp measures every model on every client's held-out data")
@@ -221,16 +220,16 @@ class Client:
     def __init__(self, name: str, server: str, job: str, backend: str, data: Path, board: Board) -> None:
         self.name, self.backend = name, backend
         self.said: dict[str, dict[str, Any]] = {}
-        self._log = OUT / f"client-{name}.log"
+        self.log = OUT / f"client-{name}.log"
         self._board = board
         self._row = board.add(f"{name} ({backend})")
         alone = job == "together"
         command = [tool("edge-client"), "join", "--server", server, "--job", job, "--data", str(data), "--name", name]
         command += ["--backend", backend, "--state", str(OUT / "clients" / name), "--json", "--wait"]
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
-            stderr=self._log.open("w"),
+            stderr=self.log.open("w"),
             text=True,
             # Three trainings share this machine; threads that spin while they wait would take it from each other.
             env={
@@ -239,18 +238,12 @@ class Client:
                 "OMP_WAIT_POLICY": "passive",
             },
         )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def wait(self) -> None:
-        """Until the publication is there."""
-        self._reader.join()
-        if self._process.wait() != 0:
-            sys.exit(f"client {self.name} failed:\n{self._log.read_text()}")
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def _read(self) -> None:
-        assert self._process.stdout is not None, "asked for above"
-        for line in self._process.stdout:
+        assert self.process.stdout is not None, "asked for above"
+        for line in self.process.stdout:
             said = json.loads(line)
             self.said[said["event"]] = said
             if said["event"] == "progress":
@@ -262,6 +255,25 @@ class Client:
                 self._board.update(self._row, "publishing", 1, 1, "the coordinator merges and verifies")
             elif said["event"] == "published":
                 self._board.update(self._row, "done", 1, 1, f"v{said['version']} is there")
+
+
+def wait_for(clients: list[Client]) -> None:
+    """Until all have seen the publication; if one fails, the others have nothing to wait for."""
+    pending = list(clients)
+    try:
+        while pending:
+            for client in tuple(pending):
+                code = client.process.poll()
+                if code:
+                    sys.exit(f"client {client.name} failed:\n{client.log.read_text()}")
+                if code == 0:
+                    client.reader.join()
+                    pending.remove(client)
+            time.sleep(0.1)
+    finally:
+        for client in clients:
+            if client.process.poll() is None:
+                client.process.terminate()
 
 
 class Board:

@@ -45,13 +45,9 @@ def merge(base_gguf: Path, adapter: Adapter, out: Path, dtype: str, base: Base) 
     """
     if dtype not in FLOAT_TYPES:
         raise UsageError(f"a merged model is {', '.join(FLOAT_TYPES)}, not {dtype}")
-    source = gguf_file.read(base_gguf)
-    _check_source(base_gguf, source, base)
     shapes = {name: factors.shape for name, factors in adapter.modules.items()}
-    check_fits(base, shapes)
+    source = check_base(base_gguf, base, shapes)
     modules = {gguf_name(base, f"{name}.weight"): name for name in shapes}
-    _check_targets(base_gguf, source, {weight: shapes[name] for weight, name in modules.items()})
-
     infos = [info._replace(type=_type(info, dtype)) for info, _ in source.tensors.values()]
 
     def data() -> Iterator[NDArray[Any]]:
@@ -64,6 +60,20 @@ def merge(base_gguf: Path, adapter: Adapter, out: Path, dtype: str, base: Base) 
 
     keys = {**source.keys, "general.file_type": gguf_file.encode(FLOATS[dtype].file_type, GGUFValueType.UINT32)}
     gguf_file.write(out, keys, infos, data())
+
+
+def check_base(base_gguf: Path, base: Base, shapes: Mapping[str, Shape]) -> File:
+    """Hold a base GGUF against the model that it should be of, and against the modules that will be adapted.
+
+    Raises:
+        BadModel: it is not sound, or is quantised.
+        LayoutMismatch: it is of another model, or lacks a module.
+    """
+    source = gguf_file.read(base_gguf)
+    _check_source(base_gguf, source, base)
+    check_fits(base, shapes)
+    _check_targets(base_gguf, source, {gguf_name(base, f"{name}.weight"): shape for name, shape in shapes.items()})
+    return source
 
 
 def quantize(source: Path, out: Path, kind: str) -> dict[str, int]:

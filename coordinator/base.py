@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters import architectures, gguf_base
+import numpy as np
+
+from converters import architectures, gguf_base, gguf_file, gguf_merge
 from converters.architectures import Base
 from converters.errors import BadModel
 from coordinator import job as jobs
@@ -43,17 +45,32 @@ def prepare(spec: pb.ModelSpec) -> Prepared:
 
 
 def gguf(spec: pb.ModelSpec, prepared: Prepared, cache: Path) -> Path:
-    """The base as GGUF: the operator's own, or built once from the folder and kept in `cache`."""
+    """The base as GGUF: the operator's own, or built once from the folder and kept in `cache`.
+
+    Raises:
+        BadModel: the operator's own is not there, is quantised, or is of another model.
+    """
     if spec.gguf:
         given = Path(spec.gguf)
-        if not given.is_file():
-            raise BadModel(f"model.gguf {spec.gguf} is not there")
+        _same_model(given, prepared)
         return given
     built = cache / f"{prepared.fingerprint}.gguf"
     if not built.exists():
         cache.mkdir(parents=True, exist_ok=True)
         gguf_base.build(prepared.folder, built)
     return built
+
+
+def _same_model(given: Path, prepared: Prepared) -> None:
+    """Everybody would train for nothing if this came out at publication: sizes, and the last norm, which is small and
+    which no two trainings share, have to agree now."""
+    source = gguf_merge.check_base(given, prepared.base, prepared.base.linears)
+    norm = source.tensors.get(architectures.gguf_name(prepared.base, "model.norm.weight"))
+    expected = architectures.weights(prepared.folder).get("model.norm.weight")
+    if norm is None or expected is None:
+        raise BadModel(f"{given} or {prepared.folder} has no final norm to compare them by")
+    if not np.allclose(gguf_file.to_float32(norm), expected.astype(np.float32), rtol=1e-2, atol=1e-3):
+        raise BadModel(f"{given} holds other weights than {prepared.folder}", hint="leave model.gguf out: it is built")
 
 
 def _find(spec: pb.ModelSpec) -> tuple[Path, str]:

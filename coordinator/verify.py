@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from converters import llama
+from converters import gguf_file, llama
 from converters.errors import BadModel
 from converters.llama import Logits
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 PROBE_TOKENS = 128
 
 # How far a float file's logits may be from base + adapter at any probe position, in units of the reference logits'
-# standard deviation: f32 differs by summation order alone, f16 and bf16 by one rounding of each weight.
+# standard deviation: f32 differs by summation order alone; with f16 and bf16 weights llama.cpp also rounds what it
+# multiplies them by. The coarser of the file's and the base's type counts.
 LOGIT_BOUND = {"f32": 1e-3, "f16": 2e-2, "bf16": 1e-1}
 # Mean Kullback-Leibler divergence, in nats per token, from base + adapter to a quantised file.
 DIVERGENCE_BOUND = {"q8_0": 0.02, "q6_k": 0.05, "q5_k_m": 0.1, "q4_k_m": 0.25}
@@ -36,6 +37,7 @@ DIVERGENCE_BOUND = {"q8_0": 0.02, "q6_k": 0.05, "q5_k_m": 0.1, "q4_k_m": 0.25}
 class Reference:
     """What base + adapter says to the probe."""
 
+    kind: str  # the base's type: f32, f16 or bf16
     ids: list[int]
     logits: Logits  # (probe, vocab)
 
@@ -60,7 +62,9 @@ class Verdict:
 def reference(base: Path, adapter: Path) -> Reference:
     """Let base + adapter write the probe, and keep its logits."""
     ids, scores = _in_child(base, adapter, None)
-    return Reference(ids, scores)
+    types = {tensor.info.type for tensor in gguf_file.read(base).tensors.values()}
+    coarsest = [kind for kind, known in gguf_file.FLOATS.items() if known.type in types][-1]
+    return Reference(coarsest, ids, scores)
 
 
 def verify(merged: Path, kind: str, against: Reference) -> Verdict:
@@ -75,7 +79,7 @@ def verify(merged: Path, kind: str, against: Reference) -> Verdict:
         # A softmax does not see a constant that is added to all logits, so neither does this.
         difference = _centred(scores) - _centred(against.logits)
         value = float(np.abs(difference).max() / _centred(against.logits).std())
-        return Verdict("max_logit_difference", value, LOGIT_BOUND[kind], agreement)
+        return Verdict("max_logit_difference", value, max(LOGIT_BOUND[kind], LOGIT_BOUND[against.kind]), agreement)
     expected, found = llama.log_softmax(against.logits), llama.log_softmax(scores)
     value = float((np.exp(expected) * (expected - found)).sum(-1).mean())
     return Verdict("mean_divergence", value, DIVERGENCE_BOUND[kind], agreement)

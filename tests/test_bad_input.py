@@ -110,6 +110,28 @@ def test_interrupted_training_says_how_to_go_on(served: tuple[Path, str]) -> Non
     assert "run the same edge-client command to go on" in err
 
 
+def test_one_daemon_a_state_folder(served: tuple[Path, str]) -> None:
+    folder, _ = served
+    _, err = commands.run("coordinator", "serve", "--listen", "127.0.0.1:0", "--state", folder / "coordinator", code=2)
+    assert "another coordinator is at work" in err
+
+
+@pytest.mark.parametrize("address", ["host", ":5", "127.0.0.1:http", "127.0.0.1:99999", "[::1]:"])
+def test_addresses_that_are_none(tmp_path: Path, address: str) -> None:
+    _, err = commands.run("coordinator", "serve", "--listen", address, "--state", tmp_path, code=2)
+    assert "--listen HOST:PORT" in err
+    _, err = commands.run("edge-client", "pull", "notes", "--server", address, "--state", tmp_path, code=2)
+    assert "is not HOST:PORT" in err
+
+
+def test_a_base_gguf_that_is_not_of_the_base(served: tuple[Path, str]) -> None:
+    folder, _ = served
+    (folder / "not.gguf").write_bytes(b"not a gguf" * 100)
+    (folder / "third.toml").write_text(f'name = "third"\n[model]\nbase = "{BASE}"\ngguf = "not.gguf"\n')
+    _, err = commands.run("coordinator", "submit", folder / "third.toml", "--state", folder / "coordinator", code=5)
+    assert "not.gguf is not a sound GGUF file" in err
+
+
 def test_insecure_is_for_loopback(tmp_path: Path) -> None:
     serve = ("serve", "--listen", "0.0.0.0:0", "--insecure", "--state", tmp_path)
     _, err = commands.run("coordinator", *serve, code=2)

@@ -13,7 +13,8 @@ import edge_client.cli
 from coordinator import job
 from oneround.v1 import federation_pb2 as pb
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 APPS = {"coordinator": coordinator.cli.app, "edge-client": edge_client.cli.app}
 
 
@@ -29,7 +30,7 @@ def keys(message: Descriptor, prefix: str = "") -> dict[str, object]:
 
 
 def test_every_key_and_default_is_in_the_table() -> None:
-    table = README.split("## A job's keys")[1]
+    table = README.split("## A job's keys")[1].split("## Commands")[0]
     rows = dict(re.findall(r"^\| `([\w.]+)` \| (?:`([^`]*)`)? \|", table, flags=re.M))
     expected = keys(pb.JobSpec.DESCRIPTOR)
     assert rows.keys() == expected.keys()
@@ -44,6 +45,12 @@ def test_every_key_and_default_is_in_the_table() -> None:
             assert shown == value
         else:
             assert float(shown) == value, key
+
+
+def test_links_lead_somewhere() -> None:
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    missing = [target for target in targets if "://" not in target and not (ROOT / target).exists()]
+    assert targets and not missing
 
 
 def command_lines() -> list[str]:

@@ -1,28 +1,26 @@
 """The checked-in stubs are what the proto gives, and every field of the contract says what it is."""
 
 import itertools
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
-
-import grpc_tools
-from grpc_tools import protoc
 
 PROTO = Path(__file__).parent.parent / "proto"
 SOURCE = PROTO / "oneround" / "v1" / "federation.proto"
 
 
 def test_stubs_are_regenerated_equal(tmp_path: Path) -> None:
-    includes = Path(grpc_tools.__file__).parent / "_proto"
-    arguments = [
-        f"-I{PROTO}",
-        f"-I{includes}",
-        f"--python_out={tmp_path}",
-        f"--grpc_python_out={tmp_path}",
-        str(SOURCE),
-    ]
-    assert protoc.main(["protoc", *arguments]) == 0
-    for made in tmp_path.rglob("*.py"):
-        assert made.read_text() == (PROTO / made.relative_to(tmp_path)).read_text(), f"{made.name}: run `make proto`"
+    kinds = ("python", "grpc_python", "mypy", "mypy_grpc")
+    out = [f"--{kind}_out={tmp_path}" for kind in kinds]
+    command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTO}", *out, str(SOURCE)]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where mypy-protobuf's plug-ins are
+    subprocess.run(command, check=True, env={**os.environ, "PATH": path})
+    made = sorted(file for file in tmp_path.rglob("*") if file.is_file())
+    assert len(made) == len(kinds)
+    for file in made:
+        assert file.read_text() == (PROTO / file.relative_to(tmp_path)).read_text(), f"{file.name}: run `make proto`"
 
 
 def test_every_field_and_call_is_commented() -> None:
@@ -34,7 +32,7 @@ def test_every_field_and_call_is_commented() -> None:
             inside = opened[2]
             if not before.startswith("//") and not inside.endswith(("Request", "Reply")):
                 missing.append(inside)
-        declared = re.match(r"\s+(?:rpc|[\w.]+(?: [\w.]+)?) (\w+)(?: = \d+|\()", line)
+        declared = re.match(r"\s+(?:rpc )?(?:repeated )?(?:[\w.]+ )?(\w+)(?: = \d+|\()", line)
         if declared and not before.strip().startswith("//"):
             missing.append(f"{inside}.{declared[1]}")
     assert not missing

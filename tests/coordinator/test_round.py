@@ -51,6 +51,13 @@ def test_publishing_ends_one_way_or_the_other() -> None:
     assert (failed.state, failed.reason) == (State.FAILED, "the disk is full")
 
 
+def test_the_operator_may_try_a_failed_publication_again() -> None:
+    failed = replace(OPEN, state=State.FAILED, admitted=frozenset("a"))
+    assert apply(failed, CloseByHand(), 200.0).state is State.PUBLISHING
+    assert apply(failed, Tick(), 200.0) == failed
+    assert apply(replace(failed, admitted=frozenset()), CloseByHand(), 200.0).state is State.FAILED
+
+
 EVENTS = st.one_of(
     st.builds(Admitted, st.sampled_from("abcd")),
     st.just(Tick()),

@@ -326,7 +326,7 @@ def test_downloads_resume_and_are_checked(tmp_path: Path) -> None:
     async def test(_: Daemon, remote: Remote) -> None:
         reply = await join(remote)
         to = tmp_path / "initial.safetensors"
-        partial = tmp_path / ".initial.safetensors.download"
+        partial = tmp_path / f".initial.safetensors.{reply.job.initial.digest[:12]}"
         await remote.download("notes", reply.job.initial, to, nothing)
         whole = to.read_bytes()
         partial.write_bytes(whole[:1000])

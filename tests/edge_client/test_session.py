@@ -1,0 +1,172 @@
+"""Taking part, with a real coordinator and a backend that honours the contract and trains in no time."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from converters.adapter import Adapter, LowRank
+from converters.errors import BadData, Refused, Unreachable
+from coordinator import job
+from edge_client import remote as remotes
+from edge_client import session
+from edge_client.backends import Progress
+from edge_client.batches import Batches
+from edge_client.identity import Pins
+from edge_client.recipe import Recipe
+from edge_client.remote import OnBytes, Remote
+from edge_client.screen import Screen
+from oneround.v1 import federation_pb2 as pb
+from tests.coordinator.test_server import ALICE, BASE, SPEC, running
+
+
+class Quick:
+    """Returns the initial adapter with another B, after as many steps as the plan has."""
+
+    name = "quick"
+
+    def __init__(self, seconds_a_step: float = 0.0) -> None:
+        self.runs = 0
+        self._pause = seconds_a_step
+
+    def available(self) -> str | None:
+        return None
+
+    def device(self) -> str:
+        return "cpu"
+
+    def train(
+        self, base: Path, initial: Adapter, recipe: Recipe, plan: Batches, on_step: Callable[[Progress], None]
+    ) -> Adapter:
+        self.runs += 1
+        assert (base / "model.safetensors").exists()
+        for step in range(plan.total_steps):
+            time.sleep(self._pause)
+            on_step(Progress(step + 1, plan.total_steps, 1.0, plan.batch(step).num_targets, 0.01))
+        return Adapter({name: LowRank(f.a, np.ones_like(f.b)) for name, f in initial.modules.items()})
+
+
+class Fails(Remote):
+    """A remote whose first upload meets an error."""
+
+    error: Exception | None = None
+
+    async def upload(self, lease: str, declaration: pb.Declaration, file: Path, on_bytes: OnBytes) -> pb.Receipt:
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        return await super().upload(lease, declaration, file, on_bytes)
+
+
+def taker(tmp_path: Path, backend: Quick, rows: int = 30) -> session.Taker:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(f'{{"text": "row {n} of the data"}}\n' for n in range(rows)))
+    state = tmp_path / "client"
+    state.mkdir(exist_ok=True)
+    return session.Taker(state=state, client_id=ALICE, name="alice", data=data, backend=backend)
+
+
+async def take_part(address: str, who: session.Taker, error: Exception | None = None) -> pb.Receipt:
+    async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
+        remote.__class__, remote.error = Fails, error  # type: ignore[assignment, attr-defined]
+        return await session.take_part(remote, "notes", who, Screen())
+
+
+def test_running_it_again_gives_the_same_receipt_and_trains_once(tmp_path: Path) -> None:
+    async def test() -> None:
+        who = taker(tmp_path, backend := Quick())
+        async with running(tmp_path / "one") as (daemon, address):
+            await daemon.submit(job.parse(SPEC))
+            receipt = await take_part(address, who)
+            assert receipt.admitted and await take_part(address, who) == receipt
+        assert backend.runs == 1
+
+    asyncio.run(test())
+
+
+def test_a_job_of_the_same_name_elsewhere_is_another_job(tmp_path: Path) -> None:
+    async def test() -> None:
+        who = taker(tmp_path, backend := Quick())
+        for coordinator in ("one", "two"):
+            async with running(tmp_path / coordinator) as (daemon, address):
+                await daemon.submit(job.parse(SPEC))
+                assert (await take_part(address, who)).admitted
+        assert backend.runs == 2, "an adapter of one job is never sent to another"
+
+    asyncio.run(test())
+
+
+def test_a_trained_adapter_waits_for_its_receipt(tmp_path: Path) -> None:
+    async def test() -> None:
+        who = taker(tmp_path, backend := Quick())
+        async with running(tmp_path / "one") as (daemon, address):
+            await daemon.submit(job.parse(SPEC))
+            with pytest.raises(RuntimeError):
+                await take_part(address, who, RuntimeError("the machine goes down"))
+            assert (await take_part(address, who, Unreachable("the coordinator is away for a moment"))).admitted
+        assert backend.runs == 1
+
+    asyncio.run(test())
+
+
+def test_a_closed_round_stops_training(tmp_path: Path) -> None:
+    async def test() -> None:
+        who = taker(tmp_path, Quick(seconds_a_step=0.2), rows=2000)
+        async with running(tmp_path / "one") as (daemon, address):
+            await daemon.submit(job.parse(SPEC))
+
+            async def close() -> None:
+                async for status in daemon.watch("notes"):
+                    if status.clients:
+                        break
+                await daemon.close("notes")
+
+            closing = asyncio.create_task(close())
+            with pytest.raises(Refused, match=r"stopped this job.*closed by the operator"):
+                await take_part(address, who)
+            await closing
+
+    asyncio.run(test())
+
+
+def test_a_model_of_ones_own_has_to_be_the_jobs(tmp_path: Path) -> None:
+    async def test() -> None:
+        who = taker(tmp_path, backend := Quick())
+        async with running(tmp_path / "one") as (daemon, address):
+            await daemon.submit(job.parse(SPEC))
+            async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
+                announced = (await remote.join(pb.JoinRequest(job="notes", client_id=ALICE))).job
+                found = await session.fetch_base(remote, announced, who.state, BASE, Screen())
+                assert found == BASE
+                with pytest.raises(BadData, match="is not the job's base model"):
+                    await session.fetch_base(remote, announced, who.state, tmp_path, Screen())
+        assert backend.runs == 0
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("field", ["name", "id", "base_fingerprint", "rank", "dtype"])
+def test_a_job_that_makes_no_sense_is_refused(tmp_path: Path, field: str) -> None:
+    async def test() -> None:
+        async with running(tmp_path / "one") as (daemon, address):
+            await daemon.submit(job.parse(SPEC))
+            async with remotes.connect(address, Pins(tmp_path), lambda *_: None) as remote:
+                announced = (await remote.join(pb.JoinRequest(job="notes", client_id=ALICE))).job
+        session.check(announced)
+        if field == "name":
+            announced.spec.name = "../../outside"
+        elif field == "id":
+            announced.id = "../" * 10 + "x/"
+        elif field == "base_fingerprint":
+            announced.base_fingerprint = "0" * 64
+        elif field == "rank":
+            announced.spec.lora.rank = 1_000_000
+        else:
+            announced.spec.upload.dtype = "int4"
+        with pytest.raises(BadData, match="makes no sense"):
+            session.check(announced)
+
+    asyncio.run(test())
