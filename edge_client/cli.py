@@ -58,7 +58,8 @@ def join(
     """Take part in a job, start to receipt. Run it again after any interruption, and it goes on."""
     screen = Screen(as_json)
     _make(state)
-    if not data.exists():
+    waiting = any(box.trained() and not box.receipt() for box in outbox.all_outboxes(state))
+    if not waiting and not data.exists():  # what is trained needs no data any more
         raise BadData(f"there is no data at {data}", hint="edge-client join --data FILE_OR_FOLDER")
     with screen.busy("loading the training backend"):
         chosen = backends.choose(backend)
