@@ -10,38 +10,27 @@ Prints a table and samples; everything again in demo-output/report.json.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
 import shutil
-import signal
-import subprocess
 import sys
-import sysconfig
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import stdlib_packages as packages
+from cohort import Board, Client, coordinator, run, wait_for
 from rich import box
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from converters import adapter, architectures, gguf_adapter, gguf_base, llama
 from converters.errors import OneroundError
 from edge_client import backends, examples, local_model, outbox
-from edge_client.screen import columns_of_a_bar
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "benchmarks" / "base"
@@ -93,11 +82,11 @@ def main() -> None:
 
     with stages("data"):
         for name in CLIENTS:
-            split_package(name, OUT / "data" / name)
-        pool([OUT / "data" / name for name in CLIENTS], OUT / "data" / "together")
+            packages.split(name, OUT / "data" / name, train_bytes=TRAIN_BYTES, held_out_bytes=HELD_OUT_BYTES)
+        packages.pool([OUT / "data" / name for name in CLIENTS], OUT / "data" / "together")
     used = {name: usable(backend) for name, backend in CLIENTS.items()}
 
-    with coordinator() as server:
+    with coordinator(OUT) as server:
         with stages("submit"):
             for name, clients in (("stdlib", len(CLIENTS)), ("together", 1)):
                 job = OUT / f"{name}.toml"
@@ -114,14 +103,14 @@ def main() -> None:
                 run("coordinator", "submit", job, "--state", OUT / "coordinator")
 
         title("Three clients train on their own data; each sends one adapter")
-        with stages("federated"), Board() as board:
-            cohort = [Client(name, server, "stdlib", used[name], OUT / "data" / name, board) for name in CLIENTS]
+        with stages("federated"), Board(console) as board:
+            cohort = [client(name, server, "stdlib", used[name], board, threads(len(CLIENTS))) for name in CLIENTS]
             wait_for(cohort)
             pull("stdlib", server, OUT / "published")
 
         title("For comparison: one model on everybody's data together")
-        with stages("together"), Board() as board:
-            wait_for([Client("together", server, "together", used["asyncio"], OUT / "data" / "together", board)])
+        with stages("together"), Board(console) as board:
+            wait_for([client("together", server, "together", used["asyncio"], board, threads(1))])
             pull("together", server, OUT / "together")
 
     title("llama.cpp measures every model on every client's held-out data")
@@ -136,8 +125,8 @@ def main() -> None:
         "held_out_tokens": tokens,
         "samples": samples,
         "clients": {
-            client.name: {"backend": client.backend, **client.said["receipt"], **client.said["plan"]}
-            for client in cohort
+            joined.name: {"backend": joined.backend, **joined.said["receipt"], **joined.said["plan"]}
+            for joined in cohort
         },
         "seconds": {**stages.seconds, "all": time.monotonic() - started},
         "published": sorted(
@@ -145,46 +134,15 @@ def main() -> None:
         ),
         "recipe": {"epochs": EPOCHS, "learning_rate": LEARNING_RATE, "max_seq_len": SEQUENCE},
         "machine": {"platform": platform.platform(), "python": platform.python_version(), "cores": os.cpu_count()},
-        "claims": claims(losses),
+        "claims": (kept := claims(losses)),
     }
     (OUT / "report.json").write_text(json.dumps(report, indent=2))
     console.export_text(clear=True)  # the picture begins with the result
     show(report)
     console.save_svg(str(OUT / "demo.svg"), title="make demo")
-    if not all(report["claims"].values()):
+    if not all(kept.values()):
         console.print("[red]The federated model did not keep what this demo promises; see above.[/red]")
         sys.exit(1)
-
-
-# Data
-
-
-def split_package(package: str, folder: Path) -> None:
-    """A package's source as train.jsonl and valid.jsonl, whole files in each; the same on every run."""
-    source = Path(sysconfig.get_paths()["stdlib"]) / package
-    files = sorted(file for file in source.rglob("*.py") if file.stat().st_size > 500)
-    files.sort(key=lambda file: hashlib.sha256(file.relative_to(source).as_posix().encode()).digest())
-    train: list[str] = []
-    valid: list[str] = []
-    for file in files:
-        text = file.read_text("utf-8")
-        if sum(map(len, valid)) + len(text) <= HELD_OUT_BYTES:
-            valid.append(text)
-        elif sum(map(len, train)) + len(text) <= TRAIN_BYTES:
-            train.append(text)
-    folder.mkdir(parents=True)
-    for name, texts in (("train", train), ("valid", valid)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-
-
-def pool(folders: list[Path], to: Path) -> None:
-    """Everybody's data in one folder."""
-    to.mkdir(parents=True)
-    for name in ("train.jsonl", "valid.jsonl"):
-        (to / name).write_text("".join((folder / name).read_text() for folder in folders))
-
-
-# Processes
 
 
 def usable(backend: str) -> str:
@@ -194,124 +152,6 @@ def usable(backend: str) -> str:
         return backend
     console.print(f"[yellow]{backend} does not run here ({reason}); that client uses torch[/yellow]")
     return "torch"
-
-
-@contextmanager
-def coordinator() -> Iterator[str]:
-    """A daemon on a free port of 127.0.0.1; gives its address, and stops it in the end."""
-    log = (OUT / "coordinator.log").open("w")
-    command = [tool("coordinator"), "serve", "--listen", "127.0.0.1:0", "--state", str(OUT / "coordinator")]
-    process = subprocess.Popen(command, stdout=log, stderr=log)
-    announced = OUT / "coordinator" / "daemon.json"
-    try:
-        while not announced.exists():
-            if process.poll() is not None:
-                sys.exit(f"the coordinator did not start; see {log.name}")
-            time.sleep(0.05)
-        yield json.loads(announced.read_text())["address"]
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-
-
-class Client:
-    """One `edge-client join`, its progress on the board, and what it said last of each kind."""
-
-    def __init__(self, name: str, server: str, job: str, backend: str, data: Path, board: Board) -> None:
-        self.name, self.backend = name, backend
-        self.said: dict[str, dict[str, Any]] = {}
-        self.log = OUT / f"client-{name}.log"
-        self._board = board
-        self._row = board.add(f"{name} ({backend})")
-        alone = job == "together"
-        command = [tool("edge-client"), "join", "--server", server, "--job", job, "--data", str(data), "--name", name]
-        command += ["--backend", backend, "--state", str(OUT / "clients" / name), "--json", "--wait"]
-        self.process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=self.log.open("w"),
-            text=True,
-            # Three trainings share this machine; threads that spin while they wait would take it from each other.
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": str(threads(1 if alone else len(CLIENTS))),
-                "OMP_WAIT_POLICY": "passive",
-            },
-        )
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None, "asked for above"
-        for line in self.process.stdout:
-            said = json.loads(line)
-            self.said[said["event"]] = said
-            if said["event"] == "progress":
-                detail = f"loss {said['loss']:.3f}" if "loss" in said else ""
-                self._board.update(self._row, said["what"], said["done"], said["total"], detail)
-            elif said["event"] == "receipt":
-                self._board.update(self._row, "receipt", 1, 1, f"{said['size']:,} bytes sent")
-            elif said["event"] == "waiting" and said["state"] == "publishing":
-                self._board.update(self._row, "publishing", 1, 1, "the coordinator merges and verifies")
-            elif said["event"] == "published":
-                self._board.update(self._row, "done", 1, 1, f"v{said['version']} is there")
-
-
-def wait_for(clients: list[Client]) -> None:
-    """Until all have seen the publication; if one fails, the others have nothing to wait for."""
-    pending = list(clients)
-    try:
-        while pending:
-            for client in tuple(pending):
-                code = client.process.poll()
-                if code:
-                    sys.exit(f"client {client.name} failed:\n{client.log.read_text()}")
-                if code == 0:
-                    client.reader.join()
-                    pending.remove(client)
-            time.sleep(0.1)
-    finally:
-        for client in clients:
-            if client.process.poll() is None:
-                client.process.terminate()
-
-
-class Board:
-    """Progress bars in a terminal, a line every few seconds elsewhere."""
-
-    def __init__(self) -> None:
-        columns = (
-            TextColumn("  {task.description:<18}"),
-            TextColumn("{task.fields[what]:<10}"),
-            *columns_of_a_bar(),
-        )
-        self._progress = Progress(*columns, console=console) if console.is_terminal else None
-        self._names: list[str] = []
-        self._printed: dict[int, tuple[float, str]] = {}
-
-    def __enter__(self) -> Board:
-        if self._progress:
-            self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._progress:
-            self._progress.stop()
-
-    def add(self, name: str) -> int:
-        self._names.append(name)
-        if self._progress:
-            return self._progress.add_task(name, what="starting", detail="", total=None)
-        return len(self._names) - 1
-
-    def update(self, row: int, what: str, done: int, total: int, detail: str) -> None:
-        if self._progress:
-            self._progress.update(TaskID(row), what=what, completed=done, total=total, detail=detail)
-            return
-        last, last_what = self._printed.get(row, (0.0, ""))
-        if what != last_what or time.monotonic() - last > 10:
-            self._printed[row] = (time.monotonic(), what)
-            console.print(f"  {self._names[row]:<18} {what:<10} {done}/{total} {detail}")
 
 
 class Stages:
@@ -328,31 +168,13 @@ class Stages:
 
 
 def pull(job: str, server: str, to: Path) -> None:
-    run(
-        "edge-client",
-        "pull",
-        job,
-        "--artifact",
-        "all",
-        "--to",
-        to,
-        "--server",
-        server,
-        "--state",
-        OUT / "clients" / "puller",
-    )
+    whole = ("--artifact", "all", "--to", to)
+    run("edge-client", "pull", job, *whole, "--server", server, "--state", OUT / "clients" / "puller")
 
 
-def run(name: str, *arguments: object) -> str:
-    """Run one of our commands; its output, or the end of the demo with what it said."""
-    done = subprocess.run([tool(name), *map(str, arguments)], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        sys.exit(f"{name} {' '.join(map(str, arguments))} failed with exit code {done.returncode}:\n{done.stderr}")
-    return done.stdout
-
-
-def tool(name: str) -> str:
-    return str(Path(sys.executable).parent / name)
+def client(name: str, server: str, job: str, backend: str, board: Board, threads: int) -> Client:
+    data = OUT / "data" / name
+    return Client(name, server=server, job=job, backend=backend, data=data, out=OUT, threads=threads, board=board)
 
 
 def threads(processes: int) -> int:
