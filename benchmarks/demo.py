@@ -41,6 +41,7 @@ PROMPTS = {
     "email": '    def get_payload(self, i=None, decode=False):\n        """Return',
     "xml": "class ContentHandler:\n    def startElement(self, name",
 }
+SHOWN = "xml"  # the others' samples are in the report
 SAMPLING = ("--temperature", 0.6, "--seed", 0)
 TRAIN_BYTES, HELD_OUT_BYTES = 160_000, 25_000  # of source, per client
 SEQUENCE = 256
@@ -268,10 +269,11 @@ def show(report: dict[str, Any]) -> None:
     for claim, holds in report["claims"].items():
         console.print(f"  {'[green]yes[/green]' if holds else '[red]no[/red]'}  {claim}")
 
-    for said in report["samples"].values():
-        for name in ("base", "published"):
-            console.rule(name, style="dim", align="left")
-            console.print(said[name], markup=False)
+    said = report["samples"][SHOWN]
+    for name in ("base", "published"):
+        console.rule(f"{name} writes", style="dim", align="left")
+        console.print(said[name], markup=False)
+    console.rule(style="dim")
 
     table = Table(box=box.SIMPLE_HEAD, title="What each client sent, once")
     for heading in ("client", "backend", "examples", "steps", "bytes"):
