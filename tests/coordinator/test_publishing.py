@@ -14,7 +14,7 @@ from edge_client import remote as remotes
 from edge_client.identity import Pins
 from edge_client.remote import Remote
 from oneround.v1 import federation_pb2 as pb
-from tests.coordinator.test_server import ALICE, BOB, SPEC, join, nothing, running, trained, written
+from tests.coordinator.test_server import ALICE, BOB, SPEC, join, nothing, running, trained, with_server, written
 
 EVE = "e" * 32
 
@@ -73,24 +73,18 @@ def test_an_interrupted_publication_is_made_again(tmp_path: Path) -> None:
 def test_a_failed_publication_says_why_and_can_be_tried_again(tmp_path: Path) -> None:
     state = tmp_path / "state"
 
-    async def test() -> None:
-        async with (
-            running(state) as (daemon, address),
-            remotes.connect(address, Pins(state), lambda *_: None) as remote,
-        ):
-            await daemon.submit(job.parse(SPEC))
-            await contribute(remote, tmp_path)
-            (base,) = (state / "bases").iterdir()
-            whole = base.read_bytes()
-            base.write_bytes(whole[: len(whole) // 2])
-            await daemon.close("notes")
-            failed = await until(daemon, state=pb.STATE_FAILED)
-            assert "is not a sound GGUF file" in failed.reason and "coordinator close notes" in failed.reason
-            assert (state / "publications" / "notes" / "v1.failed").is_dir(), "what was made is kept aside"
-            base.write_bytes(whole)
-            await daemon.close("notes")
-            status = await until(daemon)
-            assert len(status.publications) == 1
-            assert not (state / "publications" / "notes" / "v1.failed").exists()
+    async def test(daemon: Daemon, remote: Remote) -> None:
+        await contribute(remote, tmp_path)
+        (base,) = (state / "bases").iterdir()
+        whole = base.read_bytes()
+        base.write_bytes(whole[: len(whole) // 2])
+        await daemon.close("notes")
+        failed = await until(daemon, state=pb.STATE_FAILED)
+        assert "is not a sound GGUF file" in failed.reason and "coordinator close notes" in failed.reason
+        assert (state / "publications" / "notes" / "v1.failed").is_dir(), "what was made is kept aside"
+        base.write_bytes(whole)
+        await daemon.close("notes")
+        assert len((await until(daemon)).publications) == 1
+        assert not (state / "publications" / "notes" / "v1.failed").exists()
 
-    asyncio.run(test())
+    with_server(state, test)
