@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import sys
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Annotated
 
@@ -181,7 +182,9 @@ def chat(
             return
 
 
-def _connected(server: str, state: Path, screen: Screen, insecure: bool, job: str = ""):  # type: ignore[no-untyped-def]
+def _connected(
+    server: str, state: Path, screen: Screen, insecure: bool, job: str = ""
+) -> AbstractAsyncContextManager[Remote]:
     """A connection to the named coordinator, or to the one that the job (or the last job) was joined at."""
     if not server:
         joined = outbox.all_outboxes(state)
