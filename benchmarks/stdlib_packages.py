@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
+
+_TOP_LEVEL = re.compile(r"^(?=class |def |async def |@)", flags=re.M)
+_SHORTEST_ROW = 500  # characters; decorators and one-liners stay with what follows
 
 
 def split(package: str, folder: Path, *, train_bytes: int, held_out_bytes: int) -> None:
-    """A package's source as train.jsonl and valid.jsonl of at most so many bytes; whole files in each.
+    """A package's classes and functions as rows of train.jsonl and valid.jsonl, about so many bytes in each.
 
-    Files go in the order of their names' hashes, so a run on the same version of Python gives the same split.
+    Rows go in the order of their contents' hashes: a random split, and the same one on every run.
     """
     source = Path(sysconfig.get_paths()["stdlib"]) / package
-    files = sorted(file for file in source.rglob("*.py") if file.stat().st_size > 500)
-    files.sort(key=lambda file: hashlib.sha256(file.relative_to(source).as_posix().encode()).digest())
-    train: list[str] = []
-    valid: list[str] = []
-    for file in files:
-        text = file.read_text("utf-8")
-        if sum(map(len, valid)) + len(text) <= held_out_bytes:
-            valid.append(text)
-        elif sum(map(len, train)) + len(text) <= train_bytes:
-            train.append(text)
+    found = {row for file in source.rglob("*.py") for row in _rows(file.read_text("utf-8"))}
+    left = sorted(found, key=lambda row: hashlib.sha256(row.encode()).digest())
     folder.mkdir(parents=True)
-    for name, texts in (("train", train), ("valid", valid)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for name, size in (("valid", held_out_bytes), ("train", train_bytes)):
+        taken: list[str] = []
+        while left and sum(map(len, taken)) < size:
+            taken.append(left.pop())
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in taken))
 
 
 def pool(folders: list[Path], to: Path) -> None:
@@ -34,3 +34,14 @@ def pool(folders: list[Path], to: Path) -> None:
     to.mkdir(parents=True)
     for name in ("train.jsonl", "valid.jsonl"):
         (to / name).write_text("".join((folder / name).read_text() for folder in folders))
+
+
+def _rows(text: str) -> Iterator[str]:
+    row = ""
+    for part in _TOP_LEVEL.split(text):
+        row += part
+        if len(row) >= _SHORTEST_ROW:
+            yield row
+            row = ""
+    if row.strip():
+        yield row
