@@ -76,8 +76,10 @@ def test_a_coordinator_that_is_not_there(tmp_path: Path) -> None:
 def test_commands_that_need_a_server_say_so(tmp_path: Path) -> None:
     _, err = commands.run("edge-client", "pull", "notes", "--state", tmp_path, "--to", tmp_path, code=2)
     assert "--server HOST:PORT" in err
-    _, err = commands.run("edge-client", "chat", tmp_path / "none.gguf", "--state", tmp_path, code=3)
-    assert "has not joined" in err
+    _, err = commands.run("edge-client", "chat", tmp_path / "none.gguf", "--state", tmp_path, code=2)
+    assert "neither a GGUF file nor a job's name" in err
+    _, err = commands.run("edge-client", "chat", "notes", "--state", tmp_path, code=2)
+    assert "--server HOST:PORT" in err
 
 
 def test_a_job_that_is_not_there_and_a_model_that_is_another(served: tuple[Path, str]) -> None:
