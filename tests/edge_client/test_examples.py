@@ -229,7 +229,8 @@ def test_held_out_depends_on_content_alone(
     assert split(again) == (train, held_out)
     assert split([*words, words[0]]) == (train, held_out) or len(words) == 2
     _, more = split([*words, new])
-    assert more - {new} <= held_out
+    # Only where the last row was kept for training by force may a newcomer free it to be held out.
+    assert more - {new} <= held_out or len(train) == 1
 
 
 def test_a_tenth_is_held_out(tmp_path: Path) -> None:
