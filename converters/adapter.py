@@ -10,10 +10,10 @@ bfloat16 or float16, with `format=oneround/1` in the header.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -25,12 +25,14 @@ from converters.errors import BadAdapter, LayoutMismatch
 FORMAT = "oneround/1"
 Factor = NDArray[np.float32]
 
-WIRE_DTYPES: dict[str, np.dtype[np.generic]] = {
-    "float32": np.dtype(np.float32),
+_FLOAT32: np.dtype[Any] = np.dtype(np.float32)
+WIRE_DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": _FLOAT32,
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+_PANEL = 256  # columns of B that go into one product: enough for the full speed of a matrix product
 _VOCABULARY = ("lm_head", "embed_tokens", "embed_out", "embed_in", "wte", "word_embeddings")
 
 
@@ -41,23 +43,97 @@ class Shape(NamedTuple):
     into: int
 
 
-class LowRank(NamedTuple):
-    """One module's update ΔW = b @ a, with a (r, in) and b (out, r)."""
+class Term(NamedTuple):
+    """One summand of an update, weight · b @ a, its factors as they lie in a file: mapped, in any wire dtype."""
 
-    a: Factor
-    b: Factor
+    a: tensors.Array  # (r, in)
+    b: tensors.Array  # (out, r)
+    weight: float = 1.0
+
+
+class LowRank:
+    """One module's update, ΔW = Σ weight · b @ a over its terms.
+
+    `LowRank(a, b)` has one term. Nothing is read or multiplied before it is asked for, so an update that is the mean of
+    two hundred files costs no more memory than their names.
+    """
+
+    def __init__(self, a: tensors.Array, b: tensors.Array, weight: float = 1.0) -> None:
+        self.terms: tuple[Term, ...] = (Term(a, b, weight),)
+
+    @classmethod
+    def sum(cls, updates: Iterable[LowRank], weights: Iterable[float]) -> LowRank:
+        """Σ weight · ΔW, exactly: the terms of all. Ranks add up."""
+        total = cls.__new__(cls)
+        total.terms = tuple(
+            term._replace(weight=term.weight * weight)
+            for update, weight in zip(updates, weights, strict=True)
+            for term in update.terms
+        )
+        return total
 
     @property
     def rank(self) -> int:
-        return int(self.a.shape[0])
+        return sum(int(term.a.shape[0]) for term in self.terms)
 
     @property
     def shape(self) -> Shape:
-        return Shape(int(self.b.shape[0]), int(self.a.shape[1]))
+        return Shape(int(self.terms[0].b.shape[0]), int(self.terms[0].a.shape[1]))
+
+    @property
+    def a(self) -> Factor:
+        """The terms' A, stacked: (Σr, in)."""
+        return _joined([_float32(term.a) for term in self.terms], axis=0)
+
+    @property
+    def b(self) -> Factor:
+        """The terms' B, weighted and stacked: (out, Σr)."""
+        return _joined([_weighted(term.b, term.weight) for term in self.terms], axis=1)
 
     def delta(self) -> Factor:
         """ΔW (out, in), dense."""
-        return self.b @ self.a
+        out, into = self.shape
+        return self.add_to(np.zeros((out, into), np.float32))
+
+    def add_to(self, dense: Factor, rows: slice | NDArray[np.intp] = slice(None)) -> Factor:
+        """Add these rows of ΔW to `dense` (rows, in), in place; returns it.
+
+        Factors are taken up in panels of some hundred columns, so memory is flat in the number of terms and in rank.
+        """
+        for a, b in self._panels(rows):
+            dense += b @ a
+        return dense
+
+    def _panels(self, rows: slice | NDArray[np.intp]) -> Iterator[tuple[Factor, Factor]]:
+        """Stacked factors (k, in) and (rows, k) with k of about _PANEL, whose products sum to rows of ΔW."""
+        some_a: list[Factor] = []
+        some_b: list[Factor] = []
+        width = 0
+        for term in self.terms:
+            for start in range(0, term.a.shape[0], _PANEL):
+                columns = slice(start, start + _PANEL)
+                some_a.append(_float32(term.a[columns]))
+                some_b.append(_weighted(term.b[rows, columns], term.weight))
+                width += len(some_a[-1])
+                if width >= _PANEL:
+                    yield _joined(some_a, axis=0), _joined(some_b, axis=1)
+                    some_a, some_b, width = [], [], 0
+        if some_a:
+            yield _joined(some_a, axis=0), _joined(some_b, axis=1)
+
+    def later(self, dtype: np.dtype[Any] = _FLOAT32) -> tuple[tensors.Later, tensors.Later]:
+        """A and B, rounded to a dtype when they are written."""
+        (out, into), rank = self.shape, self.rank
+        return (
+            tensors.Later(dtype, (rank, into), lambda: self.a.astype(dtype, copy=False)),
+            tensors.Later(dtype, (out, rank), lambda: self.b.astype(dtype, copy=False)),
+        )
+
+    def forget(self) -> None:
+        """Give the pages of mapped files back to the system; they are read again when needed."""
+        for term in self.terms:
+            tensors.forget(term.a)
+            tensors.forget(term.b)
 
 
 @dataclass(frozen=True)
@@ -69,25 +145,11 @@ class Adapter:
 
     @property
     def ranks(self) -> dict[str, int]:
-        return {name: factors.rank for name, factors in self.modules.items()}
+        return {name: update.rank for name, update in self.modules.items()}
 
-
-class _Mapped(Mapping[str, LowRank]):
-    """Factors that are read from the mapped file, and made float32, one module at a time."""
-
-    def __init__(self, found: Mapping[str, tensors.Array]) -> None:
-        self._found = found
-        self._names = sorted(name.removesuffix(_A) for name in found if name.endswith(_A))
-
-    def __getitem__(self, name: str) -> LowRank:
-        a, b = self._found[name + _A], self._found[name + _B]
-        return LowRank(a.astype(np.float32), b.astype(np.float32))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        return {name: update.shape for name, update in self.modules.items()}
 
 
 def read(path: Path) -> Adapter:
@@ -105,14 +167,15 @@ def read(path: Path) -> Adapter:
     for name in found:
         if not name.endswith((_A, _B)):
             raise BadAdapter(f"{path}: unknown tensor {name}; expected names that end in {_A} or {_B}")
-    _check_pairs(_half(found, _A), _half(found, _B), path)
-    return Adapter(_Mapped(found), metadata)
+    a, b = _half(found, _A), _half(found, _B)
+    _check_pairs(a, b, path)
+    return Adapter({name: LowRank(a[name], b[name]) for name in sorted(a)}, metadata)
 
 
 def pair(
     a: Mapping[str, tensors.Array], b: Mapping[str, tensors.Array], path: Path
-) -> dict[str, tuple[Factor, Factor]]:
-    """Factors by module, from a reader's A (r, in) and B (out, r), checked and made float32.
+) -> dict[str, tuple[tensors.Array, tensors.Array]]:
+    """Factors by module, from a reader's A (r, in) and B (out, r), checked.
 
     Raises:
         BadAdapter: a lone factor, one that is not a matrix of floats, ranks that do not agree, nothing at all, or a
@@ -122,16 +185,15 @@ def pair(
     for name in a:
         if name.rsplit(".", 1)[-1] in _VOCABULARY:
             raise BadAdapter(f"{path}: {name} is adapted; LoRA on embeddings and output layers cannot be converted")
-    return {name: (_float32(a[name]), _float32(b[name])) for name in sorted(a)}
+    return {name: (a[name], b[name]) for name in sorted(a)}
 
 
 def write(adapter: Adapter, path: Path, dtype: str = "float32") -> None:
     """Write an adapter in the common layout, rounded to `dtype`; atomic and synced."""
     wire = WIRE_DTYPES[dtype]
-    found: dict[str, tensors.Array] = {}
-    for name, factors in adapter.modules.items():
-        found[name + _A] = factors.a.astype(wire)
-        found[name + _B] = factors.b.astype(wire)
+    found: dict[str, tensors.Later] = {}
+    for name, update in adapter.modules.items():
+        found[name + _A], found[name + _B] = update.later(wire)
     tensors.write(path, found, {**adapter.metadata, "format": FORMAT, "dtype": dtype})
 
 
@@ -150,12 +212,13 @@ def check(adapter: Adapter, expected: Mapping[str, Shape]) -> None:
         raise LayoutMismatch(
             f"the adapter has {len(unknown)} modules that the job does not ask for, {unknown[0]} for one"
         )
-    for name, factors in adapter.modules.items():
-        if factors.shape != expected[name]:
-            raise LayoutMismatch(f"{name} adapts a weight of shape {factors.shape}, the base has {expected[name]}")
-        for letter, factor in (("A", factors.a), ("B", factors.b)):
+    for name, update in adapter.modules.items():
+        if update.shape != expected[name]:
+            raise LayoutMismatch(f"{name} adapts a weight of shape {update.shape}, the base has {expected[name]}")
+        for letter, factor in (("A", update.a), ("B", update.b)):
             if not np.isfinite(factor).all():
                 raise BadAdapter(f"{name}: factor {letter} holds NaN or Inf")
+        update.forget()
 
 
 def initial(shapes: Mapping[str, Shape], rank: int, seed: int) -> Adapter:
@@ -178,7 +241,15 @@ def _half(found: Mapping[str, tensors.Array], suffix: str) -> dict[str, tensors.
 
 
 def _float32(factor: tensors.Array) -> Factor:
-    return np.ascontiguousarray(factor, np.float32)
+    return factor.astype(np.float32, copy=False)
+
+
+def _weighted(factor: tensors.Array, weight: float) -> Factor:
+    return _float32(factor) if weight == 1.0 else _float32(factor) * np.float32(weight)
+
+
+def _joined(factors: list[Factor], axis: int) -> Factor:
+    return factors[0] if len(factors) == 1 else np.concatenate(factors, axis)
 
 
 def _check_pairs(a: Mapping[str, tensors.Array], b: Mapping[str, tensors.Array], path: Path) -> None:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
-import numpy as np
 
 from converters import gguf_file
 from converters.adapter import Adapter, Factor
@@ -25,7 +24,7 @@ def write(adapter: Adapter, path: Path, base: Base) -> None:
     Raises:
         LayoutMismatch: the adapter is not for this base.
     """
-    shapes = {name: factors.shape for name, factors in adapter.modules.items()}
+    shapes = adapter.shapes
     check_fits(base, shapes)
     writer = gguf.GGUFWriter(None, base.arch)
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -41,5 +40,5 @@ def write(adapter: Adapter, path: Path, base: Base) -> None:
 
 def _factors(adapter: Adapter, base: Base) -> Iterator[Factor]:
     for name, factors in adapter.modules.items():
-        yield factors.a.astype(np.float32, copy=False)
-        yield interleave(base, name, factors.b.astype(np.float32, copy=False))
+        yield factors.a
+        yield interleave(base, name, factors.b)

@@ -9,17 +9,19 @@ Source: mlx-lm 0.32, tuner/utils.py (linear_to_lora_layers, load_adapters) and t
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from converters import settings, tensors
-from converters.adapter import Adapter, LowRank, pair
+from converters.adapter import Adapter, Factor, LowRank, pair
 from converters.architectures import Base, check_fits, within_block
 from converters.errors import BadAdapter
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapters.safetensors"
 _A, _B = ".lora_a", ".lora_b"
+_FLOAT32 = np.dtype(np.float32)
 _SCALE = 20.0  # mlx-lm's default
 
 
@@ -32,7 +34,7 @@ def read(folder: Path) -> Adapter:
     config = settings.read(folder / _CONFIG, BadAdapter)
     if (kind := config.text("fine_tune_type", "lora")) != "lora":
         raise config.bad(f"fine_tune_type is {kind}; only lora can be converted")
-    scale = np.float32(config.table("lora_parameters").number("scale", _SCALE, positive=False))
+    scale = config.table("lora_parameters").number("scale", _SCALE, positive=False)
     found, _ = tensors.read(folder / _WEIGHTS)
     a: dict[str, tensors.Array] = {}
     b: dict[str, tensors.Array] = {}
@@ -46,7 +48,7 @@ def read(folder: Path) -> Adapter:
             why = "is not a LoRA factor of a linear layer, and cannot be converted"
             raise BadAdapter(f"{folder / _WEIGHTS}: the tensor {shown} {why}")
     factors = pair(a, b, folder / _WEIGHTS)
-    return Adapter({name: LowRank(a, b * scale) for name, (a, b) in factors.items()})
+    return Adapter({name: LowRank(a, b, scale) for name, (a, b) in factors.items()})
 
 
 def write(adapter: Adapter, folder: Path, base: Base) -> None:
@@ -58,20 +60,16 @@ def write(adapter: Adapter, folder: Path, base: Base) -> None:
     Raises:
         LayoutMismatch: the adapter is not for this base.
     """
-    shapes = {name: factors.shape for name, factors in adapter.modules.items()}
+    shapes = adapter.shapes
     check_fits(base, shapes)
     rank = max(adapter.ranks.values())
     keys = sorted({within_block(base, name)[1] for name in shapes})
-    found: dict[str, tensors.Array] = {}
-    for name, shape in base.linears.items():
-        if within_block(base, name)[1] not in keys:
-            continue
-        a, b = np.zeros((shape.into, rank), np.float32), np.zeros((rank, shape.out), np.float32)
-        if name in shapes:
-            factors = adapter.modules[name]
-            a[:, : factors.rank] = factors.a.T
-            b[: factors.rank] = factors.b.T
-        found[name + _A], found[name + _B] = a, b
+    found: dict[str, tensors.Later] = {}
+    for name, (out, into) in base.linears.items():
+        if within_block(base, name)[1] in keys:
+            update = adapter.modules.get(name)
+            found[name + _A] = tensors.Later(_FLOAT32, (into, rank), partial(_lora_a, update, into, rank))
+            found[name + _B] = tensors.Later(_FLOAT32, (rank, out), partial(_lora_b, update, out, rank))
     config = {
         "fine_tune_type": "lora",
         "num_layers": -1,
@@ -80,3 +78,17 @@ def write(adapter: Adapter, folder: Path, base: Base) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors.write(folder / _WEIGHTS, found, {"format": "mlx"})
     tensors.replace(folder / _CONFIG, [json.dumps(config, indent=2).encode()])
+
+
+def _lora_a(update: LowRank | None, into: int, rank: int) -> Factor:
+    padded = np.zeros((into, rank), np.float32)
+    if update is not None:
+        padded[:, : update.rank] = update.a.T
+    return padded
+
+
+def _lora_b(update: LowRank | None, out: int, rank: int) -> Factor:
+    padded = np.zeros((rank, out), np.float32)
+    if update is not None:
+        padded[: update.rank] = update.b.T
+    return padded

@@ -14,8 +14,6 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-
 from converters import settings, tensors
 from converters.adapter import Adapter, LowRank, pair
 from converters.errors import BadAdapter
@@ -101,18 +99,16 @@ def read(folder: Path) -> Adapter:
         halves[suffix][name.removeprefix(_PREFIX).removesuffix(suffix)] = tensor
     factors = pair(halves[_A], halves[_B], folder / _WEIGHTS)
     scaling = _Scaling(config)
-    return Adapter({name: LowRank(a, b * scaling.of(name, a.shape[0])) for name, (a, b) in factors.items()})
+    return Adapter({name: LowRank(a, b, scaling.of(name, a.shape[0])) for name, (a, b) in factors.items()})
 
 
 def write(adapter: Adapter, folder: Path, *, base_model: str) -> None:
     """Write a folder that `PeftModel.from_pretrained` loads: float32, scaling 1, every module by its whole name."""
     folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, tensors.Array] = {}
-    ranks = {}
-    for name, factors in adapter.modules.items():
-        found[f"{_PREFIX}{name}{_A}"] = factors.a.astype(np.float32, copy=False)
-        found[f"{_PREFIX}{name}{_B}"] = factors.b.astype(np.float32, copy=False)
-        ranks[name] = factors.rank
+    found: dict[str, tensors.Later] = {}
+    for name, update in adapter.modules.items():
+        found[f"{_PREFIX}{name}{_A}"], found[f"{_PREFIX}{name}{_B}"] = update.later()
+    ranks = adapter.ranks
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {name: other for name, other in sorted(ranks.items()) if other != rank}
     config = {
@@ -142,14 +138,14 @@ class _Scaling:
         self._rslora = config.flag("use_rslora")
         self._ranks, self._alphas = config.table("rank_pattern"), config.table("alpha_pattern")
 
-    def of(self, module: str, stored: int) -> np.float32:
+    def of(self, module: str, stored: int) -> float:
         key = _matching(self._ranks, module)
         rank = self._rank if key is None else self._ranks.integer(key)
         key = _matching(self._alphas, module)
         alpha = self._alpha if key is None else self._alphas.number(key, positive=False)
         if rank != stored:
             raise self._config.bad(f"{module} has rank {rank} by the settings, and {stored} in the file")
-        return np.float32(alpha / (math.sqrt(rank) if self._rslora else rank))
+        return alpha / (math.sqrt(rank) if self._rslora else rank)
 
 
 def _matching(patterns: Settings, module: str) -> str | None:

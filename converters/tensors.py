@@ -11,10 +11,11 @@ import fcntl
 import json
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -43,6 +44,18 @@ DTYPES: dict[str, np.dtype[np.generic]] = {
     "BOOL": np.dtype(np.bool_),
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class Later(NamedTuple):
+    """A tensor that is made when its turn to be written has come."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    make: Callable[[], Array]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
 
 
 def read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
@@ -76,8 +89,22 @@ def read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     return tensors, metadata
 
 
-def write(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
-    """Write and sync a safetensors file; the same content always gives the same bytes.
+def forget(array: Array) -> None:
+    """Give the pages of the map behind an array back to the system. What is read again comes from its cache.
+
+    Mapped pages count as a process's memory, so whoever walks through large files lets go of what lies behind.
+    """
+    owner: Any = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, memoryview):
+        owner = owner.obj
+    if isinstance(owner, mmap.mmap):
+        owner.madvise(mmap.MADV_DONTNEED)
+
+
+def write(path: Path, tensors: Mapping[str, Array | Later], metadata: Mapping[str, str]) -> None:
+    """Write and sync a safetensors file, one tensor at a time; the same content always gives the same bytes.
 
     Names are sorted, so that two machines that hold equal tensors hold equal digests.
     """
@@ -93,7 +120,12 @@ def write(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str])
         offset += tensor.nbytes
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)  # the format asks for data aligned to 8 bytes
-    replace(path, [len(encoded).to_bytes(8, "little"), encoded, *(_bytes(tensor) for _, tensor in ordered)])
+    with placed(path) as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, tensor in ordered:
+            array = tensor.make() if isinstance(tensor, Later) else tensor
+            assert (array.dtype, array.shape) == (tensor.dtype, tensor.shape), name
+            file.write(_bytes(array))
 
 
 def replace(path: Path, pieces: Iterable[bytes | memoryview]) -> None:

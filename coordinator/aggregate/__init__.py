@@ -61,8 +61,8 @@ def aggregate(
     mean: dict[str, LowRank] = {}
     kept = whole = 0.0
     for name in sorted(modules):
-        a, b = METHODS[method]([contribution.adapter.modules[name] for contribution in contributions], weights)
-        factors = LowRank(a, b * np.float32(server_learning_rate))
+        update = METHODS[method]([contribution.adapter.modules[name] for contribution in contributions], weights)
+        factors = LowRank.sum([update], [server_learning_rate])
         if rank and rank < factors.rank:
             factors, energy, total = truncate(factors, rank)
             kept, whole = kept + energy, whole + total

@@ -15,12 +15,7 @@ def exact(factors: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
 
     Source: FLoRA's stacking, arXiv 2409.05976.
     """
-    return LowRank(
-        np.concatenate([factor.a for factor in factors], axis=0),
-        np.concatenate(
-            [np.float32(weight) * factor.b for factor, weight in zip(factors, weights, strict=True)], axis=1
-        ),
-    )
+    return LowRank.sum(factors, weights)
 
 
 def fedavg(factors: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
