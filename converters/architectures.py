@@ -1,163 +1,74 @@
-"""Base models as Hugging Face folders: their linear layers, their names in GGUF, and what differs per family.
+"""Base models as Hugging Face folders: their linear layers, their names in GGUF, and the order of their rows there.
 
-A family is one entry of `FAMILIES`. Names and shapes come from config.json and are held against the headers of the
-safetensors files, so a model that is described here has every layer that an adapter can ask for.
-
-Sources: transformers' modelling code for names and shapes; llama.cpp's conversion package for the permutation.
+Names and shapes of a known family come from config.json and are held against the headers of the safetensors files, so
+a model that is described here has every layer that an adapter can ask for. A model of another family is described by
+looking at a GGUF of it (`other_families`).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from converters import settings, tensors
+from converters import checkpoint, other_families
 from converters.adapter import Shape
+from converters.checkpoint import model_files, weights
 from converters.errors import BadModel, LayoutMismatch
+from converters.families import FAMILIES, Base, Family, Linear, NotKnownHere, interleaved, names_in_gguf
 from converters.settings import Settings
-from converters.tensors import Array
+
+__all__ = [
+    "FAMILIES",
+    "Base",
+    "Family",
+    "Linear",
+    "adapted",
+    "as_in_gguf",
+    "check_fits",
+    "checkpoint_names",
+    "describe",
+    "gguf_name",
+    "interleave",
+    "is_known",
+    "model_files",
+    "row_order",
+    "weights",
+    "within_block",
+]
 
 Number = TypeVar("Number", bound=np.generic)
 
-_TWO_WAYS_OUT = "give a base GGUF as the job's model.gguf, or put llama.cpp's convert_hf_to_gguf.py on PATH"
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
-# What a client needs beside the weights; never pickles, never code.
-_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-
-
-class Linear(NamedTuple):
-    """A linear layer of a block: names of its sizes, and of the head count whose RoPE pairs llama.cpp interleaves."""
-
-    out: str
-    into: str
-    heads: str = ""
-
-
-@dataclass(frozen=True)
-class Family:
-    """What models of one kind share."""
-
-    arch: str  # general.architecture in GGUF
-    blocks: str  # the list of blocks, as transformers names it
-    linears: Mapping[str, Linear]  # by name within a block
-    activations: tuple[str, ...]  # what llama.cpp computes for this architecture, whatever the config says
-    embedding: str = "model.embed_tokens"
-    output: str = "lm_head"
-
-
-LLAMA = Family(
-    arch="llama",
-    blocks="model.layers",
-    linears={
-        "self_attn.q_proj": Linear("heads", "hidden", "n_heads"),
-        "self_attn.k_proj": Linear("kv_heads", "hidden", "n_kv_heads"),
-        "self_attn.v_proj": Linear("kv_heads", "hidden"),
-        "self_attn.o_proj": Linear("hidden", "heads"),
-        "mlp.gate_proj": Linear("intermediate", "hidden"),
-        "mlp.up_proj": Linear("intermediate", "hidden"),
-        "mlp.down_proj": Linear("hidden", "intermediate"),
-    },
-    activations=("silu", "swish"),
-)
-
-FAMILIES: dict[str, Family] = {"LlamaForCausalLM": LLAMA, "MistralForCausalLM": LLAMA}
-
-
-@dataclass(frozen=True)
-class Base:
-    """A base model, as far as adapters and GGUF files need to know it."""
-
-    name: str  # the class in transformers, LlamaForCausalLM for one
-    family: Family
-    config: Mapping[str, Any]
-    dtype: str  # of the checkpoint's matrices: f32, f16 or bf16
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    hidden_size: int
-    intermediate_size: int
-    vocab_size: int
-    tied: bool  # lm_head is the embedding
-    linears: Mapping[str, Shape]  # every linear layer of the blocks, (out, in), by transformers' module name
-
-    @property
-    def arch(self) -> str:
-        """`general.architecture` in GGUF."""
-        return self.family.arch
-
-
-def describe(folder: Path) -> Base:
+def describe(folder: Path, gguf: Path | None = None) -> Base:
     """Describe the model in a Hugging Face folder, from config.json and the headers of its safetensors files.
 
+    `gguf` is the same model as a GGUF file; it is looked at when the family is not known here.
+
     Raises:
-        BadModel: no such folder, files missing or not sound, or a family that is not known here.
+        BadModel: no such folder, files missing or not sound, or a family that is not known here and no GGUF.
     """
-    config = settings.read(_folder(folder) / "config.json", BadModel)
-    names = config.items("architectures")
-    name = names[0] if names and isinstance(names[0], str) else config.text("model_type", "unknown")
-    family = FAMILIES.get(name)
-    if family is None:
-        raise BadModel(f"{folder}: the model family {name} is not supported yet", hint=_TWO_WAYS_OUT)
+    config = checkpoint.config(folder)
+    name = _name(config)
     if config.get("quantization_config"):
         raise BadModel(f"{folder} holds a quantised checkpoint", hint="give the model's float16 or bfloat16 original")
-    if (activation := config.text("hidden_act", family.activations[0])) not in family.activations:
-        raise BadModel(f"{folder}: llama.cpp does not know {name} with hidden_act {activation}", hint=_TWO_WAYS_OUT)
+    if name in FAMILIES:
+        return _known(folder, name, FAMILIES[name], config)
+    if gguf is None:
+        raise NotKnownHere(f"{folder}: the model family {name} is not supported without a GGUF of it")
+    return other_families.look(folder, name, config, gguf)
 
-    hidden, n_heads = config.integer("hidden_size", high=1 << 20), config.integer("num_attention_heads", high=1 << 14)
-    n_kv_heads = config.integer("num_key_value_heads", n_heads, high=n_heads)
-    head_dim = config.integer("head_dim", max(hidden // n_heads, 1), high=1 << 14)
-    if n_heads % n_kv_heads or head_dim % 2:
-        raise config.bad(f"{n_heads} heads, {n_kv_heads} key-value heads of {head_dim} do not go together")
-    sizes = {
-        "hidden": hidden,
-        "heads": n_heads * head_dim,
-        "kv_heads": n_kv_heads * head_dim,
-        "intermediate": config.integer("intermediate_size", high=1 << 22),
-    }
-    n_layers = config.integer("num_hidden_layers", high=1 << 12)
-    linears = {
-        f"{family.blocks}.{n}.{inner}": Shape(sizes[linear.out], sizes[linear.into])
-        for n in range(n_layers)
-        for inner, linear in family.linears.items()
-    }
-    vocab_size, tied = config.integer("vocab_size", high=1 << 24), config.flag("tie_word_embeddings")
-    return Base(
-        name=name,
-        family=family,
-        config=config.values,
-        dtype=_check_weights(folder, family, linears, Shape(vocab_size, hidden), tied),
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=head_dim,
-        hidden_size=hidden,
-        intermediate_size=sizes["intermediate"],
-        vocab_size=vocab_size,
-        tied=tied,
-        linears=linears,
-    )
+
+def is_known(folder: Path) -> bool:
+    """Whether a folder's model is of a known family, which can be described without a GGUF.
+
+    Raises:
+        BadModel: there is no sound config.json.
+    """
+    return _name(checkpoint.config(folder)) in FAMILIES
 
 
 def adapted(base: Base, target_modules: Sequence[str]) -> dict[str, Shape]:
@@ -214,84 +125,88 @@ def gguf_name(base: Base, tensor: str) -> str:
     Raises:
         BadModel: GGUF has no name for it.
     """
-    name = _names(base.arch, base.n_layers).get_name(key=tensor, try_suffixes=(".weight", ".bias"))
+    name = names_in_gguf(base.arch, base.n_layers).get_name(key=tensor, try_suffixes=(".weight", ".bias"))
     if name is None:
-        raise BadModel(f"the tensor {tensor} has no place in a GGUF file for {base.arch}", hint=_TWO_WAYS_OUT)
+        raise NotKnownHere(f"the tensor {tensor} has no place in a GGUF file for {base.arch}")
     return str(name)
 
 
-def interleave(base: Base, module: str, rows: NDArray[Number]) -> NDArray[Number]:
-    """Rows (out, …) of a weight, a bias or a lora_B in llama.cpp's order.
+def checkpoint_names(base: Base) -> dict[str, str]:
+    """The module of every linear layer by its weight's name in GGUF: the way back from `gguf_name`."""
+    return {gguf_name(base, f"{module}.weight"): module for module in base.linears}
 
-    llama.cpp rotates neighbouring pairs where transformers rotates the two halves of a head, so the rows of q and k
-    go from (heads, 2, d/2) to (heads, d/2, 2). Rows of other modules stay as they are.
-    """
+
+def row_order(base: Base, module: str) -> NDArray[np.intp] | None:
+    """For each row in GGUF of a module's weight, bias or lora_B the checkpoint's row; None when they are the same."""
     linear = base.family.linears.get(within_block(base, module)[1]) if module in base.linears else None
     if linear is None or not linear.heads:
-        return rows
-    heads = getattr(base, linear.heads)
-    swapped = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2)
-    return swapped.reshape(rows.shape)
+        return None
+    return interleaved(base.linears[module].out, getattr(base, linear.heads))
 
 
-def weights(folder: Path) -> dict[str, Array]:
-    """Every tensor of a folder's safetensors files by name, mapped and not read.
-
-    Raises:
-        BadModel: files are missing or not sound, or do not agree with the index.
-    """
-    found: dict[str, Array] = {}
-    for file in _weight_files(folder):
-        for name, tensor in tensors.read(file)[0].items():
-            if name in found:
-                raise BadModel(f"{folder}: two files hold the tensor {name}")
-            found[name] = tensor
-    return found
+def interleave(base: Base, module: str, rows: NDArray[Number]) -> NDArray[Number]:
+    """Rows (out, …) of a weight, a bias or a lora_B in llama.cpp's order."""
+    order = row_order(base, module)
+    return rows if order is None else rows[order]
 
 
-def model_files(folder: Path) -> list[Path]:
-    """The files that a client needs to train from this folder, sorted by name.
-
-    Raises:
-        BadModel: the weights are missing.
-    """
-    files = [_folder(folder) / name for name in _FILES]
-    if not (folder / _SINGLE).is_file():
-        files.append(folder / _INDEX)
-    return sorted([file for file in files if file.is_file()] + _weight_files(folder))
+def as_in_gguf(base: Base, name: str, tensor: NDArray[Number]) -> NDArray[Any]:
+    """A checkpoint's tensor with the values that it has in GGUF, and in their order."""
+    module, _, _ = name.rpartition(".")
+    if base.family.norm_shift and module.endswith("norm"):
+        return tensor.astype(np.float32) + np.float32(base.family.norm_shift)
+    return interleave(base, module, tensor)
 
 
-@functools.lru_cache(maxsize=8)
-def _names(arch: str, n_layers: int) -> Any:
-    numbers: dict[str, Any] = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    return gguf.get_tensor_name_map(numbers[arch], n_layers)
+def _name(config: Settings) -> str:
+    names = config.items("architectures")
+    return names[0] if names and isinstance(names[0], str) else config.text("model_type", "unknown")
 
 
-def _folder(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise BadModel(f"the base model {folder} is not a folder")
-    return folder
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """One file, or those that the index names; the order of preference is transformers'."""
-    if (folder / _SINGLE).is_file():
-        return [folder / _SINGLE]
-    if not (folder / _INDEX).is_file():
-        raise BadModel(
-            f"{folder} has no weights in safetensors form, neither {_SINGLE} nor {_INDEX}",
-            hint="pickled checkpoints (.bin, .pt) can run code and are not read; save the model as safetensors",
-        )
-    index: Settings = settings.read(folder / _INDEX, BadModel)
-    parts = set()
-    for part in index.table("weight_map").values.values():
-        if not isinstance(part, str) or Path(part).name != part or not part.endswith(".safetensors"):
-            raise index.bad(f"{part!r} is not the name of a safetensors file beside it")
-        parts.add(part)
-    missing = sorted(part for part in parts if not (folder / part).is_file())
-    if missing or not parts:
-        raise BadModel(f"{folder}: {len(missing)} of {len(parts)} weight files are missing: {', '.join(missing[:3])}")
-    return [folder / part for part in sorted(parts)]
+def _known(folder: Path, name: str, family: Family, given: Settings) -> Base:
+    config = Settings({**family.defaults, **given.values}, given.source, BadModel)
+    if (activation := config.text(family.activation_key, family.activations[0])) not in family.activations:
+        raise config.bad(f"llama.cpp does not know {name} with {family.activation_key} {activation}")
+    hidden, n_heads = config.integer("hidden_size", high=1 << 20), config.integer("num_attention_heads", high=1 << 14)
+    n_kv_heads = config.integer("num_key_value_heads", n_heads, high=n_heads)
+    head_dim = config.integer("head_dim", max(hidden // n_heads, 1), high=1 << 14)
+    if n_heads % n_kv_heads or head_dim % 2:
+        raise config.bad(f"{n_heads} heads, {n_kv_heads} key-value heads of {head_dim} do not go together")
+    if not family.free_heads and n_heads * head_dim != hidden:
+        raise config.bad(f"{n_heads} heads of {head_dim} do not make up hidden_size {hidden}")
+    intermediate = config.integer("intermediate_size", high=1 << 22)
+    sizes = {
+        "hidden": hidden,
+        "heads": n_heads * head_dim,
+        "kv_heads": n_kv_heads * head_dim,
+        "qkv": (n_heads + 2 * n_kv_heads) * head_dim,
+        "intermediate": intermediate,
+        "gate_up": 2 * intermediate,
+    }
+    n_layers = config.integer("num_hidden_layers", high=1 << 12)
+    linears = {
+        f"{family.blocks}.{n}.{inner}": Shape(sizes[linear.out], sizes[linear.into])
+        for n in range(n_layers)
+        for inner, linear in family.linears.items()
+    }
+    vocab_size, tied = config.integer("vocab_size", high=1 << 24), config.flag("tie_word_embeddings")
+    if not (tied or family.untied):
+        raise config.bad(f"llama.cpp has no {name} whose output layer is not the embedding")
+    return Base(
+        name=name,
+        family=family,
+        config=config.values,
+        dtype=_check_weights(folder, family, linears, Shape(vocab_size, hidden), tied),
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        vocab_size=vocab_size,
+        tied=tied,
+        linears=linears,
+    )
 
 
 def _check_weights(folder: Path, family: Family, linears: Mapping[str, Shape], vocabulary: Shape, tied: bool) -> str:
@@ -306,6 +221,6 @@ def _check_weights(folder: Path, family: Family, linears: Mapping[str, Shape], v
             raise BadModel(f"{folder}: config.json asks for a tensor {name} that no weight file holds")
         if found[name].shape != shape:
             raise BadModel(f"{folder}: {name} is {found[name].shape}, config.json makes it {tuple(shape)}")
-        if found[name].dtype.name not in _DTYPES:
-            raise BadModel(f"{folder}: {name} is {found[name].dtype}; expected float32, float16 or bfloat16")
-    return _DTYPES[found[next(iter(expected))].dtype.name]
+        checkpoint.dtype(folder, name, found[name])
+    first = next(iter(expected))
+    return checkpoint.dtype(folder, first, found[first])

@@ -1,35 +1,47 @@
-"""A base GGUF from a Hugging Face folder, for the families in `architectures`.
+"""A base GGUF from a Hugging Face folder.
 
-Keys and tensors are those of llama.cpp's convert_hf_to_gguf.py, except where that file would not serve the model that
-clients train:
+For the families in `families`, keys and tensors are those of llama.cpp's convert_hf_to_gguf.py, except where that file
+would not serve the model that clients train. The first is of all of them:
 
 - `tokenizer.ggml.add_bos_token` is always written; the script leaves it out where the tokenizer's files say nothing,
   and llama.cpp then adds a BOS for some tokenizers that have none.
 - A tied model's `lm_head.weight` is left out, as transformers leaves it out; the script writes it when a file has one.
 - Without an output type the checkpoint's own is kept; the script makes float32 into float16.
 - A SentencePiece-style tokenizer.json without tokenizer.model gets scores from its merges; the script gives every
-  token the same score, with which llama.cpp does not merge in the tokenizer's order.
+  token the same score, with which llama.cpp does not merge in the tokenizer's order, and fails for Gemma and Phi-3.
+- `tokenizer.ggml.add_space_prefix` is false wherever the tokenizer puts no space before a text; the script says so for
+  Gemma, and for Llama if tokenizer_config.json does.
+- Tokens that tokenizer.json adds to a tokenizer.model count where tokenizer_config.json does not list them, as
+  transformers 5 leaves it; the script passes over them, but for Phi-3. What makes an added token a control token is one
+  rule in all families; the script has another for Phi-3.
 - Llama 3's `rope_freqs.weight` is worked out in float64; the script's float32 is off by up to 2e-7, relatively.
+- Phi-3's attention factor follows `factor` and `attention_factor` if they are given, as transformers does.
+- Gemma 2's `rope.freq_base` is written when it is not llama.cpp's own default.
+- Gemma's norms are one more in GGUF; from a float16 checkpoint the script adds that in float16.
+- Gemma 3's embedding keeps its unused rows, with padding tokens, where there is no tokenizer.model.
 - CodeLlama's infill tokens are not written, and BOS is not turned off by a vocabulary's size (49152) alone.
 
-Source: llama.cpp, conversion/base.py and conversion/llama.py, at llama-cpp-python 0.3.36.
+The sliding windows of Mistral, Qwen2 and Phi-3 are nowhere in llama.cpp: past them its outputs are another model's.
+
+Any other family, and any tokenizer that is not known here, is left to the script itself if it is on PATH.
+
+Source: llama.cpp, conversion/base.py and its neighbours, at llama-cpp-python 0.3.36.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 from numpy.typing import NDArray
 
-from converters import architectures, gguf_file, tokenizer
+from converters import architectures, gguf_file, hyperparameters, other_families, tokenizer
 from converters.architectures import Base
 from converters.errors import BadModel
+from converters.families import NotKnownHere
 from converters.gguf_file import FLOATS, Info
 from converters.settings import Settings
 from converters.tensors import Array
@@ -44,32 +56,37 @@ def build(folder: Path, path: Path, dtype: str | None = None) -> None:
         BadModel: the folder's files are missing, not sound, or of a family or tokenizer that is not known here.
         NotEnough: the disk is full.
     """
-    base = architectures.describe(folder)
-    dtype = dtype or base.dtype
-    if dtype not in FLOATS:
+    if dtype not in (None, *FLOATS):
         raise BadModel(f"a base GGUF is {', '.join(FLOATS)}, not {dtype}")
+    try:
+        _build(architectures.describe(folder), folder, path, dtype)
+    except NotKnownHere:
+        if not other_families.has_script():
+            raise
+        other_families.convert(folder, path, dtype)
+
+
+def _build(base: Base, folder: Path, path: Path, dtype: str | None) -> None:
+    dtype = dtype or base.dtype
     weights = _named(base, architectures.weights(folder))
-    config = Settings(base.config, str(folder / "config.json"), BadModel)
-    factors = _rope_factors(base, config)
-    infos = [] if factors is None else [Info("rope_freqs.weight", factors.shape, FLOATS["f32"].type)]
-    infos += [Info(new, tensor.shape, FLOATS[_type(new, tensor, dtype)].type) for new, (_, tensor) in weights.items()]
 
     writer = gguf.GGUFWriter(None, base.arch)
+    factors = hyperparameters.add(writer, base, Settings(base.config, str(folder / "config.json"), BadModel))
+    infos = [Info(name, tensor.shape, FLOATS["f32"].type) for name, tensor in factors.items()]
+    infos += [Info(new, tensor.shape, FLOATS[_type(new, tensor, dtype)].type) for new, (_, tensor) in weights.items()]
     _general(writer, folder, infos)
-    _llama(writer, base, config)
     writer.add_file_type(FLOATS[dtype].file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     tokenizer.add(writer, folder, base.vocab_size)
 
     def data() -> Iterator[NDArray[Any]]:
-        if factors is not None:
-            yield factors
+        yield from factors.values()
         for new, (old, tensor) in weights.items():
-            rows = architectures.interleave(base, old.rpartition(".")[0], tensor)
-            yield rows.astype(FLOATS[_type(new, tensor, dtype)].dtype, copy=False)
+            values = architectures.as_in_gguf(base, old, tensor)
+            yield values.astype(FLOATS[_type(new, tensor, dtype)].dtype, copy=False)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    gguf_file.write(path, gguf_file.keys_of(writer), infos, data())
+    gguf_file.write(path, _keys(writer, folder), infos, data())
 
 
 def _named(base: Base, weights: dict[str, Array]) -> dict[str, tuple[str, Array]]:
@@ -86,6 +103,11 @@ def _named(base: Base, weights: dict[str, Array]) -> dict[str, tuple[str, Array]
             raise BadModel(
                 f"the tensor {old} is {tensor.dtype} {tensor.shape}; expected vectors and matrices of floats"
             )
+        module, _, kind = old.rpartition(".")
+        if kind == "bias" and not (
+            module in base.linears and architectures.within_block(base, module)[1] in base.family.biases
+        ):
+            raise BadModel(f"the model has a bias {old}, and llama.cpp has no place for it in {base.arch}")
         new = architectures.gguf_name(base, old)
         if new in named:
             raise BadModel(f"the tensors {old} and {named[new][0]} are both {new} in GGUF")
@@ -110,61 +132,8 @@ def _general(writer: gguf.GGUFWriter, folder: Path, infos: list[Info]) -> None:
     metadata.set_gguf_meta_model(writer)
 
 
-def _llama(writer: gguf.GGUFWriter, base: Base, config: Settings) -> None:
-    """Hyperparameters; the defaults are transformers' LlamaConfig's."""
-    writer.add_block_count(base.n_layers)
-    writer.add_context_length(config.integer("max_position_embeddings", 2048))
-    writer.add_embedding_length(base.hidden_size)
-    writer.add_feed_forward_length(base.intermediate_size)
-    writer.add_head_count(base.n_heads)
-    writer.add_head_count_kv(base.n_kv_heads)
-    writer.add_key_length(base.head_dim)
-    writer.add_value_length(base.head_dim)
-    writer.add_rope_dimension_count(base.head_dim)
-    writer.add_layer_norm_rms_eps(config.number("rms_norm_eps", 1e-6))
-    writer.add_vocab_size(base.vocab_size)
-    rope = _rope(config)
-    writer.add_rope_freq_base(rope.number("rope_theta", config.number("rope_theta", 10000.0)))
-    match rope.text("rope_type", rope.text("type", "default")):
-        case "default" | "llama3":
-            pass  # llama3 is in the tensor rope_freqs.weight
-        case "linear":
-            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-            writer.add_rope_scaling_factor(rope.number("factor"))
-        case "yarn":
-            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-            writer.add_rope_scaling_factor(rope.number("factor"))
-            writer.add_rope_scaling_orig_ctx_len(_original_context(rope, config))
-        case other:
-            raise config.bad(f"llama.cpp has no rope scaling of type {other!r} for {base.arch}")
-
-
-def _rope(config: Settings) -> Settings:
-    """transformers 5 has `rope_parameters`, earlier versions `rope_scaling` beside `rope_theta`."""
-    return config.table("rope_parameters" if config.get("rope_parameters") else "rope_scaling")
-
-
-def _original_context(rope: Settings, config: Settings) -> int:
-    default = config.integer("original_max_position_embeddings", config.integer("max_position_embeddings", 2048))
-    return rope.integer("original_max_position_embeddings", default)
-
-
-def _rope_factors(base: Base, config: Settings) -> NDArray[np.float32] | None:
-    """Llama 3's divisors of the rotary frequencies, (head_dim / 2,); None for other kinds of rope.
-
-    Source: transformers, modeling_rope_utils.py, _compute_llama3_parameters.
-    """
-    rope = _rope(config)
-    if rope.text("rope_type", rope.text("type", "default")) != "llama3":
-        return None
-    theta = rope.number("rope_theta", config.number("rope_theta", 10000.0))
-    factor = rope.number("factor", 8.0)
-    low, high = rope.number("low_freq_factor", 1.0), rope.number("high_freq_factor", 4.0)
-    context = rope.integer("original_max_position_embeddings", 8192)
-    if low >= high:
-        raise rope.bad(f"low_freq_factor {low} is not below high_freq_factor {high}")
-    wavelengths = 2 * math.pi * theta ** (np.arange(0, base.head_dim, 2) / base.head_dim)
-    smooth = (context / wavelengths - low) / (high - low)
-    between = 1 / ((1 - smooth) / factor + smooth)
-    factors = np.where(wavelengths < context / high, 1.0, np.where(wavelengths > context / low, factor, between))
-    return factors.astype(np.float32)
+def _keys(writer: gguf.GGUFWriter, folder: Path) -> dict[str, bytes]:
+    try:
+        return gguf_file.keys_of(writer)
+    except OverflowError as error:
+        raise BadModel(f"{folder}: a number is too large for a GGUF file: {error}") from error

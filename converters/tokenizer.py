@@ -1,9 +1,9 @@
 """A Hugging Face tokenizer's files as GGUF keys.
 
 Two kinds are known: byte-level BPE (GPT-2 and its descendants), which llama.cpp runs as `gpt2` with a pre-tokenizer
-named in `tokenizer.ggml.pre`, and SentencePiece-style BPE with byte fallback (Llama 2, Mistral), which it runs as
-`llama`. A pre-tokenizer is recognised by what tokenizer.json says, so that one that llama.cpp does not have is an
-error here rather than wrong tokens there.
+named in `tokenizer.ggml.pre`, and SentencePiece-style BPE with byte fallback (Llama 2, Mistral, Gemma, Phi-3), which
+it runs as `llama`. A pre-tokenizer is recognised by what tokenizer.json says, so that one that llama.cpp does not have
+is an error here rather than wrong tokens there. (Of gpt-4o's it has all but combining marks within words.)
 
 Source: llama.cpp, conversion/base.py (get_vocab_base, _create_vocab_sentencepiece) and src/llama-vocab.cpp (the
 expressions behind each name of pre-tokenizer).
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import re
-import struct
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +21,23 @@ from typing import Any
 
 import gguf
 
-from converters import settings
+from converters import sentencepiece_model, settings
 from converters.errors import BadModel
+from converters.families import NotKnownHere
 from converters.settings import Settings
 
-_TWO_WAYS_OUT = "give a base GGUF as the job's model.gguf, or put llama.cpp's convert_hf_to_gguf.py on PATH"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_WORD_START, _WORD_END = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_WORD_START}*{_WORD_END}+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_WORD_START}+{_WORD_END}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _DIGITS = "digits"  # each digit alone
 
 # Steps before byte-level BPE, and whether merges are ignored for a word that is a token -> llama.cpp's name.
@@ -41,7 +47,10 @@ _PRE = {
     ((_LLAMA3,), True): "llama-bpe",
     ((_LLAMA3,), False): "smaug-bpe",
     ((_QWEN2,), False): "qwen2",
+    ((_GPT4O,), False): "gpt-4o",
 }
+# Ways to split that keep what the expression matches as pieces; it matches everything.
+_KEEPS = (("Isolated", False), ("Removed", True))
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = (int(kind) for kind in gguf.TokenType)
 _LOOKS_SPECIAL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|<unused.*>", re.DOTALL)
 
@@ -60,6 +69,12 @@ class _Vocabulary:
 
     def put(self, number: int, token: str, kind: int, score: float = 0.0) -> None:
         self.tokens[number], self.types[number], self.scores[number] = _utf8(token), kind, score
+
+    def check_unique(self, folder: Path) -> None:
+        """llama.cpp aborts the process over two tokens with one text."""
+        if len(set(self.tokens)) != len(self.tokens):
+            (twice, count), *_ = Counter(self.tokens).most_common(1)
+            raise BadModel(f"{folder}: {count} tokens of the tokenizer have the text {twice[:40]!r}")
 
     def put_added(self, number: int, token: str, special: bool) -> None:
         if special or _LOOKS_SPECIAL.fullmatch(token):
@@ -83,14 +98,20 @@ def add(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
         vocabulary = _byte_level(source, vocab_size)
     else:
         model, pre = "llama", "default"
-        if (space := config.get("add_prefix_space")) is not None:
-            writer.add_add_space_prefix(bool(space))
         if (folder / "tokenizer.model").is_file():
             vocabulary = _sentencepiece(folder, config, vocab_size)
+            # Where transformers 5 saved the tokenizer, only tokenizer.json lists what is added.
+            plain = (_UNUSED,) if config.get("added_tokens_decoder") else (_UNUSED, _NORMAL)
+            for token, number, special in _added(source):
+                if number < vocab_size and vocabulary.types[number] in plain:
+                    vocabulary.put_added(number, token, special)
+            prepends = sentencepiece_model.prepends_space(folder / "tokenizer.model")
         else:
             vocabulary = _with_byte_fallback(source, vocab_size)
-            if not _prepends_space(source):
-                writer.add_add_space_prefix(False)
+            prepends = _prepends_space(source)
+        if not prepends or config.get("add_prefix_space") is not None:
+            writer.add_add_space_prefix(prepends and config.flag("add_prefix_space"))
+    vocabulary.check_unique(folder)
     writer.add_tokenizer_model(model)
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(vocabulary.tokens)
@@ -109,20 +130,24 @@ def add(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
 
 def _byte_level(source: Settings, vocab_size: int) -> _Vocabulary:
     found = _Vocabulary.unused(vocab_size)
-    for token, number in _pieces(source, vocab_size):
-        found.put(number, token, _NORMAL)
+    for token, number in _pieces(source):
+        found.put(_checked(source, token, number, vocab_size), token, _NORMAL)
     for token, number, special in _added(source):
-        if number >= vocab_size:
-            raise source.bad(f"the token {token!r} is number {number}, the model has {vocab_size}")
-        found.put_added(number, token, special)
+        found.put_added(_checked(source, token, number, vocab_size), token, special)
     return found
+
+
+def _checked(source: Settings, token: str, number: int, vocab_size: int) -> int:
+    if number >= vocab_size:
+        raise source.bad(f"the token {token[:40]!r} is number {number}, the model has {vocab_size}")
+    return number
 
 
 def _with_byte_fallback(source: Settings, vocab_size: int) -> _Vocabulary:
     """SentencePiece-style BPE from tokenizer.json: a score is a merge's rank, as SentencePiece's own BPE scores are."""
     model = source.table("model")
     if model.text("type", "") != "BPE" or not model.flag("byte_fallback"):
-        raise source.bad("this kind of tokenizer is not supported yet", hint=_TWO_WAYS_OUT)
+        raise NotKnownHere(f"{source.source}: this kind of tokenizer is not supported yet")
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(model.items("merges")):
         parts = merge.split(" ") if isinstance(merge, str) else merge
@@ -131,9 +156,10 @@ def _with_byte_fallback(source: Settings, vocab_size: int) -> _Vocabulary:
         ranks.setdefault("".join(parts), rank)
     unknown = model.get("unk_token")
     found = _Vocabulary.unused(vocab_size)
-    for token, number in _pieces(source, vocab_size):
-        is_byte = re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token)
-        found.put(number, token, _BYTE if is_byte else _NORMAL, -float(ranks.get(token, len(ranks))))
+    for token, number in _pieces(source):
+        if number < vocab_size:  # Gemma 3's has one that only its models for images have
+            is_byte = re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token)
+            found.put(number, token, _BYTE if is_byte else _NORMAL, -float(ranks.get(token, len(ranks))))
     for token, number, special in _added(source):
         if number < vocab_size:
             found.put_added(number, token, special)
@@ -145,7 +171,7 @@ def _with_byte_fallback(source: Settings, vocab_size: int) -> _Vocabulary:
 def _sentencepiece(folder: Path, config: Settings, vocab_size: int) -> _Vocabulary:
     """tokenizer.model, and the tokens that added_tokens.json and tokenizer_config.json add to it."""
     found = _Vocabulary.unused(vocab_size)
-    for number, (token, score, kind) in enumerate(_model_pieces(folder / "tokenizer.model")):
+    for number, (token, score, kind) in enumerate(sentencepiece_model.pieces(folder / "tokenizer.model")):
         if number < vocab_size:
             # A user-defined piece of the model is an ordinary one, as in llama.cpp's converter.
             found.put(number, token, _NORMAL if kind == _USER_DEFINED else kind, score)
@@ -165,61 +191,11 @@ def _sentencepiece(folder: Path, config: Settings, vocab_size: int) -> _Vocabula
     return found
 
 
-def _model_pieces(path: Path) -> Iterator[tuple[str, float, int]]:
-    """Pieces of a SentencePiece model in order: text, score, type (llama.cpp has taken over SentencePiece's numbers).
-
-    Source: sentencepiece_model.proto; ModelProto.pieces is field 1, with piece = 1, score = 2, type = 3.
-    """
-    raw = path.read_bytes()
-    try:
-        for field, piece in _fields(raw):
-            if field == 1 and isinstance(piece, bytes):
-                parts = dict(_fields(piece))
-                text, score, kind = parts.get(1, b""), parts.get(2, b"\0\0\0\0"), parts.get(3, _NORMAL)
-                if not isinstance(text, bytes) or not isinstance(score, bytes) or not isinstance(kind, int):
-                    raise ValueError("a piece of another form")
-                if not _NORMAL <= kind <= _BYTE:
-                    raise ValueError(f"a piece of the unknown type {kind}")
-                yield text.decode("utf-8"), struct.unpack("<f", score)[0], kind
-    except (ValueError, IndexError, struct.error) as error:
-        raise BadModel(f"{path} is not a SentencePiece model: {error}") from error
-
-
-def _fields(raw: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """Fields of a protobuf message: its number, and bytes or a varint."""
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while shift < 64:
-            value |= (raw[at] & 0x7F) << shift
-            at, shift = at + 1, shift + 7
-            if raw[at - 1] < 0x80:
-                return value
-        raise ValueError("a number that does not end")
-
-    while at < len(raw):
-        tag = varint()
-        kind = tag & 7
-        if kind == 0:
-            yield tag >> 3, varint()
-            continue
-        if kind not in (1, 2, 5):
-            raise ValueError(f"a field of wire type {kind}")
-        length = varint() if kind == 2 else {1: 8, 5: 4}[kind]
-        if length > len(raw) - at:
-            raise ValueError("it is cut short")
-        yield tag >> 3, raw[at : at + length]
-        at += length
-
-
-def _pieces(source: Settings, vocab_size: int) -> Iterator[tuple[str, int]]:
+def _pieces(source: Settings) -> Iterator[tuple[str, int]]:
     """The model's vocabulary."""
-    for token, number in source.table("model").table("vocab").values.items():
-        if not isinstance(number, int) or not 0 <= number < vocab_size:
-            raise source.bad(f"the token {token[:40]!r} is number {number!r:.40}, the model has {vocab_size}")
-        yield token, number
+    vocabulary = source.table("model").table("vocab")
+    for token in vocabulary.values:
+        yield token, vocabulary.integer(token, low=0)
 
 
 def _added(source: Settings) -> Iterator[tuple[str, int, bool]]:
@@ -240,7 +216,7 @@ def _pre_tokenizer(source: Settings) -> str:
         match step.get("type"):
             case "Digits" if step.get("individual_digits"):
                 steps.append(_DIGITS)
-            case "Split" if isinstance(pattern, dict) and step.get("behavior") == "Isolated" and not step.get("invert"):
+            case "Split" if isinstance(pattern, dict) and (step.get("behavior"), bool(step.get("invert"))) in _KEEPS:
                 steps.append(str(pattern.get("Regex")))
             case "ByteLevel" if not step.get("add_prefix_space"):
                 steps += [_GPT2] if step.get("use_regex", True) else []
@@ -248,7 +224,7 @@ def _pre_tokenizer(source: Settings) -> str:
                 understood = False
     pre = _PRE.get((tuple(steps), model.flag("ignore_merges")))
     if pre is None or not understood:
-        raise source.bad(f"llama.cpp has no pre-tokenizer known here that does {steps}", hint=_TWO_WAYS_OUT)
+        raise NotKnownHere(f"{source.source}: llama.cpp has no pre-tokenizer known here that does {steps}")
     return pre
 
 

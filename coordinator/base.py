@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from converters import architectures, gguf_base, gguf_file, gguf_merge
+from converters import architectures, gguf_base, gguf_file, gguf_merge, other_families
 from converters.architectures import Base
 from converters.errors import BadModel
 from coordinator import job as jobs
@@ -29,19 +29,32 @@ class Prepared:
     revision: str  # commit of a hub model; empty for a folder
 
 
-def prepare(spec: pb.ModelSpec) -> Prepared:
+def prepare(spec: pb.ModelSpec, cache: Path) -> Prepared:
     """Find the base, from a folder or the hub, and fingerprint its files.
 
     Raises:
-        BadModel: it is not there, or of a family that is not supported.
+        BadModel: it is not there, or of a family for which there is no way to a GGUF.
     """
     folder, revision = _find(spec)
-    described = architectures.describe(folder)
+    if not spec.gguf and not architectures.is_known(folder):
+        other_families.require_script(folder)  # before large files are read
     files = [
         pb.Artifact(name=file.relative_to(folder).as_posix(), digest=stream.digest(file), size=file.stat().st_size)
         for file in architectures.model_files(folder)
     ]
-    return Prepared(folder, described, files, stream.fingerprint(files), revision)
+    fingerprint = stream.fingerprint(files)
+    return Prepared(folder, describe(spec, folder, fingerprint, cache), files, fingerprint, revision)
+
+
+def describe(spec: pb.ModelSpec, folder: Path, fingerprint: str, cache: Path) -> Base:
+    """The base; a family that is not known is described by its GGUF, which is made first if the operator gives none.
+
+    Raises:
+        BadModel: the folder or the GGUF is not sound, or there is no way to a GGUF.
+    """
+    if architectures.is_known(folder):
+        return architectures.describe(folder)
+    return architectures.describe(folder, Path(spec.gguf) if spec.gguf else _built(folder, fingerprint, cache))
 
 
 def gguf(spec: pb.ModelSpec, prepared: Prepared, cache: Path) -> Path:
@@ -52,24 +65,32 @@ def gguf(spec: pb.ModelSpec, prepared: Prepared, cache: Path) -> Path:
     """
     if spec.gguf:
         given = Path(spec.gguf)
-        _same_model(given, prepared)
+        _same_model(given, prepared, spec.accept_quantised_gguf)
         return given
-    built = cache / f"{prepared.fingerprint}.gguf"
+    return _built(prepared.folder, prepared.fingerprint, cache)
+
+
+def _built(folder: Path, fingerprint: str, cache: Path) -> Path:
+    built = cache / f"{fingerprint}.gguf"
     if not built.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        gguf_base.build(prepared.folder, built)
+        gguf_base.build(folder, built)
     return built
 
 
-def _same_model(given: Path, prepared: Prepared) -> None:
+def _same_model(given: Path, prepared: Prepared, accept_quantised: bool) -> None:
     """Everybody would train for nothing if this came out at publication: sizes, and the last norm, which is small and
     which no two trainings share, have to agree now."""
-    source = gguf_merge.check_base(given, prepared.base, prepared.base.linears)
-    norm = source.tensors.get(architectures.gguf_name(prepared.base, "model.norm.weight"))
-    expected = architectures.weights(prepared.folder).get("model.norm.weight")
+    base = prepared.base
+    source = gguf_merge.check_base(given, base, base.linears, accept_quantised=accept_quantised)
+    norm, name = source.tensors.get("output_norm.weight"), f"{base.family.norm}.weight"
+    expected = architectures.weights(prepared.folder).get(name)
     if norm is None or expected is None:
-        raise BadModel(f"{given} or {prepared.folder} has no final norm to compare them by")
-    if not np.allclose(gguf_file.to_float32(norm), expected.astype(np.float32), rtol=1e-2, atol=1e-3):
+        if architectures.is_known(prepared.folder):
+            raise BadModel(f"{given} or {prepared.folder} has no final norm to compare them by")
+        return  # some families have none; then the first block's matrices were compared
+    stored, ours = gguf_file.to_float32(norm), architectures.as_in_gguf(base, name, expected).astype(np.float32)
+    if stored.shape != ours.shape or not np.allclose(stored, ours, rtol=1e-2, atol=1e-3):
         raise BadModel(f"{given} holds other weights than {prepared.folder}", hint="leave model.gguf out: it is built")
 
 

@@ -84,7 +84,7 @@ class Daemon:
         return await self.status(spec.name)
 
     def _prepare(self, spec: pb.JobSpec) -> store.Job:
-        prepared = base.prepare(spec.model)
+        prepared = base.prepare(spec.model, self._state / "bases")
         if prepared.revision:
             spec.model.revision = prepared.revision
         shapes = architectures.adapted(prepared.base, spec.lora.target_modules)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from converters import architectures, tensors
+from converters import tensors
 from converters.errors import BadData
 from coordinator import base, store
 from coordinator.blobs import Blobs
@@ -68,7 +68,7 @@ def _order(state: Path, known: Store, blobs: Blobs, name: str, version: int, fol
     row = known.job(name)
     prepared = base.Prepared(
         folder=Path(row.base_folder),
-        base=architectures.describe(Path(row.base_folder)),
+        base=base.describe(row.job.spec.model, Path(row.base_folder), row.job.base_fingerprint, state / "bases"),
         files=list(row.job.base_files),
         fingerprint=row.job.base_fingerprint,
         revision=row.job.spec.model.revision,
@@ -98,6 +98,8 @@ def _listed(folder: Path, version: int) -> pb.Publication:
     """A publication as its manifest lists it, the manifest first."""
     manifest = folder / "manifest.json"
     artifacts = [pb.Artifact(name="manifest.json", digest=stream.digest(manifest), size=manifest.stat().st_size)]
-    for name, file in json.loads(manifest.read_text())["files"].items():
+    listed = json.loads(manifest.read_text())
+    for name, file in listed["files"].items():
         artifacts.append(pb.Artifact(name=name, digest=file["sha256"], size=file["size"]))
-    return pb.Publication(version=version, artifacts=artifacts, folder=str(folder))
+    withheld = [pb.Withheld(name=name, reason=reason) for name, reason in listed["withheld"].items()]
+    return pb.Publication(version=version, artifacts=artifacts, folder=str(folder), withheld=withheld)

@@ -1,0 +1,102 @@
+"""The files of a Hugging Face folder: which there are, and the tensors in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from converters import settings, tensors
+from converters.errors import BadModel
+from converters.settings import Settings
+from converters.tensors import Array
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+
+# What a client needs beside the weights; never pickles, never code.
+_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def config(folder: Path) -> Settings:
+    """The folder's config.json.
+
+    Raises:
+        BadModel: no such folder, or no such file in it.
+    """
+    return settings.read(_folder(folder) / "config.json", BadModel)
+
+
+def weights(folder: Path) -> dict[str, Array]:
+    """Every tensor of a folder's safetensors files by name, mapped and not read.
+
+    Raises:
+        BadModel: files are missing or not sound, or do not agree with the index.
+    """
+    found: dict[str, Array] = {}
+    for file in _weight_files(folder):
+        for name, tensor in tensors.read(file)[0].items():
+            if name in found:
+                raise BadModel(f"{folder}: two files hold the tensor {name}")
+            found[name] = tensor
+    return found
+
+
+def dtype(folder: Path, name: str, tensor: Array) -> str:
+    """A matrix's type as GGUF's file types are named: f32, f16 or bf16.
+
+    Raises:
+        BadModel: it is none of these.
+    """
+    if tensor.dtype.name not in _DTYPES:
+        raise BadModel(f"{folder}: {name} is {tensor.dtype}; expected float32, float16 or bfloat16")
+    return _DTYPES[tensor.dtype.name]
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files that a client needs to train from this folder, sorted by name.
+
+    Raises:
+        BadModel: the weights are missing.
+    """
+    files = [_folder(folder) / name for name in _FILES]
+    if not (folder / _SINGLE).is_file():
+        files.append(folder / _INDEX)
+    return sorted([file for file in files if file.is_file()] + _weight_files(folder))
+
+
+def _folder(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise BadModel(f"the base model {folder} is not a folder")
+    return folder
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """One file, or those that the index names; the order of preference is transformers'."""
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE]
+    if not (folder / _INDEX).is_file():
+        raise BadModel(
+            f"{folder} has no weights in safetensors form, neither {_SINGLE} nor {_INDEX}",
+            hint="pickled checkpoints (.bin, .pt) can run code and are not read; save the model as safetensors",
+        )
+    index: Settings = settings.read(folder / _INDEX, BadModel)
+    parts = set()
+    for part in index.table("weight_map").values.values():
+        if not isinstance(part, str) or Path(part).name != part or not part.endswith(".safetensors"):
+            raise index.bad(f"{part!r} is not the name of a safetensors file beside it")
+        parts.add(part)
+    missing = sorted(part for part in parts if not (folder / part).is_file())
+    if missing or not parts:
+        raise BadModel(f"{folder}: {len(missing)} of {len(parts)} weight files are missing: {', '.join(missing[:3])}")
+    return [folder / part for part in sorted(parts)]
