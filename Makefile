@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 RUN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format proto setup clean
+.PHONY: help demo test test-all bench lint format proto setup clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -28,7 +28,10 @@ test: setup  ## the test suite
 	$(RUN)/python -m pytest
 
 test-all: setup  ## the test suite with the slow proofs
-	$(RUN)/python -m pytest -m ""
+	$(RUN)/python -m pytest -m "" --hypothesis-profile=new
+
+bench: setup  ## how fast publishing is, beside the usual path (some 15 minutes, 20 GB under build/)
+	$(RUN)/python benchmarks/bench_publish.py --work build/bench
 
 lint: setup  ## formatting, lint and types
 	$(RUN)/ruff format --check .

@@ -10,7 +10,7 @@ bfloat16 or float16, with `format=oneround/1` in the header.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +50,11 @@ class Term(NamedTuple):
     b: tensors.Array  # (out, r)
     weight: float = 1.0
 
+    def forget(self) -> None:
+        """Give the pages of the mapped file back to the system; they are read again when needed."""
+        tensors.forget(self.a)
+        tensors.forget(self.b)
+
 
 class LowRank:
     """One module's update, ΔW = Σ weight · b @ a over its terms.
@@ -83,12 +88,18 @@ class LowRank:
     @property
     def a(self) -> Factor:
         """The terms' A, stacked: (Σr, in)."""
-        return _joined([_float32(term.a) for term in self.terms], axis=0)
+        return self._joined([_float32(term.a) for term in self.terms], axis=0)
 
     @property
     def b(self) -> Factor:
         """The terms' B, weighted and stacked: (out, Σr)."""
-        return _joined([_weighted(term.b, term.weight) for term in self.terms], axis=1)
+        return self._joined([_weighted(term.b, term.weight) for term in self.terms], axis=1)
+
+    def _joined(self, factors: list[Factor], axis: int) -> Factor:
+        joined = factors[0] if len(factors) == 1 else np.concatenate(factors, axis)
+        if joined.flags.owndata:  # what was read has been copied
+            self.forget()
+        return joined
 
     def delta(self) -> Factor:
         """ΔW (out, in), dense."""
@@ -98,28 +109,34 @@ class LowRank:
     def add_to(self, dense: Factor, rows: slice | NDArray[np.intp] = slice(None)) -> Factor:
         """Add these rows of ΔW to `dense` (rows, in), in place; returns it.
 
-        Factors are taken up in panels of some hundred columns, so memory is flat in the number of terms and in rank.
+        Factors are taken up in panels of some hundred columns and their files' pages given back, so memory is flat in
+        the number of terms and in rank.
         """
-        for a, b in self._panels(rows):
+        for panel in self._panels():
+            rank = sum(len(term.a) for term in panel)
+            a, b = np.empty((rank, dense.shape[1]), np.float32), np.empty((dense.shape[0], rank), np.float32)
+            at = 0
+            for term in panel:
+                columns = slice(at, at + len(term.a))
+                a[columns] = term.a
+                b[:, columns] = term.b[rows]
+                b[:, columns] *= np.float32(term.weight)
+                at = columns.stop
+                term.forget()
             dense += b @ a
         return dense
 
-    def _panels(self, rows: slice | NDArray[np.intp]) -> Iterator[tuple[Factor, Factor]]:
-        """Stacked factors (k, in) and (rows, k) with k of about _PANEL, whose products sum to rows of ΔW."""
-        some_a: list[Factor] = []
-        some_b: list[Factor] = []
-        width = 0
+    def _panels(self) -> Iterator[list[Term]]:
+        """The terms, cut and grouped so that a group has about _PANEL columns of B."""
+        panel: list[Term] = []
         for term in self.terms:
             for start in range(0, term.a.shape[0], _PANEL):
-                columns = slice(start, start + _PANEL)
-                some_a.append(_float32(term.a[columns]))
-                some_b.append(_weighted(term.b[rows, columns], term.weight))
-                width += len(some_a[-1])
-                if width >= _PANEL:
-                    yield _joined(some_a, axis=0), _joined(some_b, axis=1)
-                    some_a, some_b, width = [], [], 0
-        if some_a:
-            yield _joined(some_a, axis=0), _joined(some_b, axis=1)
+                panel.append(Term(term.a[start : start + _PANEL], term.b[:, start : start + _PANEL], term.weight))
+                if sum(len(cut.a) for cut in panel) >= _PANEL:
+                    yield panel
+                    panel = []
+        if panel:
+            yield panel
 
     def later(self, dtype: np.dtype[Any] = _FLOAT32) -> tuple[tensors.Later, tensors.Later]:
         """A and B, rounded to a dtype when they are written."""
@@ -132,8 +149,26 @@ class LowRank:
     def forget(self) -> None:
         """Give the pages of mapped files back to the system; they are read again when needed."""
         for term in self.terms:
-            tensors.forget(term.a)
-            tensors.forget(term.b)
+            term.forget()
+
+
+class Made(Mapping[str, LowRank]):
+    """Updates by module name, each made when it is asked for."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], LowRank]) -> None:
+        self._names = dict.fromkeys(sorted(names))
+        self._make = make
+
+    def __getitem__(self, name: str) -> LowRank:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @dataclass(frozen=True)
@@ -167,9 +202,9 @@ def read(path: Path) -> Adapter:
     for name in found:
         if not name.endswith((_A, _B)):
             raise BadAdapter(f"{path}: unknown tensor {name}; expected names that end in {_A} or {_B}")
-    a, b = _half(found, _A), _half(found, _B)
-    _check_pairs(a, b, path)
-    return Adapter({name: LowRank(a[name], b[name]) for name in sorted(a)}, metadata)
+    _check_pairs(_half(found, _A), _half(found, _B), path)
+    names = [name.removesuffix(_A) for name in found if name.endswith(_A)]
+    return Adapter(Made(names, lambda name: LowRank(found[name + _A], found[name + _B])), metadata)
 
 
 def pair(
@@ -246,10 +281,6 @@ def _float32(factor: tensors.Array) -> Factor:
 
 def _weighted(factor: tensors.Array, weight: float) -> Factor:
     return _float32(factor) if weight == 1.0 else _float32(factor) * np.float32(weight)
-
-
-def _joined(factors: list[Factor], axis: int) -> Factor:
-    return factors[0] if len(factors) == 1 else np.concatenate(factors, axis)
 
 
 def _check_pairs(a: Mapping[str, tensors.Array], b: Mapping[str, tensors.Array], path: Path) -> None:

@@ -10,11 +10,15 @@ Source: ggml/docs/gguf.md, versions 2 and 3, little-endian.
 from __future__ import annotations
 
 import mmap
+import os
+import re
 import struct
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -27,6 +31,7 @@ from gguf import (
     GGUFValueType,
     GGUFWriter,
 )
+from gguf.quants import dequantize
 from numpy.typing import NDArray
 
 from converters import tensors
@@ -48,6 +53,7 @@ _SCALARS: dict[int, str] = {
     _Kind.BOOL: "?",
 }
 _MOST_DIMENSIONS = 4
+_SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 class Float(NamedTuple):
@@ -65,6 +71,9 @@ FLOATS = {  # from fine to coarse
 }
 
 
+_BY_TYPE = {known.type: known for known in FLOATS.values()}
+
+
 class Info(NamedTuple):
     """A tensor to come: its shape in NumPy's order, (out, in), and its type."""
 
@@ -73,9 +82,13 @@ class Info(NamedTuple):
     type: GGMLQuantizationType
 
     @property
-    def nbytes(self) -> int:
+    def row_bytes(self) -> int:
         block, size = GGML_QUANT_SIZES[self.type]
-        return prod(self.shape) // int(block) * int(size)
+        return self.shape[-1] // int(block) * int(size)
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape[:-1]) * self.row_bytes
 
 
 class Tensor(NamedTuple):
@@ -104,13 +117,59 @@ class File(NamedTuple):
             return value
         return None
 
+    def token(self, key: str) -> str:
+        """The text of the token whose number is under `key`; empty when there is none."""
+        number, raw = self.value(key), self.keys.get("tokenizer.ggml.tokens")
+        if not isinstance(number, int) or raw is None or int.from_bytes(raw[4:8], "little") != _Kind.STRING:
+            return ""
+        count, at = int.from_bytes(raw[8:16], "little"), 16
+        for n in range(count):
+            length = int.from_bytes(raw[at : at + 8], "little")
+            if n == number:
+                return raw[at + 8 : at + 8 + length].decode("utf-8", errors="replace")
+            at += 8 + length
+        return ""
+
 
 def read(path: Path) -> File:
     """Map a GGUF file and walk its header; no tensor is read.
 
+    Of a model that was split (`NAME-00001-of-00003.gguf`) any part stands for the whole; all have to be there.
+
     Raises:
         BadModel: the file is not there, is not GGUF, is cut short, or claims what cannot be.
     """
+    if len(together := parts(path)) == 1:
+        return _part(path)
+    found: dict[str, Tensor] = {}
+    keys: Mapping[str, bytes] = {}
+    for part in together:
+        file = _part(part)
+        keys = keys or {key: value for key, value in file.keys.items() if not key.startswith("split.")}
+        if double := found.keys() & file.tensors.keys():
+            raise BadModel(f"{part}: the tensor {min(double)} is in another part too")
+        found.update(file.tensors)
+    return File(keys, found)
+
+
+def parts(path: Path) -> list[Path]:
+    """The files of a model that was split, of which `path` is any; else `path` alone.
+
+    Raises:
+        BadModel: a part is missing.
+    """
+    if (split := _SPLIT.fullmatch(path.name)) is None:
+        return [path]
+    count = int(split["count"])
+    if not path.is_file() or not 1 <= int(split["number"]) <= count:
+        return [path]
+    names = [f"{split['stem']}-{n:05}-of-{count:05}.gguf" for n in range(1, count + 1)]
+    if missing := [name for name in names if not path.with_name(name).is_file()]:
+        raise BadModel(f"{path} is one of {count} parts, and {len(missing)} are missing: {', '.join(missing[:3])}")
+    return [path.with_name(name) for name in names]
+
+
+def _part(path: Path) -> File:
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -125,7 +184,7 @@ def read(path: Path) -> File:
 
 
 def write(path: Path, keys: Mapping[str, bytes], infos: Sequence[Info], data: Iterable[NDArray[Any]]) -> None:
-    """Write a GGUF file; `data` yields the arrays that `infos` announces, in that order, one held at a time.
+    """Write a GGUF file; `data` yields what `infos` announces, in that order, each tensor in one piece or in several.
 
     Raises:
         NotEnough: the disk is full.
@@ -139,13 +198,39 @@ def write(path: Path, keys: Mapping[str, bytes], infos: Sequence[Info], data: It
         header += _string(info.name) + struct.pack("<I", len(info.shape))
         header += struct.pack(f"<{len(info.shape)}QIQ", *reversed(info.shape), info.type, offset)
         offset += info.nbytes + _padding(info.nbytes, alignment)
-    with tensors.placed(path) as file:
+    pieces = iter(data)
+    with tensors.placed(path) as file, _written_behind(file):
         file.write(header)
         file.write(bytes(_padding(len(header), alignment)))
-        for info, array in zip(infos, data, strict=True):
-            assert array.nbytes == info.nbytes, info
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        for info in infos:
+            left = info.nbytes
+            while left:
+                piece = np.ascontiguousarray(next(pieces)).reshape(-1).view(np.uint8)
+                left -= piece.nbytes
+                assert left >= 0, info
+                file.write(piece.data)
+                tensors.forget(piece)
             file.write(bytes(_padding(info.nbytes, alignment)))
+        assert next(pieces, None) is None, "more pieces than tensors"
+
+
+@contextmanager
+def _written_behind(file: BinaryIO) -> Iterator[None]:
+    """Have the disk at work while the next tensors are made, so that little is left for the last sync to wait for."""
+    done = threading.Event()
+
+    def write_out() -> None:
+        while not done.wait(0.1):
+            with suppress(OSError):  # a full disk; the last sync will say so
+                os.fsync(file.fileno())
+
+    thread = threading.Thread(target=write_out, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def keys_of(writer: GGUFWriter) -> dict[str, bytes]:
@@ -176,17 +261,22 @@ def encode(value: Any, kind: GGUFValueType, items: GGUFValueType | None = None) 
     return struct.pack("<I", kind) + body
 
 
-def to_float32(tensor: Tensor) -> NDArray[np.float32]:
-    """A float tensor's values, in its shape. A view where they are float32 already."""
+def to_float32(tensor: Tensor, rows: slice = slice(None)) -> NDArray[np.float32]:
+    """A tensor's values in its shape, or some of its rows (n, in). A view where they are float32 already.
+
+    Quantised types are dequantised by the `gguf` package.
+
+    Raises:
+        NotImplementedError: it has no such type.
+    """
     info = tensor.info
-    if info.type == GGMLQuantizationType.BF16:
-        # A bfloat16 is the upper half of a float32; this is several times faster than a cast.
-        values = (tensor.data.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
-    elif info.type == GGMLQuantizationType.F16:
-        values = tensor.data.view(np.float16).astype(np.float32)
+    lines = tensor.data.reshape(-1, info.row_bytes)[rows]
+    if known := _BY_TYPE.get(info.type):
+        values = lines.view(known.dtype).astype(np.float32, copy=False)
     else:
-        values = tensor.data.view(np.float32)
-    return values.reshape(info.shape)
+        with np.errstate(all="ignore"):  # a scale may be Inf or NaN in a file that is not ours
+            values = dequantize(lines, info.type)
+    return values.reshape(info.shape if rows == slice(None) else (len(lines), info.shape[-1]))
 
 
 class _Unsound(Exception):

@@ -78,7 +78,7 @@ def _open(model: Path, **options: Any) -> Llama:
 
     gguf_file.read(model)  # llama.cpp can abort the process on a file that is not sound
     try:
-        return Plain(model_path=str(model), verbose=False, **options)
+        return Plain(model_path=str(gguf_file.parts(model)[0]), verbose=False, **options)
     except (ValueError, RuntimeError) as error:
         raise BadModel(f"llama.cpp does not load {model}: {error}") from error
 

@@ -26,7 +26,7 @@ from converters.errors import BadData, NotEnough
 
 Array = NDArray[np.generic]
 
-DTYPES: dict[str, np.dtype[np.generic]] = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -58,7 +58,7 @@ class Later(NamedTuple):
         return prod(self.shape) * self.dtype.itemsize
 
 
-def read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
+def read(path: Path) -> tuple[Mapping[str, Array], dict[str, str]]:
     """Tensors by name, as read-only views of the mapped file, and the header's metadata.
 
     Raises:
@@ -78,15 +78,37 @@ def read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     header = json.loads(mapped[8 : 8 + length])
     header.pop("__metadata__", None)
 
-    tensors: dict[str, Array] = {}
+    places: dict[str, _Place] = {}
     for name, entry in header.items():
         dtype = DTYPES.get(entry["dtype"])
         if dtype is None:
             raise BadData(f"{path}: tensor {name} has dtype {entry['dtype']}, which is not supported")
-        start, stop = entry["data_offsets"]
-        flat = np.frombuffer(mapped, dtype, (stop - start) // dtype.itemsize, 8 + length + start)
-        tensors[name] = flat.reshape(entry["shape"])
-    return tensors, metadata
+        places[name] = _Place(dtype, tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+    mapped.madvise(mmap.MADV_DONTNEED)
+    return _Views(mapped, places), metadata
+
+
+class _Place(NamedTuple):
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    start: int
+
+
+class _Views(Mapping[str, Array]):
+    """Views that are made when they are asked for: hundreds of files may be open, each with hundreds of tensors."""
+
+    def __init__(self, mapped: mmap.mmap, places: Mapping[str, _Place]) -> None:
+        self._mapped, self._places = mapped, places
+
+    def __getitem__(self, name: str) -> Array:
+        dtype, shape, start = self._places[name]
+        return np.frombuffer(self._mapped, dtype, prod(shape), start).reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def forget(array: Array) -> None:
@@ -126,6 +148,7 @@ def write(path: Path, tensors: Mapping[str, Array | Later], metadata: Mapping[st
             array = tensor.make() if isinstance(tensor, Later) else tensor
             assert (array.dtype, array.shape) == (tensor.dtype, tensor.shape), name
             file.write(_bytes(array))
+            forget(array)
 
 
 def replace(path: Path, pieces: Iterable[bytes | memoryview]) -> None:

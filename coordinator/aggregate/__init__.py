@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from converters.adapter import Adapter, LowRank
+from converters.adapter import Adapter, LowRank, Made
 from converters.errors import LayoutMismatch
 from coordinator.aggregate.mean import exact, fedavg
 from coordinator.aggregate.truncate import truncate
@@ -58,13 +58,19 @@ def aggregate(
     counts = np.array([contribution.num_examples for contribution in contributions], np.float64)
     weights = (counts / counts.sum()).tolist()
 
-    mean: dict[str, LowRank] = {}
-    kept = whole = 0.0
-    for name in sorted(modules):
+    def mean(name: str) -> LowRank:
         update = METHODS[method]([contribution.adapter.modules[name] for contribution in contributions], weights)
-        factors = LowRank.sum([update], [server_learning_rate])
-        if rank and rank < factors.rank:
-            factors, energy, total = truncate(factors, rank)
+        return LowRank.sum([update], [server_learning_rate])
+
+    if not rank:
+        for name in modules:
+            mean(name)  # what a method refuses, it refuses now
+        return Aggregated(Adapter(Made(modules, mean)), 1.0)
+    kept = whole = 0.0
+    cut: dict[str, LowRank] = {}
+    for name in sorted(modules):
+        cut[name] = mean(name)
+        if rank < cut[name].rank:
+            cut[name], energy, total = truncate(cut[name], rank)
             kept, whole = kept + energy, whole + total
-        mean[name] = factors
-    return Aggregated(Adapter(mean), kept / whole if whole else 1.0)
+    return Aggregated(Adapter(cut), kept / whole if whole else 1.0)

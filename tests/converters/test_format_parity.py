@@ -10,7 +10,18 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from converters import adapter, architectures, gguf_adapter, gguf_base, gguf_file, gguf_merge, llama, mlx, peft
+from converters import (
+    adapter,
+    architectures,
+    gguf_adapter,
+    gguf_base,
+    gguf_file,
+    gguf_merge,
+    gguf_quantize,
+    llama,
+    mlx,
+    peft,
+)
 from tests.converters import tiny
 
 BOUND = 1e-4  # of logits of about ±4; measured: at most 1e-5 in torch, MLX and llama.cpp
@@ -163,12 +174,13 @@ def test_quantised_model_loads_and_mostly_agrees(base: Path, tmp_path: Path) -> 
     gguf_base.build(base, tmp_path / "base.gguf")
     described = architectures.describe(base)
     gguf_merge.merge(tmp_path / "base.gguf", peft.read(original), tmp_path / "f16.gguf", "f16", described)
-    counts = gguf_merge.quantize(tmp_path / "f16.gguf", tmp_path / "q8_0.gguf", "q8_0")
-    assert counts["Q8_0"] >= 7 * 3 and set(counts) == {"Q8_0", "F32"}
+    made = gguf_quantize.quantize(tmp_path / "f16.gguf", tmp_path / "q8_0.gguf", "q8_0")
+    assert made.types["Q8_0"] >= 7 * 3 and made.types.keys() == {"Q8_0", "F32"} and not made.fallbacks
     found = llama.logits(llama.load(tmp_path / "q8_0.gguf", context=64), tiny.PROMPT)
     agree = found.argmax(-1) == tiny.torch_logits(base, original).argmax(-1)
     assert agree.mean() >= 0.75
-    gguf_merge.quantize(tmp_path / "f16.gguf", tmp_path / "q4.gguf", "q4_k_m")  # rows of 64 fall back
+    made = gguf_quantize.quantize(tmp_path / "f16.gguf", tmp_path / "q4.gguf", "q4_k_m")
+    assert made.fallbacks["blk.0.attn_q.weight"] == "Q5_0", "rows of 64 do not divide into blocks of 256"
     llama.logits(llama.load(tmp_path / "q4.gguf", context=64), tiny.PROMPT)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from converters import adapter, architectures, gguf_adapter, gguf_base, gguf_merge, mlx, peft
+from converters import adapter, architectures, gguf_adapter, gguf_base, gguf_merge, gguf_quantize, mlx, peft
 from converters.adapter import Adapter, LowRank
 from converters.errors import BadAdapter, BadModel, LayoutMismatch, UsageError
 from tests.converters import tiny
@@ -149,9 +149,9 @@ def test_merging_into_another_model_or_a_quantised_one(base: Path, tmp_path: Pat
     with pytest.raises(LayoutMismatch, match="head_count_kv"):
         gguf_merge.merge(tmp_path / "other.gguf", update, tmp_path / "merged.gguf", "f16", described)
     gguf_base.build(base, tmp_path / "f16.gguf", "f16")
-    gguf_merge.quantize(tmp_path / "f16.gguf", tmp_path / "q8_0.gguf", "q8_0")
+    gguf_quantize.quantize(tmp_path / "f16.gguf", tmp_path / "q4_k_m.gguf", "q4_k_m")
     with pytest.raises(BadModel, match="is quantised"):
-        gguf_merge.merge(tmp_path / "q8_0.gguf", update, tmp_path / "merged.gguf", "f16", described)
+        gguf_merge.merge(tmp_path / "q4_k_m.gguf", update, tmp_path / "merged.gguf", "f16", described)
 
 
 def test_quantising_what_cannot_be_leaves_nothing(base: Path, tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_quantising_what_cannot_be_leaves_nothing(base: Path, tmp_path: Path) ->
         architectures.describe(base),
     )
     with pytest.raises(BadModel, match="does not quantise"):
-        gguf_merge.quantize(tmp_path / "adapter.gguf", tmp_path / "out.gguf", "q8_0")
+        gguf_quantize.quantize(tmp_path / "adapter.gguf", tmp_path / "out.gguf", "q8_0")
     with pytest.raises(UsageError, match="q3"):
-        gguf_merge.quantize(tmp_path / "adapter.gguf", tmp_path / "out.gguf", "q3")
+        gguf_quantize.quantize(tmp_path / "adapter.gguf", tmp_path / "out.gguf", "q3")
     assert [file.name for file in tmp_path.iterdir()] == ["adapter.gguf"]
