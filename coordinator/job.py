@@ -15,7 +15,8 @@ from google.protobuf.message import Message
 
 from converters.adapter import WIRE_DTYPES
 from converters.errors import UsageError
-from converters.gguf_merge import FLOAT_TYPES, QUANTISED_TYPES
+from converters.gguf_merge import FLOAT_TYPES
+from converters.gguf_quantize import QUANTISED_TYPES
 from coordinator import aggregate
 from oneround.v1 import federation_pb2 as pb
 
@@ -139,6 +140,7 @@ def _expected(field: Any) -> str:
     """What a FieldDescriptor takes, in words."""
     one = {
         FieldDescriptor.CPPTYPE_STRING: "text",
+        FieldDescriptor.CPPTYPE_BOOL: "true or false",
         FieldDescriptor.CPPTYPE_DOUBLE: "a number",
         FieldDescriptor.CPPTYPE_UINT32: "a whole number, 0 or more",
         FieldDescriptor.CPPTYPE_UINT64: "a whole number, 0 or more",

@@ -18,18 +18,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gguf import GGML_QUANT_SIZES
 from google.protobuf import json_format
 
-from converters import adapter, architectures, gguf_adapter, gguf_merge, mlx, peft, tensors
+from converters import adapter, architectures, gguf_adapter, gguf_file, gguf_merge, gguf_quantize, mlx, peft, tensors
 from converters.adapter import Adapter
 from converters.architectures import Base
 from converters.errors import BadModel, OneroundError
-from coordinator import aggregate, verify
+from converters.gguf_quantize import Quantised
+from coordinator import aggregate, card, verify
 from coordinator.aggregate import Contribution
+from coordinator.card import Facts
+from coordinator.verify import Checked, Verdict
 from oneround import stream
 from oneround.v1 import federation_pb2 as pb
 
 Report = Callable[[str], None]
+_MADE_WITH = ("oneround", "gguf", "llama-cpp-python", "numpy")
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ def publish(order: Order, report: Report) -> None:
     """
     work = order.folder.with_name(f"{order.folder.name}.partial")
     failed = order.folder.with_name(f"{order.folder.name}.failed")
-    for left_over in (work, failed):
+    withheld = order.folder.with_name(f"{order.folder.name}.withheld")
+    for left_over in (work, failed, withheld):
         shutil.rmtree(left_over, ignore_errors=True)
     work.mkdir(parents=True)
     try:
@@ -89,8 +95,17 @@ def publish(order: Order, report: Report) -> None:
     tensors.sync_folder(order.folder.parent)
 
 
+@dataclass(frozen=True)
+class Merged:
+    """A merged file of one type, and what a quantised one holds."""
+
+    kind: str
+    file: Path
+    quantised: Quantised | None = None
+
+
 def _make(order: Order, work: Path, report: Report) -> None:
-    base = architectures.describe(order.base_folder)
+    base = architectures.describe(order.base_folder, order.base_gguf)
     report("aggregating")
     method = order.spec.aggregate
     result = aggregate.aggregate(
@@ -104,28 +119,39 @@ def _make(order: Order, work: Path, report: Report) -> None:
     mlx.write(result.adapter, work / "mlx", base)
     gguf_adapter.write(result.adapter, work / "adapter.gguf", base)
 
-    merged, types = _merge(order, base, result.adapter, work, report)
-
+    merged = _merge(order, base, result.adapter, work, report)
     report("verifying with llama.cpp")
-    against = verify.reference(order.base_gguf, work / "adapter.gguf")
-    verdicts = {file.name: verify.verify(file, kind, against) for kind, file in merged.items()}
-    wrong = [f"{name}: {v.measure} {v.value:.3g} is over {v.bound:g}" for name, v in verdicts.items() if not v.passed]
-    if wrong:
-        raise BadModel("verification failed: " + "; ".join(wrong))
+    checked = _verify(order, merged, work)
+    for made in merged:
+        if made.kind not in order.spec.publish.gguf:  # made to be quantised, and to hold others against
+            made.file.unlink()
+            checked.verdicts.pop(made.file.name)
 
+    n_examples = sum(given.num_examples for given in order.contributions)
+    rank = max(result.adapter.ranks.values())
+    card.write(work, Facts(order.spec, order.version, len(order.contributions), n_examples, rank, checked))
     manifest: dict[str, Any] = {
         "job": json_format.MessageToDict(order.spec, preserving_proto_field_name=True),
         "version": order.version,
         "base_fingerprint": order.base_fingerprint,
+        "base_rounding": _rounding(order, base),
         "method": method.method,
+        "rank": rank,
         "energy_kept": result.energy_kept,
         "contributions": [
-            {"client": given.client, "digest": given.digest, "num_examples": given.num_examples}
+            {
+                "client": given.client,
+                "digest": given.digest,
+                "num_examples": given.num_examples,
+                "weight": given.num_examples / n_examples,
+            }
             for given in order.contributions
         ],
-        "quantised_tensors": types,
-        "verification": {name: verdict.as_json() for name, verdict in verdicts.items()},
-        "made_with": {name: importlib.metadata.version(name) for name in ("oneround", "gguf", "llama-cpp-python")},
+        "quantised": {made.file.name: asdict(made.quantised) for made in merged if made.quantised},
+        "verification": {name: verdict.as_json() for name, verdict in checked.verdicts.items()},
+        "adapter_effect": checked.adapter_effect,
+        "withheld": checked.withheld,
+        "made_with": {name: importlib.metadata.version(name) for name in _MADE_WITH},
         "files": {
             file.relative_to(work).as_posix(): {"sha256": stream.digest(file), "size": file.stat().st_size}
             for file in sorted(work.rglob("*"))
@@ -135,25 +161,69 @@ def _make(order: Order, work: Path, report: Report) -> None:
     tensors.replace(work / "manifest.json", [json.dumps(manifest, indent=2).encode()])
 
 
-def _merge(
-    order: Order, base: Base, mean: Adapter, work: Path, report: Report
-) -> tuple[dict[str, Path], dict[str, dict[str, int]]]:
-    """The merged models that the job asks for, by type, and how many tensors of each type quantised ones hold: rows
-    that a type does not fit fall back to another. Quantised ones come from the finest float file."""
+def _merge(order: Order, base: Base, mean: Adapter, work: Path, report: Report) -> list[Merged]:
+    """The merged models that the job asks for, float types from fine to coarse first. Quantised ones are made from the
+    finest float file; where none is asked for, one of the checkpoint's own precision is made for that."""
     wanted = list(order.spec.publish.gguf)
-    floats = [kind for kind in gguf_merge.FLOAT_TYPES if kind in wanted] or ["f16"]
-    files = {kind: work / f"{order.spec.name}-{kind}.gguf" for kind in {*floats, *wanted}}
-    types = {}
-    for kind in floats:
-        report(f"merging into {kind}")
-        gguf_merge.merge(order.base_gguf, mean, files[kind], kind, base)
+    floats = [kind for kind in gguf_merge.FLOAT_TYPES if kind in wanted] or [base.dtype]
+    merged = [Merged(kind, work / f"{order.spec.name}-{kind}.gguf") for kind in floats]
+    for made in merged:
+        report(f"merging into {made.kind}")
+        accept = order.spec.model.accept_quantised_gguf
+        gguf_merge.merge(order.base_gguf, mean, made.file, made.kind, base, accept_quantised=accept)
     for kind in wanted:
         if kind not in floats:
             report(f"quantising to {kind}")
-            types[files[kind].name] = gguf_merge.quantize(files[floats[0]], files[kind], kind)
-    for kind in set(floats) - set(wanted):
-        files.pop(kind).unlink()
-    return {kind: files[kind] for kind in wanted}, types
+            file = work / f"{order.spec.name}-{kind}.gguf"
+            merged.append(Merged(kind, file, gguf_quantize.quantize(merged[0].file, file, kind)))
+    return merged
+
+
+def _verify(order: Order, merged: Sequence[Merged], work: Path) -> Checked:
+    """Have llama.cpp judge every file; quantised ones that fail are moved aside.
+
+    Raises:
+        BadModel: a float file is not base + adapter, or nothing that was asked for is left.
+    """
+    reference = verify.base_and_adapter(order.base_gguf, work / "adapter.gguf")
+    base = verify.alone(order.base_gguf, reference.kind, reference.ids)
+    effect = verify.difference(base.logits, reference.logits)
+    verdicts: dict[str, Verdict] = {}
+    withheld: dict[str, str] = {}
+
+    floats = [made for made in merged if not made.quantised]
+    said = [verify.alone(made.file, made.kind, reference.ids) for made in floats]
+    for made, heard in zip(floats, said, strict=True):
+        found = verify.verdict(heard, reference, effect)
+        if not found.passed:
+            raise BadModel(f"verification failed: {made.file.name}: {found.sentence}")
+        verdicts[made.file.name] = found
+
+    aside = order.folder.with_name(f"{order.folder.name}.withheld")
+    for made in merged[len(floats) :]:
+        name = made.file.name
+        try:
+            found = verify.verdict(verify.alone(made.file, made.kind, reference.ids), said[0])
+            reason = "" if found.passed else found.sentence
+        except BadModel as error:
+            reason = str(error)
+        if reason:
+            withheld[name] = reason
+            aside.mkdir(exist_ok=True)
+            made.file.replace(aside / name)
+        else:
+            verdicts[name] = found
+    if not any(made.kind in order.spec.publish.gguf and made.file.name in verdicts for made in merged):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in withheld.items())
+        raise BadModel(f"verification failed: {reasons}", hint="publish f16 or q8_0 too")
+    return Checked(verdicts, withheld, effect)
+
+
+def _rounding(order: Order, base: Base) -> float:
+    """What a quantised base has lost against the checkpoint that clients trained over, relatively; 0.0 for floats."""
+    types = {tensor.info.type for tensor in gguf_file.read(order.base_gguf).tensors.values()}
+    quantised = any(GGML_QUANT_SIZES[kind][0] > 1 for kind in types)
+    return gguf_merge.rounding(order.base_gguf, order.base_folder, base) if quantised else 0.0
 
 
 def main() -> int:

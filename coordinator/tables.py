@@ -65,6 +65,10 @@ def job(status: pb.JobStatus) -> RenderableType:
     for publication in status.publications:
         parts.append(Text(f"Published v{publication.version} in {publication.folder}"))
         parts.extend(Text(f"  {file.name}  {size(file.size)}") for file in publication.artifacts)
+        parts.extend(
+            Text(f"  {file.name} is withheld, in {publication.folder}.withheld: {file.reason}")
+            for file in publication.withheld
+        )
     return Group(*parts)
 
 

@@ -41,6 +41,8 @@ def test_every_key_and_default_is_in_the_table() -> None:
             assert [shown] == list(filled.lora.target_modules)
         elif key == "publish.gguf":
             assert shown.split(", ") == list(filled.publish.gguf)
+        elif isinstance(value, bool):
+            assert shown == str(value).lower()
         elif isinstance(value, str):
             assert shown == value
         else:

@@ -191,22 +191,28 @@ class ModelSpec(_message.Message):
     BASE_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     GGUF_FIELD_NUMBER: _builtins.int
+    ACCEPT_QUANTISED_GGUF_FIELD_NUMBER: _builtins.int
     base: _builtins.str
     """A Hugging Face hub id, or a path on the coordinator's machine."""
     revision: _builtins.str
     """Branch, tag or commit of a hub id; resolved to a commit when the job is submitted."""
     gguf: _builtins.str
     """A base GGUF on the coordinator's machine; empty: built from `base`."""
+    accept_quantised_gguf: _builtins.bool
+    """Take a base GGUF that is quantised below q8_0. It is dequantised and merged; what its rounding lost stays lost,
+    and the manifest says how much that is.
+    """
     def __init__(
         self,
         *,
         base: _builtins.str | None = ...,
         revision: _builtins.str | None = ...,
         gguf: _builtins.str | None = ...,
+        accept_quantised_gguf: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "gguf", b"gguf", "revision", b"revision"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accept_quantised_gguf", b"accept_quantised_gguf", "base", b"base", "gguf", b"gguf", "revision", b"revision"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base", b"base", "gguf", b"gguf", "revision", b"revision"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_quantised_gguf", b"accept_quantised_gguf", "base", b"base", "gguf", b"gguf", "revision", b"revision"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1051,6 +1057,7 @@ class Publication(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     ARTIFACTS_FIELD_NUMBER: _builtins.int
     FOLDER_FIELD_NUMBER: _builtins.int
+    WITHHELD_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """1 for the first."""
     folder: _builtins.str
@@ -1059,20 +1066,51 @@ class Publication(_message.Message):
     def artifacts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Artifact]:
         """`manifest.json` and everything that it lists."""
 
+    @_builtins.property
+    def withheld(self) -> _containers.RepeatedCompositeFieldContainer[Global___Withheld]:
+        """Files that failed verification, kept aside in `FOLDER.withheld`."""
+
     def __init__(
         self,
         *,
         version: _builtins.int | None = ...,
         artifacts: _abc.Iterable[Global___Artifact] | None = ...,
         folder: _builtins.str | None = ...,
+        withheld: _abc.Iterable[Global___Withheld] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "folder", b"folder", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "folder", b"folder", "version", b"version", "withheld", b"withheld"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "folder", b"folder", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "folder", b"folder", "version", b"version", "withheld", b"withheld"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Publication: _TypeAlias = Publication  # noqa: Y015
+
+@_typing.final
+class Withheld(_message.Message):
+    """A file that is not part of a publication."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name."""
+    reason: _builtins.str
+    """Why it is not released."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str | None = ...,
+        reason: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "reason", b"reason"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Withheld: _TypeAlias = Withheld  # noqa: Y015
 
 @_typing.final
 class JobStatus(_message.Message):
