@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from converters import settings, tensors
-from converters.errors import BadModel
+from converters.errors import BadAdapter, BadModel
 from converters.settings import Settings
 from converters.tensors import Array
 
@@ -90,13 +90,23 @@ def _weight_files(folder: Path) -> list[Path]:
             f"{folder} has no weights in safetensors form, neither {_SINGLE} nor {_INDEX}",
             hint="pickled checkpoints (.bin, .pt) can run code and are not read; save the model as safetensors",
         )
-    index: Settings = settings.read(folder / _INDEX, BadModel)
-    parts = set()
-    for part in index.table("weight_map").values.values():
+    return parts(folder / _INDEX, BadModel)
+
+
+def parts(index: Path, wrong: type[BadModel] | type[BadAdapter]) -> list[Path]:
+    """The safetensors files beside an index that it names, sorted.
+
+    Raises:
+        BadModel or BadAdapter, as asked: the index is not sound, or a file is missing.
+    """
+    listed = settings.read(index, wrong)
+    names = set()
+    for part in listed.table("weight_map").values.values():
         if not isinstance(part, str) or Path(part).name != part or not part.endswith(".safetensors"):
-            raise index.bad(f"{part!r} is not the name of a safetensors file beside it")
-        parts.add(part)
-    missing = sorted(part for part in parts if not (folder / part).is_file())
-    if missing or not parts:
-        raise BadModel(f"{folder}: {len(missing)} of {len(parts)} weight files are missing: {', '.join(missing[:3])}")
-    return [folder / part for part in sorted(parts)]
+            raise listed.bad(f"{part!r} is not the name of a safetensors file beside it")
+        names.add(part)
+    missing = sorted(name for name in names if not index.with_name(name).is_file())
+    if missing or not names:
+        shown = ", ".join(missing[:3])
+        raise wrong(f"{index.parent}: {len(missing)} of {len(names)} weight files are missing: {shown}")
+    return [index.with_name(name) for name in sorted(names)]

@@ -8,14 +8,73 @@ Source: llama.cpp, src/llama-adapter.cpp and convert_lora_to_gguf.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
+import numpy as np
 
-from converters import gguf_file
-from converters.adapter import Adapter, Factor
-from converters.architectures import Base, check_fits, gguf_name, interleave
+from converters import gguf_file, tensors
+from converters.adapter import Adapter, Factor, LowRank, Made, Shape, pair
+from converters.architectures import Base, check_fits, checkpoint_names, gguf_name, interleave, row_order
+from converters.errors import BadAdapter
+
+_A, _B = ".lora_a", ".lora_b"
+_ARCHITECTURE = gguf.Keys.General.ARCHITECTURE
+_KNOWN = {gguf.Keys.Adapter.TYPE, gguf.Keys.Adapter.LORA_ALPHA, "adapter.lora.task_name", "adapter.lora.prompt_prefix"}
+_VOCABULARY = ("token_embd.", "output.")
+
+
+def read(path: Path, base: Base) -> Adapter:
+    """Read a GGUF adapter for a base model, with its scaling folded into B; factors stay on disk until they are used.
+
+    llama.cpp scales by alpha/rank where the file has an alpha, each tensor by its own rank, and by 1 where it has none.
+
+    Raises:
+        BadModel: not a sound GGUF file.
+        BadAdapter: not a LoRA adapter, for another architecture, or with tensors that cannot be converted, by name.
+        LayoutMismatch: it does not fit the base.
+    """
+    source = gguf_file.read(path)
+    for key, expected in (("general.type", "adapter"), (gguf.Keys.Adapter.TYPE, "lora"), (_ARCHITECTURE, base.arch)):
+        if (found := source.value(key)) != expected:
+            raise BadAdapter(f"{path} has {key} = {found!r}; expected {expected!r}")
+    for key in source.keys:
+        if key.startswith("adapter.") and key not in _KNOWN:
+            raise BadAdapter(f"{path} has {key}, which may change what the adapter computes, and cannot be converted")
+    alpha = source.value(gguf.Keys.Adapter.LORA_ALPHA)
+    if alpha is not None and not (isinstance(alpha, float) and math.isfinite(alpha)):
+        raise BadAdapter(f"{path} has {gguf.Keys.Adapter.LORA_ALPHA} = {alpha!r}; expected a number")
+
+    modules = checkpoint_names(base)
+    halves: dict[str, dict[str, tensors.Array]] = {_A: {}, _B: {}}
+    for name, tensor in source.tensors.items():
+        suffix = next((end for end in halves if name.endswith(end)), "")
+        module = modules.get(name.removesuffix(suffix)) if suffix else None
+        if module is None:
+            why = (
+                "LoRA on an embedding or output layer" if name.startswith(_VOCABULARY) else f"no factor for {base.name}"
+            )
+            raise BadAdapter(f"{path}: the tensor {name} is {why}, which cannot be converted")
+        halves[suffix][module] = _view(path, tensor)
+    factors = pair(halves[_A], halves[_B], path)
+
+    def update(module: str) -> LowRank:
+        a, b = factors[module]
+        order = row_order(base, module)
+        weight = alpha / a.shape[0] if alpha else 1.0  # to llama.cpp 0 is no alpha
+        return LowRank(a, b if order is None else b[np.argsort(order)], weight)
+
+    check_fits(base, {name: Shape(b.shape[0], a.shape[1]) for name, (a, b) in factors.items()})
+    return Adapter(Made(factors, update))
+
+
+def _view(path: Path, tensor: gguf_file.Tensor) -> tensors.Array:
+    for known in gguf_file.FLOATS.values():
+        if known.type == tensor.info.type:
+            return tensor.data.view(known.dtype).reshape(tensor.info.shape)
+    raise BadAdapter(f"{path}: the tensor {tensor.info.name} is {tensor.info.type.name}, not floats")
 
 
 def write(adapter: Adapter, path: Path, base: Base) -> None:
@@ -32,8 +91,8 @@ def write(adapter: Adapter, path: Path, base: Base) -> None:
     infos = []
     for name, rank in adapter.ranks.items():
         weight, (out, into) = gguf_name(base, f"{name}.weight"), shapes[name]
-        infos.append(gguf_file.Info(f"{weight}.lora_a", (rank, into), gguf.GGMLQuantizationType.F32))
-        infos.append(gguf_file.Info(f"{weight}.lora_b", (out, rank), gguf.GGMLQuantizationType.F32))
+        infos.append(gguf_file.Info(f"{weight}{_A}", (rank, into), gguf.GGMLQuantizationType.F32))
+        infos.append(gguf_file.Info(f"{weight}{_B}", (out, rank), gguf.GGMLQuantizationType.F32))
     path.parent.mkdir(parents=True, exist_ok=True)
     gguf_file.write(path, gguf_file.keys_of(writer), infos, _factors(adapter, base))
 

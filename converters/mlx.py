@@ -1,7 +1,8 @@
 """mlx-lm's LoRA folders: `adapters.safetensors` and `adapter_config.json`.
 
-A linear layer has `NAME.lora_a` (in, r) and `NAME.lora_b` (r, out), and ΔW is scale · (lora_a @ lora_b)ᵀ. The scale is
-20.0 when the settings say nothing, and there is one rank and one scale for the whole adapter.
+A linear layer has `NAME.lora_a` (in, r) and `NAME.lora_b` (r, out), and ΔW is scale · (lora_a @ lora_b)ᵀ. A switch
+layer of E experts is stored the other way round: `NAME.lora_a` (E, r, in), `NAME.lora_b` (E, out, r). The scale is 20.0
+when the settings say nothing, and there is one rank and one scale for the whole adapter.
 
 Source: mlx-lm 0.32, tuner/utils.py (linear_to_lora_layers, load_adapters) and tuner/lora.py.
 """
@@ -9,19 +10,27 @@ Source: mlx-lm 0.32, tuner/utils.py (linear_to_lora_layers, load_adapters) and t
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from converters import settings, tensors
-from converters.adapter import Adapter, Factor, LowRank, pair
+from converters import experts, settings, tensors
+from converters.adapter import Adapter, Factor, LowRank, Shape, pair
 from converters.architectures import Base, check_fits, within_block
 from converters.errors import BadAdapter
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapters.safetensors"
 _A, _B = ".lora_a", ".lora_b"
 _FLOAT32 = np.dtype(np.float32)
+_TENSORS = {
+    ".m": "a DoRA magnitude",
+    ".weight": "a weight of the base, of a full fine-tuning",
+    ".bias": "a bias of the base",
+    _A: "a factor of a layer that is neither linear nor a switch layer",
+    _B: "a factor of a layer that is neither linear nor a switch layer",
+}
 _SCALE = 20.0  # mlx-lm's default
 
 
@@ -34,21 +43,32 @@ def read(folder: Path) -> Adapter:
     config = settings.read(folder / _CONFIG, BadAdapter)
     if (kind := config.text("fine_tune_type", "lora")) != "lora":
         raise config.bad(f"fine_tune_type is {kind}; only lora can be converted")
-    scale = config.table("lora_parameters").number("scale", _SCALE, positive=False)
+    parameters = config.table("lora_parameters")
+    scale = parameters.number("scale", _SCALE, positive=False)
     found, _ = tensors.read(folder / _WEIGHTS)
     a: dict[str, tensors.Array] = {}
     b: dict[str, tensors.Array] = {}
     for name, tensor in found.items():
-        if name.endswith(_A) and tensor.ndim == 2:
-            a[name.removesuffix(_A)] = tensor.T
-        elif name.endswith(_B) and tensor.ndim == 2:
-            b[name.removesuffix(_B)] = tensor.T
-        else:
-            shown = f"{name} {tensor.shape}"
-            why = "is not a LoRA factor of a linear layer, and cannot be converted"
-            raise BadAdapter(f"{folder / _WEIGHTS}: the tensor {shown} {why}")
+        suffix = _A if name.endswith(_A) else _B if name.endswith(_B) else ""
+        views = _views(name.removesuffix(suffix), tensor) if suffix else None
+        if views is None:
+            why = next((why for end, why in _TENSORS.items() if name.endswith(end)), "not a LoRA factor")
+            raise BadAdapter(f"{folder / _WEIGHTS}: {name} {tensor.shape} is {why}, which cannot be converted")
+        (a if suffix == _A else b).update(views)
     factors = pair(a, b, folder / _WEIGHTS)
+    rank = parameters.integer("rank") if parameters.get("rank") is not None else None
+    for name, (factor, _) in factors.items():
+        if rank not in (None, factor.shape[0]):
+            raise config.bad(f"{name} has rank {rank} by the settings, and {factor.shape[0]} in the file")
     return Adapter({name: LowRank(a, b, scale) for name, (a, b) in factors.items()})
+
+
+def _views(module: str, tensor: tensors.Array) -> dict[str, tensors.Array] | None:
+    """A factor by module, as A (r, in) or B (out, r): of a linear layer, or of each expert of a switch layer."""
+    if tensor.ndim == 2:
+        return {module: tensor.T}
+    names = experts.of_switch(module, len(tensor)) if tensor.ndim == 3 else None
+    return dict(zip(names, tensor, strict=True)) if names else None
 
 
 def write(adapter: Adapter, folder: Path, base: Base) -> None:
@@ -60,20 +80,28 @@ def write(adapter: Adapter, folder: Path, base: Base) -> None:
     Raises:
         LayoutMismatch: the adapter is not for this base.
     """
-    shapes = adapter.shapes
-    check_fits(base, shapes)
+    linears = {name: shape for name, shape in adapter.shapes.items() if not experts.is_expert(name)}
+    check_fits(base, linears)
     rank = max(adapter.ranks.values())
-    keys = sorted({within_block(base, name)[1] for name in shapes})
+    keys = {within_block(base, name)[1] for name in linears}
     found: dict[str, tensors.Later] = {}
     for name, (out, into) in base.linears.items():
         if within_block(base, name)[1] in keys:
             update = adapter.modules.get(name)
             found[name + _A] = tensors.Later(_FLOAT32, (into, rank), partial(_lora_a, update, into, rank))
             found[name + _B] = tensors.Later(_FLOAT32, (rank, out), partial(_lora_b, update, out, rank))
+    for switch, shape, updates in _switches(adapter, base):
+        keys.add(within_block(base, switch)[1])
+        found[switch + _A] = tensors.Later(
+            _FLOAT32, (len(updates), rank, shape.into), partial(_switch_a, updates, shape.into, rank)
+        )
+        found[switch + _B] = tensors.Later(
+            _FLOAT32, (len(updates), shape.out, rank), partial(_switch_b, updates, shape.out, rank)
+        )
     config = {
         "fine_tune_type": "lora",
         "num_layers": -1,
-        "lora_parameters": {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": keys},
+        "lora_parameters": {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)},
     }
     folder.mkdir(parents=True, exist_ok=True)
     tensors.write(folder / _WEIGHTS, found, {"format": "mlx"})
@@ -92,3 +120,24 @@ def _lora_b(update: LowRank | None, out: int, rank: int) -> Factor:
     if update is not None:
         padded[: update.rank] = update.b.T
     return padded
+
+
+def _switches(adapter: Adapter, base: Base) -> Iterator[tuple[str, Shape, list[LowRank | None]]]:
+    """Switch layers, the shape of their experts, and every expert's update, None for one that has none."""
+    found: dict[str, dict[int, str]] = {}
+    for name in adapter.modules:
+        if (place := experts.switch_of(base, name)) is not None:
+            found.setdefault(place[0], {})[place[1]] = name
+    count = experts.count(base) if found else 0
+    for switch, names in found.items():
+        shape = experts.check(switch, {number: adapter.modules[name].shape for number, name in names.items()}, count)
+        updates = [adapter.modules[names[number]] if number in names else None for number in range(count)]
+        yield switch, shape, updates
+
+
+def _switch_a(updates: list[LowRank | None], into: int, rank: int) -> Factor:
+    return np.stack([_lora_a(update, into, rank).T for update in updates])
+
+
+def _switch_b(updates: list[LowRank | None], out: int, rank: int) -> Factor:
+    return np.stack([_lora_b(update, out, rank).T for update in updates])

@@ -12,14 +12,16 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
-from converters import settings, tensors
+from converters import checkpoint, experts, settings, tensors
 from converters.adapter import Adapter, LowRank, pair
-from converters.errors import BadAdapter
+from converters.errors import BadAdapter, LayoutMismatch
 from converters.settings import Settings
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_INDEX, _PICKLE = f"{_WEIGHTS}.index.json", "adapter_model.bin"
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
@@ -89,9 +91,8 @@ def read(folder: Path) -> Adapter:
     """
     config = settings.read(folder / _CONFIG, BadAdapter)
     _refuse(config)
-    found, _ = tensors.read(folder / _WEIGHTS)
     halves: dict[str, dict[str, tensors.Array]] = {_A: {}, _B: {}}
-    for name, tensor in found.items():
+    for name, tensor in _weights(folder):
         suffix = _A if name.endswith(_A) else _B if name.endswith(_B) else ""
         if not suffix or not name.startswith(_PREFIX):
             why = next((why for part, why in _TENSORS.items() if part in name), "not a LoRA factor of a linear layer")
@@ -102,8 +103,37 @@ def read(folder: Path) -> Adapter:
     return Adapter({name: LowRank(a, b, scaling.of(name, a.shape[0])) for name, (a, b) in factors.items()})
 
 
+def _weights(folder: Path) -> Iterator[tuple[str, tensors.Array]]:
+    """Every tensor by name, from one file or from those that an index names."""
+    files = [folder / _WEIGHTS]
+    if not files[0].is_file() and (folder / _INDEX).is_file():
+        files = checkpoint.parts(folder / _INDEX, BadAdapter)
+    elif not files[0].is_file() and (folder / _PICKLE).is_file():
+        raise BadAdapter(
+            f"{folder} has its weights in {_PICKLE}, a pickle, which can run code and is not read",
+            hint="load it with PEFT where you trust it, and save_pretrained(..., safe_serialization=True)",
+        )
+    seen: set[str] = set()
+    for file in files:
+        for name, tensor in tensors.read(file)[0].items():
+            if name in seen:
+                raise BadAdapter(f"{folder}: two files hold the tensor {name}")
+            seen.add(name)
+            yield name, tensor
+
+
 def write(adapter: Adapter, folder: Path, *, base_model: str) -> None:
-    """Write a folder that `PeftModel.from_pretrained` loads: float32, scaling 1, every module by its whole name."""
+    """Write a folder that `PeftModel.from_pretrained` loads: float32, scaling 1, every module by its whole name.
+
+    Raises:
+        LayoutMismatch: there are experts among the modules; transformers 5 keeps those of a layer in one tensor, which
+            PEFT does not adapt expert by expert.
+    """
+    if (expert := next(filter(experts.is_expert, adapter.modules), None)) is not None:
+        raise LayoutMismatch(
+            f"{expert} is one expert of many; PEFT has no adapter for single experts with transformers 5",
+            hint="convert to mlx, which has",
+        )
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, tensors.Later] = {}
     for name, update in adapter.modules.items():

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from safetensors.torch import save_file as torch_save_file
 
 from converters import (
     adapter,
@@ -66,6 +69,29 @@ def test_every_format_gives_the_logits_of_the_original(base: Path, original: Pat
     }
     differences = {name: float(np.abs(logits - expected).max()) for name, logits in found.items()}
     assert max(differences.values()) < BOUND, differences
+
+
+@pytest.mark.parametrize("targets", ["all-linear", r".*\.(0|2)\..*(q_proj|up_proj)", ["v_proj", "1.mlp.down_proj"]])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_peft_adapters_of_every_dtype_and_choice_of_modules(
+    bases: dict[str, Path], tmp_path: Path, targets: Any, dtype: str
+) -> None:
+    """And in several files, as large ones may be."""
+    base = bases["tied"]
+    original = tiny.save_adapter(tmp_path / "original", base, target_modules=targets)
+    whole = load_file(original / "adapter_model.safetensors")
+    cast = {name: tensor.to(getattr(torch, dtype)) for name, tensor in whole.items()}
+    torch_save_file(cast, original / "adapter_model.safetensors")
+    expected = tiny.torch_logits(base, original)
+
+    names = sorted(cast)
+    parts = {name: f"adapter_model-{n % 2 + 1:05}-of-00002.safetensors" for n, name in enumerate(names)}
+    for part in set(parts.values()):
+        torch_save_file({name: cast[name] for name in names if parts[name] == part}, original / part)
+    (original / "adapter_model.safetensors").unlink()
+    (original / "adapter_model.safetensors.index.json").write_text(json.dumps({"weight_map": parts}))
+    peft.write(peft.read(original), tmp_path / "again", base_model=str(base))
+    assert np.abs(tiny.torch_logits(base, tmp_path / "again") - expected).max() < BOUND
 
 
 def test_mlx_adapter_with_the_default_scale_gives_its_logits_in_peft(bases: dict[str, Path], tmp_path: Path) -> None:

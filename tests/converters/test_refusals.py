@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -79,6 +80,31 @@ def test_peft_tensors(tmp_path: Path, name: str, shape: tuple[int, ...], said: s
         peft.read(save_peft(tmp_path / "adapter", {}, {name: np.ones(shape, np.float32)}))
 
 
+def test_pickles_are_not_read(tmp_path: Path) -> None:
+    folder = save_peft(tmp_path / "adapter", {})
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(BadAdapter, match="a pickle, which can run code") as raised:
+        peft.read(folder)
+    assert "safe_serialization" in raised.value.hint
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ({"a": "../secret.safetensors"}, "not the name of a safetensors file"),
+        ({"a": "gone.safetensors"}, "1 of 1 weight files are missing"),
+        ({}, "0 of 0"),
+        ([], "expected an object"),
+    ],
+)
+def test_sharded_peft(tmp_path: Path, index: Any, said: str) -> None:
+    folder = save_peft(tmp_path / "adapter", {})
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(BadAdapter, match=said):
+        peft.read(folder)
+
+
 def test_output_layer_lora(tmp_path: Path) -> None:
     extra = {
         "base_model.model.lm_head.lora_A.weight": np.ones((2, 64), np.float32),
@@ -111,7 +137,10 @@ def save_mlx(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray
         ({"lora_parameters": {"scale": "20"}}, {}, "scale"),
         ({"lora_parameters": []}, {}, "lora_parameters"),
         ({}, {f"{NAME}.m": (96,)}, r"q_proj\.m"),
-        ({}, {"model.layers.0.mlp.switch_mlp.up_proj.lora_a": (4, 2, 64)}, "switch_mlp"),
+        ({}, {"model.layers.0.mlp.switch_mlp.up_proj.lora_a": (4, 2, 64)}, r"experts.0.up_proj has only one"),
+        ({}, {"model.layers.0.attn.embed_q.lora_a": (4, 2, 64)}, "embed_q.*neither linear nor a switch layer"),
+        ({}, {f"{NAME}.weight": (96, 64)}, "a weight of the base"),
+        ({"lora_parameters": {"rank": 3}}, {}, "rank 3 by the settings"),
         ({}, {"model.embed_tokens.lora_a": (384, 2), "model.embed_tokens.lora_b": (2, 64)}, "embed_tokens"),
     ],
 )
@@ -123,6 +152,53 @@ def test_mlx(tmp_path: Path, config: dict[str, Any], extra: dict[str, tuple[int,
 
 def test_mlx_scale_is_twenty_when_nothing_is_said(tmp_path: Path) -> None:
     assert mlx.read(save_mlx(tmp_path / "adapter", {})).modules[NAME].b[0, 0] == 20.0
+
+
+@pytest.mark.parametrize(
+    ("keys", "tensors", "said"),
+    [
+        ({"general.type": "model"}, {}, "general.type"),
+        ({"general.architecture": "qwen2"}, {}, "general.architecture"),
+        ({"adapter.type": "control_vector"}, {}, "adapter.type"),
+        ({"adapter.lora.alpha": float("nan")}, {}, "adapter.lora.alpha"),
+        ({"adapter.alora.invocation_tokens": 1.0}, {}, "adapter.alora.invocation_tokens"),
+        ({}, {"token_embd.weight.lora_a": (2, 384)}, "embedding or output layer"),
+        ({}, {"output.weight.lora_b": (384, 2)}, "embedding or output layer"),
+        ({}, {"blk.0.attn_q.weight": (96, 64)}, r"blk.0.attn_q.weight is no factor"),
+        ({}, {"blk.99.attn_q.weight.lora_a": (2, 64)}, r"blk.99.attn_q.weight.lora_a is no factor"),
+        ({}, {"blk.1.attn_q.weight.lora_a": (2, 64)}, "only one of its two"),
+        ({}, {"blk.1.attn_q.weight.lora_a": (2, 64), "blk.1.attn_q.weight.lora_b": (96, 3)}, "do not share a rank"),
+        ({}, {"blk.1.attn_q.weight.lora_a": (2, 65), "blk.1.attn_q.weight.lora_b": (96, 2)}, "q_proj is"),
+        ({}, {"blk.1.attn_q.weight.lora_a": (2, 3, 64), "blk.1.attn_q.weight.lora_b": (2, 96, 3)}, "not a matrix"),
+    ],
+)
+def test_gguf(base: Path, tmp_path: Path, keys: dict[str, Any], tensors: dict[str, Any], said: str) -> None:
+    described = architectures.describe(base)
+    known = {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora", **keys}
+    writer = gguf.GGUFWriter(tmp_path / "adapter.gguf", known.pop("general.architecture"))
+    for key, value in known.items():
+        (writer.add_string if isinstance(value, str) else writer.add_float32)(key, value)
+    for name, shape in {
+        "blk.0.attn_q.weight.lora_a": (2, 64),
+        "blk.0.attn_q.weight.lora_b": (96, 2),
+        **tensors,
+    }.items():
+        writer.add_tensor(name, np.ones(shape, np.float32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    with pytest.raises(BadAdapter, match=said):
+        gguf_adapter.read(tmp_path / "adapter.gguf", described)
+
+
+def test_gguf_adapters_of_whole_numbers(base: Path, tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "adapter.gguf", "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_tensor("blk.0.attn_q.weight.lora_a", np.ones((2, 64), np.int32))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    with pytest.raises(BadAdapter, match=r"lora_a is I32, not floats"):
+        gguf_adapter.read(tmp_path / "adapter.gguf", architectures.describe(base))
 
 
 def test_adapters_that_do_not_fit_the_base(base: Path, tmp_path: Path) -> None:
