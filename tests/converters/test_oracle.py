@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -234,3 +235,18 @@ def test_other_families(llama_cpp: Path, tmp_path: Path, monkeypatch: pytest.Mon
     ):
         found = llama.logits(loaded, tiny_families.PROMPT)
         assert np.abs(found - expected).max() < (8e-3 if name == "starcoder2" else 1e-4)  # its GELU is a table's
+
+
+def test_adapters_of_llama_cpps_own_converter(llama_cpp: Path, bases: dict[str, Path], tmp_path: Path) -> None:
+    """convert_lora_to_gguf.py writes an alpha; what we read of its file is what we read of the PEFT folder."""
+    original = tiny.save_adapter(tmp_path / "peft", bases["untied"], r=3, lora_alpha=7)
+    command = [sys.executable, str(llama_cpp / "convert_lora_to_gguf.py"), str(original)]
+    command += ["--base", str(bases["untied"]), "--outfile", str(tmp_path / "adapter.gguf"), "--outtype", "f32"]
+    environment = {**os.environ, "PYTHONPATH": str(llama_cpp / "gguf-py")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-1500:]
+    expected, base = peft.read(original), architectures.describe(bases["untied"])
+    found = gguf_adapter.read(tmp_path / "adapter.gguf", base)
+    assert found.modules.keys() == expected.modules.keys()
+    for name, update in expected.modules.items():
+        np.testing.assert_allclose(found.modules[name].delta(), update.delta(), rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Files cut short, with bits flipped, or claiming what cannot be: errors of ours, whatever the bytes."""
+"""Headers and settings that claim what cannot be: errors of ours, whatever the bytes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from converters import adapter, architectures, gguf_base, gguf_file, mlx, peft, tensors, tokenizer
+from converters import adapter, architectures, gguf_base, gguf_file, mlx, peft, sentencepiece_model, tensors
 from converters.errors import BadData, BadModel
-from converters.settings import Settings
+from tests.attacks.test_mutations import mutations
 
 CODES = sorted(tensors.DTYPES)
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
@@ -51,18 +51,6 @@ def test_tensors_come_back_byte_for_byte(wanted: dict[str, Any], metadata: dict[
         assert found[name].tobytes() == tensor.tobytes()
 
 
-def mutations(raw: bytes, header: int) -> list[bytes]:
-    """Cut anywhere, and flip bits of the first `header` bytes."""
-    rng = np.random.default_rng(0)
-    cut = [raw[: int(length)] for length in {0, 1, 7, 8, 9, 24, header, len(raw) - 1, *rng.integers(0, len(raw), 30)}]
-    flipped = []
-    for at in rng.integers(0, header, 400):
-        changed = bytearray(raw)
-        changed[at] ^= 1 << int(rng.integers(8))
-        flipped.append(bytes(changed))
-    return cut + flipped
-
-
 def survives(read: Callable[[], object]) -> bool:
     """True when the file was read after all: a flipped bit can fall where any value is sound."""
     try:
@@ -71,24 +59,6 @@ def survives(read: Callable[[], object]) -> bool:
         assert str(error)
         return False
     return True
-
-
-def read_whole(path: Path) -> None:
-    adapter_ = adapter.read(path)
-    adapter.check(adapter_, {name: factors.shape for name, factors in adapter_.modules.items()})
-
-
-def test_mutated_adapters(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    adapter.write(adapter.initial({"a.q_proj": adapter.Shape(6, 4), "a.v_proj": adapter.Shape(3, 4)}, 2, 0), path)
-    raw = path.read_bytes()
-    header = 8 + int.from_bytes(raw[:8], "little")
-    for changed in mutations(raw, header):
-        path.write_bytes(changed)
-        survives(lambda: read_whole(path))
-    for length in (len(raw) - 1, header, 8, 0):
-        path.write_bytes(raw[:length])
-        assert not survives(lambda: read_whole(path))
 
 
 @pytest.mark.parametrize(
@@ -112,17 +82,48 @@ def test_safetensors_headers_that_claim_what_cannot_be(tmp_path: Path, entry: An
         adapter.read(path)
 
 
-def test_mutated_gguf(bases: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("entries", "length"),
+    [
+        ('"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}, '
+         '"b": {"dtype": "F32", "shape": [4], "data_offsets": [8, 24]}', 24),  # over each other
+        ('"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}, '
+         '"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}', 16),  # one name twice
+        ('"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}', 16),  # bytes that are nobody's
+        ('"a": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}', 12),  # a hole
+        ('"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}', 8),  # a shape of another size
+        ('"a": {"dtype": "I4", "shape": [2], "data_offsets": [0, 8]}', 8),
+        ('"__metadata__": {"format": 3}, "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}', 8),
+    ],
+)  # fmt: skip
+def test_safetensors_that_do_not_add_up(tmp_path: Path, entries: str, length: int) -> None:
+    header = ("{" + entries + "}").encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(length))
+    with pytest.raises(BadData):
+        tensors.read(path)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "offsets", "said"),
+    [
+        ([8, 8], [0, 0], "lies over another"),
+        ([16, 8], [0, 32], "lies over another"),
+        ([8, 8], [64, 0], None),
+        ([8, 8], [0, 4096], "outside the file"),
+        ([8, 8], [0, 33], "outside the file"),
+    ],
+)
+def test_gguf_tensors_over_each_other(tmp_path: Path, shapes: list[int], offsets: list[int], said: str | None) -> None:
+    header = struct.pack("<IIQQ", 0x46554747, 3, len(shapes), 0)
+    for n, (size, offset) in enumerate(zip(shapes, offsets, strict=True)):
+        header += struct.pack("<Q", 1) + str(n).encode() + struct.pack("<IQIQ", 1, size, 0, offset)
     path = tmp_path / "x.gguf"
-    gguf_base.build(bases["tied"], path)
-    raw = path.read_bytes()
-    header = len(raw) - sum(tensor.info.nbytes for tensor in gguf_file.read(path).tensors.values())
-    for changed in mutations(raw, header):
-        path.write_bytes(changed)
-        survives(lambda: gguf_file.read(path))
-    for length in (0, 3, 24, header, len(raw) // 2):
-        path.write_bytes(raw[:length])
-        with pytest.raises(BadModel):
+    path.write_bytes(header + bytes(-len(header) % 32) + bytes(96))
+    if said is None:
+        assert list(gguf_file.read(path).tensors) == ["0", "1"]
+    else:
+        with pytest.raises(BadModel, match=said):
             gguf_file.read(path)
 
 
@@ -188,9 +189,9 @@ def test_junk_in_settings_is_never_a_traceback(bases: dict[str, Path], data: st.
 
 def test_mutated_sentencepiece_model(stories: Path, tmp_path: Path) -> None:
     raw = (stories / "tokenizer.model").read_bytes()
-    for changed in mutations(raw, len(raw)):
+    for changed in mutations(raw, len(raw), 400):
         (tmp_path / "tokenizer.model").write_bytes(changed)
-        survives(lambda: tokenizer._sentencepiece(tmp_path, Settings({}, "x", BadModel), 512))
+        survives(lambda: list(sentencepiece_model.pieces(tmp_path / "tokenizer.model")))
 
 
 def test_settings_files(tmp_path: Path) -> None:

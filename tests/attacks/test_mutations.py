@@ -1,0 +1,242 @@
+"""Every format that is read, damaged in every way that is cheap to think of."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from converters import adapter, architectures, gguf_adapter, gguf_base, gguf_file, mlx, peft, tensors
+from converters.adapter import Adapter
+from converters.errors import OneroundError
+from converters.gguf_file import FLOATS
+
+FEW, MANY = 300, 10_000
+EXTREMES = [0, 1, 2**7, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
+NAMES = [b"../../etc/passwd", b"/dev/zero", b"..", b"a\\u0000b", b"model.layers.0.self_attn.q_proj" * 9, b"\xff\xfe"]
+
+
+class Format(NamedTuple):
+    """A folder, the file in it that is damaged, how much of it describes the rest, and a reader of the folder."""
+
+    folder: Path
+    file: str
+    header: int
+    read: Callable[[Path], None]
+
+
+def touch(read: Adapter) -> None:
+    """Use everything that was read."""
+    for update in read.modules.values():
+        assert update.a.shape[0] == update.b.shape[1] == update.rank
+
+
+def read_gguf(path: Path) -> None:
+    file = gguf_file.read(path)
+    for key in file.keys:
+        file.value(key)
+    file.token("tokenizer.ggml.bos_token_id")
+    for tensor in file.tensors.values():
+        if tensor.info.type in {known.type for known in FLOATS.values()}:
+            gguf_file.to_float32(tensor)
+
+
+def read_safetensors(path: Path) -> None:
+    for tensor in tensors.read(path)[0].values():
+        tensor.tobytes()
+
+
+@pytest.fixture(scope="module")
+def formats(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Format]:
+    folder = tmp_path_factory.mktemp("formats")
+    base = architectures.describe(bases["untied"])
+    update = adapter.initial({name: shape for name, shape in base.linears.items() if ".1." in name}, 2, 0)
+    adapter.write(update, folder / "common.safetensors", "bfloat16")
+    peft.write(update, folder / "peft", base_model="x")
+    mlx.write(update, folder / "mlx", base)
+    gguf_adapter.write(update, folder / "adapter.gguf", base)
+    gguf_base.build(bases["tied"], folder / "base.gguf")
+    shutil.copytree(folder / "peft", folder / "sharded")
+    (folder / "sharded" / "adapter_model.safetensors").rename(folder / "sharded" / "part.safetensors")
+    index = {"weight_map": dict.fromkeys(("one", "two"), "part.safetensors")}
+    (folder / "sharded" / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+
+    def safetensors_header(path: Path) -> int:
+        return 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+    def gguf_header(path: Path) -> int:
+        data = sum(tensor.info.nbytes for tensor in gguf_file.read(path).tensors.values())
+        return max(path.stat().st_size - data, 64)
+
+    def peft_reader(at: Path) -> None:
+        touch(peft.read(at))
+
+    def mlx_reader(at: Path) -> None:
+        touch(mlx.read(at))
+
+    def builder(at: Path) -> None:
+        gguf_base.build(at, at / "out.gguf")
+        read_gguf(at / "out.gguf")
+
+    def whole(at: Path, name: str) -> int:
+        return (at / name).stat().st_size
+
+    tied, sharded = bases["tied"], folder / "sharded"
+    (weights,) = (file.name for file in tied.glob("*.safetensors"))
+    return {
+        "safetensors": Format(
+            folder,
+            "common.safetensors",
+            safetensors_header(folder / "common.safetensors"),
+            lambda at: read_safetensors(at / "common.safetensors"),
+        ),
+        "common layout": Format(
+            folder,
+            "common.safetensors",
+            safetensors_header(folder / "common.safetensors"),
+            lambda at: touch(adapter.read(at / "common.safetensors")),
+        ),
+        "peft": Format(
+            folder / "peft",
+            "adapter_model.safetensors",
+            safetensors_header(folder / "peft" / "adapter_model.safetensors"),
+            peft_reader,
+        ),
+        "peft settings": Format(
+            folder / "peft", "adapter_config.json", whole(folder / "peft", "adapter_config.json"), peft_reader
+        ),
+        "peft index": Format(
+            sharded,
+            "adapter_model.safetensors.index.json",
+            whole(sharded, "adapter_model.safetensors.index.json"),
+            peft_reader,
+        ),
+        "mlx": Format(
+            folder / "mlx",
+            "adapters.safetensors",
+            safetensors_header(folder / "mlx" / "adapters.safetensors"),
+            mlx_reader,
+        ),
+        "mlx settings": Format(
+            folder / "mlx", "adapter_config.json", whole(folder / "mlx", "adapter_config.json"), mlx_reader
+        ),
+        "gguf": Format(folder, "base.gguf", gguf_header(folder / "base.gguf"), lambda at: read_gguf(at / "base.gguf")),
+        "gguf adapter": Format(
+            folder,
+            "adapter.gguf",
+            gguf_header(folder / "adapter.gguf"),
+            lambda at: touch(gguf_adapter.read(at / "adapter.gguf", base)),
+        ),
+        "checkpoint": Format(tied, weights, safetensors_header(tied / weights), builder),
+        "config.json": Format(tied, "config.json", whole(tied, "config.json"), builder),
+        "tokenizer.json": Format(tied, "tokenizer.json", whole(tied, "tokenizer.json"), builder),
+        "tokenizer_config.json": Format(tied, "tokenizer_config.json", whole(tied, "tokenizer_config.json"), builder),
+    }
+
+
+def mutations(raw: bytes, header: int, count: int) -> Iterator[bytes]:
+    """`count` damaged copies, most of them in the first `header` bytes; the same for the same file."""
+    rng = np.random.default_rng(0)
+
+    def somewhere(most: int = 0) -> int:
+        return int(rng.integers(max((header if rng.random() < 0.9 else len(raw)) - most, 1)))
+
+    def cut() -> bytes:
+        return raw[: somewhere()]
+
+    def flipped() -> bytes:
+        changed = bytearray(raw)
+        for _ in range(int(rng.integers(1, 4))):
+            changed[somewhere()] ^= 1 << int(rng.integers(8))
+        return bytes(changed)
+
+    def extreme() -> bytes:
+        at, size = somewhere(8), int(rng.choice([4, 8]))
+        value = int(rng.choice(len(EXTREMES)))
+        return raw[:at] + (EXTREMES[value] % 2 ** (8 * size)).to_bytes(size, "little") + raw[at + size :]
+
+    def number() -> bytes:
+        """A number in JSON becomes another."""
+        found = [match.span() for match in re.finditer(rb"-?\d+(\.\d+)?", raw[:header])]
+        start, stop = found[int(rng.integers(len(found)))] if found else (0, 0)
+        values = [str(EXTREMES[int(rng.integers(len(EXTREMES)))]), "-1", "1e999", "NaN", "null", "[]", '"x"', "9" * 400]
+        return raw[:start] + values[int(rng.integers(len(values)))].encode() + raw[stop:]
+
+    def renamed() -> bytes:
+        """A name becomes a path, is too long, or no text."""
+        found = [match.span(1) for match in re.finditer(rb'"([^"\\]{1,200})"', raw[:header])]
+        start, stop = found[int(rng.integers(len(found)))] if found else (somewhere(), somewhere())
+        return raw[:start] + NAMES[int(rng.integers(len(NAMES)))] + raw[max(start, stop) :]
+
+    def swapped() -> bytes:
+        a, b, length = somewhere(64), somewhere(64), int(rng.integers(1, 64))
+        changed = bytearray(raw)
+        changed[a : a + length], changed[b : b + length] = raw[b : b + length], raw[a : a + length]
+        return bytes(changed)
+
+    def doubled() -> bytes:
+        at, length = somewhere(64), int(rng.integers(1, 64))
+        return raw[: at + length] + raw[at:]
+
+    def left_out() -> bytes:
+        at, length = somewhere(64), int(rng.integers(1, 64))
+        return raw[:at] + raw[at + length :]
+
+    ways = [cut, flipped, extreme, number, renamed, swapped, doubled, left_out]
+    for n in range(count):
+        yield ways[n % len(ways)]()
+
+
+def attack(formats: dict[str, Format], name: str, count: int, tmp_path: Path) -> None:
+    chosen = formats[name]
+    folder = tmp_path / "attacked"
+    shutil.copytree(chosen.folder, folder, ignore=lambda at, names: [n for n in names if (Path(at) / n).is_dir()])
+    raw = (folder / chosen.file).read_bytes()
+    chosen.read(folder)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    before = set(folder.iterdir())
+    refused = 0
+    tracemalloc.start()
+    try:
+        for changed in mutations(raw, chosen.header, count):
+            (folder / chosen.file).write_bytes(changed)
+            tracemalloc.reset_peak()
+            try:
+                chosen.read(folder)
+            except OneroundError as error:
+                assert str(error)
+                refused += 1
+            assert tracemalloc.get_traced_memory()[1] < (4 << 20) + 8 * size, "memory beyond the file's size"
+    finally:
+        tracemalloc.stop()
+    assert refused > count / 20, "the attacks hit"
+    assert {file for file in folder.iterdir() if file.name != "out.gguf"} <= before, "nothing half written is left"
+
+
+NAMES_OF_FORMATS = [
+    "safetensors", "common layout", "peft", "peft settings", "peft index", "mlx", "mlx settings", "gguf",
+    "gguf adapter", "checkpoint", "config.json", "tokenizer.json", "tokenizer_config.json",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES_OF_FORMATS)
+def test_a_few_hundred(formats: dict[str, Format], tmp_path: Path, name: str) -> None:
+    attack(formats, name, FEW, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", NAMES_OF_FORMATS)
+def test_ten_thousand(formats: dict[str, Format], tmp_path: Path, name: str) -> None:
+    attack(formats, name, MANY, tmp_path)
+
+
+def test_every_format_is_attacked(formats: dict[str, Format]) -> None:
+    assert list(formats) == NAMES_OF_FORMATS
