@@ -128,13 +128,12 @@ def write_adapter(work: Path) -> None:
     gguf_adapter.write(mean, work / "adapter.gguf", architectures.describe(work / "base"))
 
 
-def verify(work: Path) -> None:
+def verify(work: Path) -> dict[str, float]:
     from coordinator import verify
 
     against = verify.base_and_adapter(work / "base.gguf", work / "adapter.gguf")
     verdict = verify.verdict(verify.alone(work / "merged.gguf", "bf16", against.ids), against)
-    print(verdict, file=sys.stderr)
-    assert verdict.passed
+    return {"relative_logit_difference": verdict.value, "top1_agreement": verdict.top1_agreement}
 
 
 def quantise(work: Path, kind: str) -> None:
@@ -156,42 +155,11 @@ def start(work: Path) -> None:
     import coordinator.aggregate  # noqa: F401
 
 
-STEPS: dict[str, Callable[..., None]] = {
-    step.__name__: step
-    for step in (usual_merge, usual_convert, build_base, merge, write_adapter, verify, quantise, copy, start)
-}
-
-
-# ---- measuring ----
-
-
-def measured(work: Path, step: str, *more: object) -> dict[str, float]:
-    """Seconds and peak resident MB of a step, imports and process start included."""
-    command = [sys.executable, __file__, "--work", str(work), "--step", step, *(str(value) for value in more)]
-    started = time.perf_counter()
-    child = subprocess.Popen(command, stdout=sys.stderr)
-    _, status, usage = os.wait4(child.pid, 0)
-    seconds = time.perf_counter() - started
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        sys.exit(f"{step} failed")
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB here
-    result = {
-        "seconds": round(seconds, 2),
-        "peak_mb": round(usage.ru_maxrss * unit / 1e6, 1),
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
-    }
-    print(f"{' '.join([step, *map(str, more)]):24} {result}", file=sys.stderr, flush=True)
-    return result
-
-
-def median(runs: list[dict[str, float]]) -> dict[str, float]:
-    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-
-
-def matmul_gflops() -> float:
-    """All cores, float32, at the shape of the widest product of the merge."""
+def matmul(work: Path) -> dict[str, float]:
+    """What the products alone would take: all cores, float32, at the shape of the widest one."""
     import numpy as np
+
+    from converters import architectures
 
     b, a = np.ones((5632, RANK * CLIENTS), np.float32), np.ones((RANK * CLIENTS, 2048), np.float32)
     best = 0.0
@@ -199,7 +167,9 @@ def matmul_gflops() -> float:
         started = time.perf_counter()
         b @ a
         best = max(best, 2 * b.size * a.shape[1] / (time.perf_counter() - started) / 1e9)
-    return best
+    weights = sum(out * into for out, into in architectures.describe(work / "base").linears.values())
+    gflop = 2 * weights * RANK * CLIENTS / 1e9
+    return {"gflop": round(gflop), "gflops": round(best), "seconds": round(gflop / best, 2)}
 
 
 def agreement(work: Path) -> dict[str, float]:
@@ -218,6 +188,54 @@ def agreement(work: Path) -> dict[str, float]:
     return {"equal_weights": round(equal / whole, 4), "largest_relative_difference": round(largest, 5)}
 
 
+STEPS: dict[str, Callable[..., dict[str, float] | None]] = {
+    step.__name__: step
+    for step in (
+        make_inputs,
+        usual_merge,
+        usual_convert,
+        build_base,
+        merge,
+        write_adapter,
+        verify,
+        quantise,
+        copy,
+        start,
+    )
+    + (agreement, matmul)
+}
+
+
+# ---- measuring ----
+
+
+def measured(work: Path, step: str, *more: object) -> dict[str, float]:
+    """Seconds and peak resident MB of a step, imports and process start included."""
+    command = [sys.executable, __file__, "--work", str(work), "--step", step, *(str(value) for value in more)]
+    started = time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert child.stdout is not None, "asked for above"
+    found = json.loads(child.stdout.read() or "{}")
+    _, status, usage = os.wait4(child.pid, 0)
+    seconds = time.perf_counter() - started
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        sys.exit(f"{step} failed")
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB here
+    result = {
+        "seconds": round(seconds, 2),
+        "peak_mb": round(usage.ru_maxrss * unit / 1e6, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
+        **found,
+    }
+    print(f"{' '.join([step, *map(str, more)]):24} {result}", file=sys.stderr, flush=True)
+    return result
+
+
+def median(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+
+
 def run(work: Path, repeats: int, clients: list[int]) -> dict[str, object]:
     work.mkdir(parents=True, exist_ok=True)
     measured(work, "make_inputs")
@@ -229,7 +247,7 @@ def run(work: Path, repeats: int, clients: list[int]) -> dict[str, object]:
         ours.append(measured(work, "merge"))
         copies.append(measured(work, "copy"))
     first, second, merged, copied = median(usual), median(convert), median(ours), median(copies)
-    difference = agreement(work)
+    difference = measured(work, "agreement")
     usual_seconds = first["seconds"] + second["seconds"]
     usual_peak = max(first["peak_mb"], second["peak_mb"])
     measured(work, "write_adapter")
@@ -238,10 +256,6 @@ def run(work: Path, repeats: int, clients: list[int]) -> dict[str, object]:
     }
     growth = {n: measured(work, "merge", n) for n in clients}
 
-    from converters import architectures
-
-    weights = sum(out * into for out, into in architectures.describe(work / "base").linears.values())
-    gflop, gflops = 2 * weights * RANK * CLIENTS / 1e9, matmul_gflops()
     return {
         "benchmark": "publish",
         "base": "TinyLlama-1.1B shape, bfloat16, random",
@@ -254,12 +268,12 @@ def run(work: Path, repeats: int, clients: list[int]) -> dict[str, object]:
         "usual": {"merge": first, "convert": second, "seconds": usual_seconds, "peak_mb": usual_peak},
         "ours": merged,
         "build_base_once": built,
-        "agreement": difference,
+        "agreement": {key: difference[key] for key in ("equal_weights", "largest_relative_difference")},
         "afterwards": after,
         "by_clients": growth,
         "limits": {
             "start_and_imports": measured(work, "start"),
-            "matmul": {"gflop": round(gflop), "gflops": round(gflops), "seconds": round(gflop / gflops, 2)},
+            "matmul": measured(work, "matmul"),
             "copy_and_sync": copied,
         },
         "machine": {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()},
@@ -275,7 +289,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.step:
         name, *more = arguments.step
-        {**STEPS, "make_inputs": make_inputs}[name](arguments.work, *(int(v) if v.isdecimal() else v for v in more))
+        found = STEPS[name](arguments.work, *(int(value) if value.isdecimal() else value for value in more))
+        print(json.dumps(found or {}))
         return
     print(json.dumps(run(arguments.work, arguments.repeats, arguments.clients), indent=2))
 

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from converters import settings
 from converters.adapter import Adapter, LowRank, Shape
 from converters.errors import BadModel, LayoutMismatch
+from converters.settings import Settings
 from edge_client.backends import Progress
 from edge_client.batches import Batches
 from edge_client.recipe import Recipe
@@ -99,13 +101,27 @@ def train(base: Path, initial: Adapter, recipe: Recipe, plan: Batches, on_step: 
 
 def _model(base: Path) -> Any:
     """The base in float32, frozen. In evaluation mode: LoRA's dropout is the recipe's, the base's own would not be."""
+    rope = _rope(settings.read(base / "config.json", BadModel))
     try:
-        model, _ = load_model(base, lazy=True)
+        model, _ = load_model(base, lazy=True, model_config=rope)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise BadModel(f"{base} holds no model that mlx-lm can load: {error}") from error
     model.set_dtype(mx.float32)
     model.freeze()
     return model.eval()
+
+
+def _rope(config: Settings) -> dict[str, Any]:
+    """transformers 5 keeps what it knows of rope in `rope_parameters`; most models of mlx-lm look for it under the
+    older keys, and fall back on their own defaults without a word."""
+    ropes = config.table("rope_parameters")
+    far = ropes.table("full_attention") if "full_attention" in ropes.values else ropes
+    found = {key: far.values[key] for key in ("rope_theta", "partial_rotary_factor") if key in far.values}
+    if (kind := far.text("rope_type", "default")) != "default":
+        found["rope_scaling"] = {**far.values, "type": kind}
+    if near := ropes.table("sliding_attention").values:
+        found["rope_local_base_freq"] = near.get("rope_theta", 10000.0)
+    return found
 
 
 def _adapt(model: Any, initial: Adapter, recipe: Recipe) -> dict[str, Any]:
