@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 
 from converters import gguf_file, tensors
-from converters.adapter import Adapter, Factor, LowRank, Made, Shape, pair
+from converters.adapter import Adapter, Factor, LowRank, Made, pair
 from converters.architectures import Base, check_fits, checkpoint_names, gguf_name, interleave, row_order
 from converters.errors import BadAdapter
 
@@ -29,15 +29,38 @@ _VOCABULARY = ("token_embd.", "output.")
 def read(path: Path, base: Base) -> Adapter:
     """Read a GGUF adapter for a base model, with its scaling folded into B; factors stay on disk until they are used.
 
-    llama.cpp scales by alpha/rank where the file has an alpha, each tensor by its own rank, and by 1 where it has none.
-
     Raises:
         BadModel: not a sound GGUF file.
         BadAdapter: not a LoRA adapter, for another architecture, or with tensors that cannot be converted, by name.
         LayoutMismatch: it does not fit the base.
     """
+    arch, stored = read_as_named(path)
+    if arch != base.arch:
+        raise BadAdapter(f"{path} has {_ARCHITECTURE} = {arch!r}; expected {base.arch!r}, as the base is")
+    names = checkpoint_names(base)
+    if unknown := sorted(stored.modules.keys() - names.keys()):
+        raise BadAdapter(f"{path}: the tensor {unknown[0]}{_A} is no factor for {base.name}, and cannot be converted")
+    weights = {names[weight]: weight for weight in stored.modules}
+
+    def update(module: str) -> LowRank:
+        (term,), order = stored.modules[weights[module]].terms, row_order(base, module)
+        return LowRank(term.a, term.b if order is None else term.b[np.argsort(order)], term.weight)
+
+    check_fits(base, {module: stored.modules[weight].shape for module, weight in weights.items()})
+    return Adapter(Made(weights, update))
+
+
+def read_as_named(path: Path) -> tuple[str, Adapter]:
+    """The architecture, and updates by their weights' names in GGUF, rows in llama.cpp's order.
+
+    llama.cpp scales by alpha/rank where the file has an alpha, each tensor by its own rank, and by 1 where it has none.
+
+    Raises:
+        BadModel: not a sound GGUF file.
+        BadAdapter: not a LoRA adapter, or with tensors that cannot be converted, by name.
+    """
     source = gguf_file.read(path)
-    for key, expected in (("general.type", "adapter"), (gguf.Keys.Adapter.TYPE, "lora"), (_ARCHITECTURE, base.arch)):
+    for key, expected in (("general.type", "adapter"), (gguf.Keys.Adapter.TYPE, "lora")):
         if (found := source.value(key)) != expected:
             raise BadAdapter(f"{path} has {key} = {found!r}; expected {expected!r}")
     for key in source.keys:
@@ -47,27 +70,17 @@ def read(path: Path, base: Base) -> Adapter:
     if alpha is not None and not (isinstance(alpha, float) and math.isfinite(alpha)):
         raise BadAdapter(f"{path} has {gguf.Keys.Adapter.LORA_ALPHA} = {alpha!r}; expected a number")
 
-    modules = checkpoint_names(base)
     halves: dict[str, dict[str, tensors.Array]] = {_A: {}, _B: {}}
     for name, tensor in source.tensors.items():
         suffix = next((end for end in halves if name.endswith(end)), "")
-        module = modules.get(name.removesuffix(suffix)) if suffix else None
-        if module is None:
-            why = (
-                "LoRA on an embedding or output layer" if name.startswith(_VOCABULARY) else f"no factor for {base.name}"
-            )
+        if not suffix or name.startswith(_VOCABULARY):
+            why = "LoRA on an embedding or output layer" if suffix else "no factor of a LoRA adapter"
             raise BadAdapter(f"{path}: the tensor {name} is {why}, which cannot be converted")
-        halves[suffix][module] = _view(path, tensor)
+        halves[suffix][name.removesuffix(suffix)] = _view(path, tensor)
     factors = pair(halves[_A], halves[_B], path)
-
-    def update(module: str) -> LowRank:
-        a, b = factors[module]
-        order = row_order(base, module)
-        weight = alpha / a.shape[0] if alpha else 1.0  # to llama.cpp 0 is no alpha
-        return LowRank(a, b if order is None else b[np.argsort(order)], weight)
-
-    check_fits(base, {name: Shape(b.shape[0], a.shape[1]) for name, (a, b) in factors.items()})
-    return Adapter(Made(factors, update))
+    # To llama.cpp an alpha of 0 is none.
+    updates = {name: LowRank(a, b, alpha / a.shape[0] if alpha else 1.0) for name, (a, b) in factors.items()}
+    return str(source.value(_ARCHITECTURE)), Adapter(updates)
 
 
 def _view(path: Path, tensor: gguf_file.Tensor) -> tensors.Array:

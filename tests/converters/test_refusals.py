@@ -165,7 +165,11 @@ def test_mlx_scale_is_twenty_when_nothing_is_said(tmp_path: Path) -> None:
         ({}, {"token_embd.weight.lora_a": (2, 384)}, "embedding or output layer"),
         ({}, {"output.weight.lora_b": (384, 2)}, "embedding or output layer"),
         ({}, {"blk.0.attn_q.weight": (96, 64)}, r"blk.0.attn_q.weight is no factor"),
-        ({}, {"blk.99.attn_q.weight.lora_a": (2, 64)}, r"blk.99.attn_q.weight.lora_a is no factor"),
+        (
+            {},
+            {"blk.99.attn_q.weight.lora_a": (2, 64), "blk.99.attn_q.weight.lora_b": (96, 2)},
+            r"blk.99.attn_q.weight.lora_a is no factor",
+        ),
         ({}, {"blk.1.attn_q.weight.lora_a": (2, 64)}, "only one of its two"),
         ({}, {"blk.1.attn_q.weight.lora_a": (2, 64), "blk.1.attn_q.weight.lora_b": (96, 3)}, "do not share a rank"),
         ({}, {"blk.1.attn_q.weight.lora_a": (2, 65), "blk.1.attn_q.weight.lora_b": (96, 2)}, "q_proj is"),
