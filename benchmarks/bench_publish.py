@@ -240,16 +240,16 @@ def median(runs: list[dict[str, float]]) -> dict[str, float]:
 def run(work: Path, repeats: int, clients: list[int]) -> dict[str, object]:
     work.mkdir(parents=True, exist_ok=True)
     measured(work, "make_inputs")
-    built = measured(work, "build_base")
-    usual, convert, ours, copies = [], [], [], []
+    built, usual, convert, ours, copies = [], [], [], [], []
     for _ in range(repeats):  # interleaved, so that a slow minute of the machine slows both
         usual.append(measured(work, "usual_merge"))
         convert.append(measured(work, "usual_convert"))
+        built.append(measured(work, "build_base"))
         ours.append(measured(work, "merge"))
         copies.append(measured(work, "copy"))
-    first, second, merged, copied = median(usual), median(convert), median(ours), median(copies)
+    first, second, base, merged, copied = (median(runs) for runs in (usual, convert, built, ours, copies))
     difference = measured(work, "agreement")
-    usual_seconds = first["seconds"] + second["seconds"]
+    usual_seconds = round(first["seconds"] + second["seconds"], 2)
     usual_peak = max(first["peak_mb"], second["peak_mb"])
     measured(work, "write_adapter")
     after = {"verify": measured(work, "verify")} | {
@@ -264,11 +264,11 @@ def run(work: Path, repeats: int, clients: list[int]) -> dict[str, object]:
         "rank": RANK,
         "repeats": repeats,
         "speedup": round(usual_seconds / merged["seconds"], 2),
-        "speedup_with_base_build": round(usual_seconds / (merged["seconds"] + built["seconds"]), 2),
+        "speedup_with_base_build": round(usual_seconds / (merged["seconds"] + base["seconds"]), 2),
         "memory_ratio": round(merged["peak_mb"] / usual_peak, 4),
         "usual": {"merge": first, "convert": second, "seconds": usual_seconds, "peak_mb": usual_peak},
         "ours": merged,
-        "build_base_once": built,
+        "build_base_once": base,
         "agreement": {key: difference[key] for key in ("equal_weights", "largest_relative_difference")},
         "afterwards": after,
         "by_clients": growth,
