@@ -3,7 +3,8 @@ for Ollama."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,8 @@ class Facts:
     n_examples: int
     rank: int  # the largest of the modules'
     checked: Checked
+    fallbacks: Mapping[str, Mapping[str, str]]  # quantised file -> tensor -> the type that it has instead
+    base_rounding: float  # what a quantised base GGUF had lost, relatively; 0.0 for floats
 
 
 def write(folder: Path, facts: Facts) -> None:
@@ -103,7 +106,21 @@ def _verification(facts: Facts) -> str:
         "Float files are held to the relative logit difference: the largest over positions of ‖difference‖ / ‖logits‖."
         f" By that measure the adapter itself moves the base by {facts.checked.adapter_effect:.2g}."
     )
-    return "\n\n".join([table, effect, *(["\n".join(aside)] if aside else [])])
+    notes = [
+        *aside,
+        *(
+            f"- `{name}`: {len(tensors)} tensors have rows that do not divide into its blocks, and another type: "
+            + ", ".join(f"{kind} for {count}" for kind, count in Counter(tensors.values()).items())
+            + " (`manifest.json` lists them)"
+            for name, tensors in facts.fallbacks.items()
+            if tensors
+        ),
+    ]
+    if facts.base_rounding:
+        notes.append(
+            f"- The base GGUF was quantised: its weights were off by {facts.base_rounding:.1%} before merging."
+        )
+    return "\n\n".join([table, effect, *(["\n".join(notes)] if notes else [])])
 
 
 def _commands(facts: Facts, base: str, smallest: str) -> str:

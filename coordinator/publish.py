@@ -128,13 +128,24 @@ def _make(order: Order, work: Path, report: Report) -> None:
             checked.verdicts.pop(made.file.name)
 
     n_examples = sum(given.num_examples for given in order.contributions)
-    rank = max(result.adapter.ranks.values())
-    card.write(work, Facts(order.spec, order.version, len(order.contributions), n_examples, rank, checked))
+    rank, rounding = max(result.adapter.ranks.values()), _rounding(order, base)
+    quantised = {made.file.name: made.quantised for made in merged if made.quantised}
+    facts = Facts(
+        spec=order.spec,
+        version=order.version,
+        n_clients=len(order.contributions),
+        n_examples=n_examples,
+        rank=rank,
+        checked=checked,
+        fallbacks={name: made.fallbacks for name, made in quantised.items()},
+        base_rounding=rounding,
+    )
+    card.write(work, facts)
     manifest: dict[str, Any] = {
         "job": json_format.MessageToDict(order.spec, preserving_proto_field_name=True),
         "version": order.version,
         "base_fingerprint": order.base_fingerprint,
-        "base_rounding": _rounding(order, base),
+        "base_rounding": rounding,
         "method": method.method,
         "rank": rank,
         "energy_kept": result.energy_kept,
@@ -147,7 +158,7 @@ def _make(order: Order, work: Path, report: Report) -> None:
             }
             for given in order.contributions
         ],
-        "quantised": {made.file.name: asdict(made.quantised) for made in merged if made.quantised},
+        "quantised": {name: asdict(made) for name, made in quantised.items()},
         "verification": {name: verdict.as_json() for name, verdict in checked.verdicts.items()},
         "adapter_effect": checked.adapter_effect,
         "withheld": checked.withheld,

@@ -12,6 +12,7 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from safetensors.torch import save_file as torch_save_file
+from transformers import AutoModelForCausalLM
 
 from converters import (
     adapter,
@@ -59,8 +60,13 @@ def test_every_format_gives_the_logits_of_the_original(base: Path, original: Pat
     gguf_adapter.write(ours, tmp_path / "adapter.gguf", described)
     gguf_merge.merge(tmp_path / "base.gguf", ours, tmp_path / "merged.gguf", "f32", described)
 
+    by_transformers = AutoModelForCausalLM.from_pretrained(base).eval()
+    by_transformers.load_adapter(str(tmp_path / "peft"))
+    with torch.inference_mode():
+        logits = by_transformers(torch.tensor([tiny.PROMPT])).logits[0].numpy()
     found = {
         "peft": tiny.torch_logits(base, tmp_path / "peft"),
+        "transformers": logits,
         "mlx": tiny.mlx_logits(base, tmp_path / "mlx"),
         "gguf adapter": llama.logits(
             llama.load(tmp_path / "base.gguf", adapter=tmp_path / "adapter.gguf", context=64), tiny.PROMPT
@@ -146,6 +152,23 @@ def test_mixed_ranks_are_padded_for_mlx_and_kept_for_peft(bases: dict[str, Path]
     assert set(padded.ranks.values()) == {9}
     for name, factors in first.modules.items():
         np.testing.assert_allclose(padded.modules[name].delta(), factors.delta(), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("stored", ["f32", "f16", "bf16"])
+def test_a_base_of_every_float_type(bases: dict[str, Path], tmp_path: Path, stored: str) -> None:
+    """The stored weights plus ΔW, to every float type."""
+    described = architectures.describe(bases["tied"])
+    gguf_base.build(bases["tied"], tmp_path / "base.gguf", stored)
+    update = peft.read(tiny.save_adapter(tmp_path / "original", bases["tied"]))
+    base, module = gguf_file.read(tmp_path / "base.gguf"), "model.layers.1.self_attn.k_proj"
+    delta = architectures.interleave(described, module, update.modules[module].delta())
+    expected = gguf_file.to_float32(base.tensors["blk.1.attn_k.weight"]) + delta
+    for dtype, relative in (("f32", 1e-6), ("f16", 2**-10), ("bf16", 2**-7)):
+        gguf_merge.merge(tmp_path / "base.gguf", update, tmp_path / "out.gguf", dtype, described)
+        out = gguf_file.read(tmp_path / "out.gguf")
+        assert out.tensors["token_embd.weight"].info.type.name == dtype.upper()
+        found = gguf_file.to_float32(out.tensors["blk.1.attn_k.weight"])
+        np.testing.assert_allclose(found, expected, rtol=relative, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])

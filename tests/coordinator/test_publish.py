@@ -133,6 +133,7 @@ def test_types_that_rows_do_not_fit_are_reported(base: Path, tmp_path: Path) -> 
     manifest = json.loads((wanted.folder / "manifest.json").read_text())
     fallbacks = manifest["quantised"]["notes-q6_k.gguf"]["fallbacks"]
     assert fallbacks["blk.0.attn_q.weight"] == "Q8_0", "rows of 64 do not divide into blocks of 256"
+    assert "`notes-q6_k.gguf`: 22 tensors have rows" in (wanted.folder / "README.md").read_text()
     assert list(wanted.folder.glob("*.gguf")) != [] and not (wanted.folder / "notes-f16.gguf").exists()
 
 
@@ -175,6 +176,7 @@ def test_a_quantised_base(tmp_path: Path, kind: str) -> None:
     manifest = json.loads((wanted.folder / "manifest.json").read_text())
     low, high = {"q8_0": (0.001, 0.02), "q4_k_m": (0.02, 0.2)}[kind]
     assert low < manifest["base_rounding"] < high
+    assert f"off by {manifest['base_rounding']:.1%}" in (wanted.folder / "README.md").read_text()
     # The merge itself adds no loss: dequantised weights + ΔW.
     stored, made = gguf_file.read(given), gguf_file.read(wanted.folder / "notes-f16.gguf")
     name, module = "blk.1.ffn_up.weight", "model.layers.1.mlp.up_proj"
