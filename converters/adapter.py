@@ -197,7 +197,7 @@ def read(path: Path) -> Adapter:
     if metadata.get("format") != FORMAT:
         raise BadAdapter(
             f"{path} is not an adapter in the common layout: its header has no format={FORMAT}",
-            hint=f"adapter-convert {path} OUT.safetensors --to canonical",
+            hint="adapter-convert FOLDER OUT.safetensors --to canonical, with the folder that has its settings too",
         )
     for name in found:
         if not name.endswith((_A, _B)):

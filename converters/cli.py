@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import shlex
 import shutil
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +18,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
-from converters import architectures, command, formats, inspection, report
-from converters.adapter import WIRE_DTYPES, Adapter
+from converters import architectures, command, experts, formats, inspection, report
+from converters.adapter import WIRE_DTYPES
 from converters.architectures import Base, check_fits
-from converters.errors import BadAdapter, UsageError
+from converters.errors import BadAdapter, BadModel, UsageError
+from converters.families import NotKnownHere
 from converters.formats import Found
+from converters.watched import watched
 
 NAME = "adapter-convert"
 _CODES = "Exit codes: 0 done, 2 usage, 5 something is wrong with the adapter or the base, 6 no room on the disk."
@@ -34,7 +38,13 @@ out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() el
 
 
 class _Converting(TyperGroup):
-    """Whatever does not name a command is a conversion: `adapter-convert SRC DST --to peft`."""
+    """Whatever does not name a command is a conversion: `adapter-convert SRC DST --to peft`.
+
+    An adapter that is called `inspect` is `./inspect`.
+    """
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [f"SRC DST --to {'|'.join(formats.NAMES)} [--base MODEL] [OPTIONS]\n       {NAME} inspect SRC"]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in {*self.commands, "--help"}:
@@ -46,8 +56,7 @@ class _Converting(TyperGroup):
 app = typer.Typer(
     cls=_Converting,
     pretty_exceptions_enable=False,
-    help="Convert LoRA adapters exactly: PEFT, mlx-lm, GGUF and oneround's common layout, in every direction.\n\n"
-    "adapter-convert SRC DST --to canonical|peft|mlx|gguf [--base MODEL]",
+    help="Convert LoRA adapters exactly: PEFT, mlx-lm, GGUF and oneround's common layout, in every direction.",
     epilog=f"Example: adapter-convert my-peft-adapter/ my-mlx-adapter/ --to mlx --base SmolLM2-135M/ · {_CODES}",
     no_args_is_help=True,
     add_completion=False,
@@ -70,29 +79,36 @@ def convert(
     to: Annotated[str, typer.Option("--to", help=f"The format to write: {', '.join(formats.NAMES)}.")],
     base: BaseFolder = None,
     base_gguf: BaseGguf = None,
-    dtype: Annotated[str, typer.Option(help=f"For canonical: {', '.join(WIRE_DTYPES)}.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help=f"For canonical: {', '.join(WIRE_DTYPES)}.", show_default="float32")
+    ] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace DST if it is there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Convert an adapter; the word `convert` may be left out."""
-    for name, value, known in (("--to", to, formats.NAMES), ("--dtype", dtype, tuple(WIRE_DTYPES))):
+    for name, value, known in (("--to", to, formats.NAMES), ("--dtype", dtype or "float32", tuple(WIRE_DTYPES))):
         if value not in known:
             raise UsageError(f"{name} is {value!r}; expected {', '.join(known)}")
+    if dtype and to != "canonical":
+        raise UsageError(f"--dtype is for canonical; {to} is written in float32", hint="leave --dtype out")
     found = formats.recognise(src)
-    if dst.exists() and not force:
-        raise UsageError(f"{dst} is there already", hint="--force replaces it")
     if dst.resolve() in (found.path.resolve(), *found.path.resolve().parents):
         raise UsageError(f"{dst} holds what is to be converted", hint="give another DST")
+    formats.check_place(dst, to, force=force)
     model = _described(base, base_gguf)
     update = formats.read(found, model)
     if model is not None:
-        check_fits(model, update.shapes)
-    with _placed(dst) as partial, _watched(partial, update):
-        formats.write(update, partial, to, model, base_model=_base_model(found, base), dtype=dtype)
+        check_fits(model, {name: shape for name, shape in update.shapes.items() if not experts.is_expert(name)})
+    ranks = sorted(set(update.ranks.values()))
+    with _bar("writing") as progress, _placed(dst) as partial:
+        done = itertools.count(1)
+        looked_at = watched(update, dtype or "float32", lambda: progress(next(done), 2 * len(update.modules)))
+        base_model = _base_model(found, base)
+        formats.write(looked_at, partial, to, model, base_model=base_model, dtype=dtype or "float32")
     said = {
         "from": found.format, "to": to, "path": str(dst), "modules": len(update.modules),
-        "ranks": sorted(set(update.ranks.values())), "bytes": inspection.size(dst),
-        "next": _NEXT[to].format(dst=dst, base=base or "BASE"),
+        "ranks": ranks, "padded_to": ranks[-1] if to == "mlx" and len(ranks) > 1 else None,
+        "bytes": inspection.size(dst), "next": _NEXT[to].format(dst=shlex.quote(str(dst)), base=base or "BASE"),
     }  # fmt: skip
     if as_json:
         print(json.dumps(said, indent=2))
@@ -113,7 +129,7 @@ def inspect(
     with _bar("looking") as progress:
         said = inspection.inspect(found, model, progress)
     if as_json:
-        print(json.dumps(said.as_json(), indent=2))
+        print(json.dumps(said.as_json(), indent=2, allow_nan=False))
     else:
         out.print(report.inspected(said))
     if said.problems:
@@ -121,28 +137,40 @@ def inspect(
 
 
 def _described(base: Path | None, base_gguf: Path | None) -> Base | None:
-    return None if base is None else architectures.describe(base, base_gguf)
+    if base is None:
+        if base_gguf is not None:
+            raise UsageError("--base-gguf goes with --base, the folder of the same model")
+        return None
+    try:
+        return architectures.describe(base, base_gguf)
+    except NotKnownHere as error:
+        raise BadModel(f"{error}", hint=f"--base {base} --base-gguf MODEL.gguf, a GGUF of the same model") from error
+    except BadModel as error:
+        if not base.exists() and len(base.parts) == 2 and not base.is_absolute():
+            raise BadModel(f"{error}", hint=f"hf download {base} --local-dir {base}") from error
+        raise
 
 
 def _base_model(found: Found, base: Path | None) -> str:
     """What PEFT's settings should name as the base: what was given, or what the source names."""
-    if base is not None:
-        return str(base)
     known = inspection.settings_of(found)
-    return str(known.get("base_model_name_or_path") or known.get("model") or "")
+    return str(base or known.get("base_model_name_or_path") or known.get("model") or "")
 
 
 @contextmanager
 def _placed(dst: Path) -> Iterator[Path]:
     """A name beside `dst` to write under, which takes its place when the block ends well, and else is gone."""
+    dst = Path(os.path.abspath(dst))  # which has a name, where `.` has none
     dst.parent.mkdir(parents=True, exist_ok=True)
-    partial = dst.with_name(f".{dst.name}.converting")
+    partial, old = dst.with_name(f".{dst.name}.converting"), dst.with_name(f".{dst.name}.replaced")
     _remove(partial)
     try:
         yield partial
-        if dst.exists() and (dst.is_dir() or partial.is_dir()):
-            _remove(dst)
+        if dst.is_dir():  # a folder cannot be renamed over another; the old one goes when the new one is there
+            _remove(old)
+            dst.replace(old)
         partial.replace(dst)
+        _remove(old)
     finally:
         _remove(partial)
 
@@ -152,27 +180,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _watched(partial: Path, update: Adapter) -> Iterator[None]:
-    """A bar over the bytes that are written."""
-    total = sum(4 * rank * sum(update.shapes[name]) for name, rank in update.ranks.items())
-    done = threading.Event()
-    with _bar("writing") as progress:
-
-        def look() -> None:
-            while not done.wait(0.2):
-                beside = partial.with_name(f".{partial.name}.partial")
-                progress(min(inspection.size(partial) + inspection.size(beside), total), total)
-
-        thread = threading.Thread(target=look, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
 
 
 @contextmanager

@@ -49,11 +49,16 @@ def fail(error: OneroundError) -> NoReturn:
     """Print what happened, why, and what to do next; exit with the error's code."""
     console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
     console.print("[red]Error:[/red] ", end="")
-    console.print(str(error), markup=False)
+    console.print(printable(str(error)), markup=False)
     if error.hint:
         console.print("Try: ", style="dim", end="")
-        console.print(error.hint, markup=False)
+        console.print(printable(error.hint), markup=False)
     sys.exit(error.exit_code)
+
+
+def printable(text: str) -> str:
+    """Text without what a terminal would obey or cannot show: names in it come from files of others."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 @contextmanager

@@ -12,10 +12,13 @@ from converters.architectures import Base
 from converters.errors import BadData, UsageError
 
 NAMES = ("canonical", "peft", "mlx", "gguf")
+_SETTINGS = "adapter_config.json"
 _FOLDERS = {
     "peft": ("adapter_model.safetensors", "adapter_model.safetensors.index.json", "adapter_model.bin"),
     "mlx": ("adapters.safetensors",),
 }
+_FILES = {"canonical": ".safetensors", "gguf": ".gguf"}
+_WRITTEN = {_SETTINGS, "adapter_model.safetensors", "adapters.safetensors"}  # in folders
 
 
 class Found(NamedTuple):
@@ -29,25 +32,65 @@ def recognise(path: Path) -> Found:
     """Tell a format by what is there; a file of a PEFT or mlx-lm folder stands for the folder.
 
     Raises:
-        BadData: nothing is there, or nothing that is known.
+        BadData: nothing is there, or nothing that is known, or two adapters at once.
     """
     if not path.exists():
         raise BadData(f"{path} is not there")
     folder = path if path.is_dir() else path.parent
-    for name, files in _FOLDERS.items():
-        if any((folder / file).is_file() for file in files) and (
-            path.is_dir() or path.name in (*files, "adapter_config.json")
-        ):
+    there = {name: [file for file in files if (folder / file).is_file()] for name, files in _FOLDERS.items()}
+    for name, files in there.items():
+        if path.is_file() and path.name in files:
             return Found(name, folder)
-    if path.is_file() and path.suffix == ".gguf":
-        return Found("gguf", path)
-    if path.is_file() and path.suffix == ".safetensors":
-        return Found("canonical", path)
+    if path.is_dir() or path.name == _SETTINGS:
+        match [name for name, files in there.items() if files]:
+            case [name]:
+                return Found(name, folder)
+            case [_, *_]:
+                raise BadData(
+                    f"{folder} holds a PEFT adapter and an mlx-lm adapter, and one {_SETTINGS} for both",
+                    hint=f"give one file: {' or '.join(str(folder / files[0]) for files in there.values())}",
+                )
+    elif (kind := _kind(path)) is not None:
+        return Found(kind, path)
     raise BadData(
         f"{path} is no adapter in a format that is known",
         hint="a folder with adapter_model.safetensors (PEFT) or adapters.safetensors (mlx-lm), a .gguf file, or a"
         " .safetensors file in the common layout",
     )
+
+
+def _kind(file: Path) -> str | None:
+    """A lone file's format, by its first bytes or, since a damaged file is of its format still, by its name."""
+    with file.open("rb") as opened:
+        start = opened.read(9)
+    if start.startswith(b"GGUF") or file.suffix == ".gguf":
+        return "gguf"
+    # safetensors begin with eight bytes of length, then JSON
+    return "canonical" if file.suffix == ".safetensors" or start[8:] == b"{" else None
+
+
+def check_place(path: Path, to: str, *, force: bool) -> None:
+    """Whether an adapter may be written here.
+
+    Raises:
+        UsageError: something is there and not to be replaced, or holds more than an adapter; or a file's name for a
+            folder, or the other way round.
+    """
+    is_folder = to in _FOLDERS
+    if path.suffix in _FILES.values() and path.suffix != _FILES.get(to):
+        raise UsageError(f"{path} is the name of a {path.suffix} file; {to} is {_what(to)}", hint="give another DST")
+    if not path.exists():
+        return
+    if path.is_dir() != is_folder:
+        raise UsageError(f"{path} is a {'folder' if path.is_dir() else 'file'}; {to} is {_what(to)}")
+    if not force:
+        raise UsageError(f"{path} is there already", hint="--force replaces it")
+    if is_folder and (others := sorted(file.name for file in path.iterdir() if file.name not in _WRITTEN)):
+        raise UsageError(f"{path} holds more than an adapter, {others[0]} for one, and is not replaced")
+
+
+def _what(to: str) -> str:
+    return "a folder" if to in _FOLDERS else f"one file, {_FILES[to]}"
 
 
 def read(found: Found, base: Base | None) -> Adapter:

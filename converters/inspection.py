@@ -36,9 +36,9 @@ class Module(NamedTuple):
     block: int | None
     kind: str  # its name within the block
     rank: int
-    scaling: float  # that was folded into B
+    scaling: float | None  # that was folded into B; None where it cannot be told, and the norm is without it
     dtype: str  # of the stored factors
-    norm: float  # ‖ΔW‖, Frobenius
+    norm: float | None  # ‖ΔW‖, Frobenius
 
 
 @dataclass
@@ -51,12 +51,15 @@ class Inspection:
     settings: dict[str, Any] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     modules: list[Module] = field(default_factory=list)
-    tensors: list[str] = field(default_factory=list)  # of a file that is refused: name, type, shape
+    tensors: list[str] = field(default_factory=list)  # of a file that is refused, what is no pair: name, type, shape
     problems: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        return {**vars(self), "modules": [module._asdict() for module in self.modules]}
+        """As JSON has it, which knows no NaN: a norm that is none is null."""
+        listed = [module._replace(norm=module.norm if isfinite(module.norm) else None) for module in self.modules]
+        known = {**vars(self), "modules": [module._asdict() for module in listed]}
+        return json.loads(json.dumps(known), parse_constant=str)  # type: ignore[no-any-return]
 
 
 def inspect(found: Found, base: Base | None, on_module: OnProgress) -> Inspection:

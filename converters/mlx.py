@@ -41,6 +41,8 @@ def read(folder: Path) -> Adapter:
         BadAdapter: files missing or not sound, or something that the common layout cannot hold, by name.
     """
     config = settings.read(folder / _CONFIG, BadAdapter)
+    if config.get("peft_type"):  # the two have one name for it; mlx-lm's default scale would be far off
+        raise config.bad("these are the settings of a PEFT adapter, not of an mlx-lm one")
     if (kind := config.text("fine_tune_type", "lora")) != "lora":
         raise config.bad(f"fine_tune_type is {kind}; only lora can be converted")
     parameters = config.table("lora_parameters")

@@ -3,19 +3,18 @@
 Tensors are named `base_model.model.NAME.lora_A.weight` (r, in) and `….lora_B.weight` (out, r), and ΔW is
 alpha/r · B @ A, or alpha/√r · B @ A with `use_rslora`; `rank_pattern` and `alpha_pattern` override per module.
 
-Source: peft 0.21, tuners/lora/config.py (settings), layer.py (scaling), utils/other.py (get_pattern_key).
+Source: peft 0.21, tuners/lora/config.py (settings), layer.py (scaling).
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from converters import checkpoint, experts, settings, tensors
+from converters import checkpoint, experts, patterns, settings, tensors
 from converters.adapter import Adapter, LowRank, pair
 from converters.errors import BadAdapter, LayoutMismatch
 from converters.settings import Settings
@@ -99,7 +98,7 @@ def read(folder: Path) -> Adapter:
             raise BadAdapter(f"{folder / _WEIGHTS}: the tensor {name} is {why}, which cannot be converted")
         halves[suffix][name.removeprefix(_PREFIX).removesuffix(suffix)] = tensor
     factors = pair(halves[_A], halves[_B], folder / _WEIGHTS)
-    scaling = _Scaling(config)
+    scaling = _Scaling(config, factors)
     return Adapter({name: LowRank(a, b, scaling.of(name, a.shape[0])) for name, (a, b) in factors.items()})
 
 
@@ -162,31 +161,22 @@ def write(adapter: Adapter, folder: Path, *, base_model: str) -> None:
 class _Scaling:
     """alpha/r per module, as PEFT works it out when it builds the layers."""
 
-    def __init__(self, config: Settings) -> None:
+    def __init__(self, config: Settings, modules: Collection[str]) -> None:
         self._config = config
         self._rank, self._alpha = config.integer("r", 8), config.number("lora_alpha", 8, positive=False)
         self._rslora = config.flag("use_rslora")
         self._ranks, self._alphas = config.table("rank_pattern"), config.table("alpha_pattern")
+        self._rank_keys = patterns.first_keys(self._ranks, modules)
+        self._alpha_keys = patterns.first_keys(self._alphas, modules)
 
     def of(self, module: str, stored: int) -> float:
-        key = _matching(self._ranks, module)
+        key = self._rank_keys.get(module)
         rank = self._rank if key is None else self._ranks.integer(key)
-        key = _matching(self._alphas, module)
+        key = self._alpha_keys.get(module)
         alpha = self._alpha if key is None else self._alphas.number(key, positive=False)
         if rank != stored:
             raise self._config.bad(f"{module} has rank {rank} by the settings, and {stored} in the file")
         return alpha / (math.sqrt(rank) if self._rslora else rank)
-
-
-def _matching(patterns: Settings, module: str) -> str | None:
-    """The first key that matches the module's name from the right at a dot, as a regular expression."""
-    for key in patterns.values:
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return key
-        except (re.error, RecursionError, OverflowError) as error:
-            raise patterns.bad(f"{key!r} is not a regular expression: {error}") from error
-    return None
 
 
 def _refuse(config: Settings) -> None:
