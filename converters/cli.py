@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shlex
 import shutil
 import sys
@@ -29,10 +28,10 @@ from converters.watched import watched
 NAME = "adapter-convert"
 _CODES = "Exit codes: 0 done, 2 usage, 5 something is wrong with the adapter or the base, 6 no room on the disk."
 _NEXT = {
-    "canonical": "adapter-convert {dst} OUT --to peft",
-    "peft": "python -c 'from peft import AutoPeftModelForCausalLM as M; M.from_pretrained(\"{dst}\")'",
-    "mlx": "mlx_lm.generate --model {base} --adapter-path {dst} --prompt Hello",
-    "gguf": "llama-server -m BASE.gguf --lora {dst}",
+    "canonical": "adapter-convert {quoted} OUT --to peft",
+    "peft": "in Python, peft.PeftModel.from_pretrained(base_model, {dst!r})",
+    "mlx": "mlx_lm.generate --model {base} --adapter-path {quoted} --prompt Hello",
+    "gguf": "llama-server -m BASE.gguf --lora {quoted}",
 }
 out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 200)
 
@@ -56,7 +55,8 @@ class _Converting(TyperGroup):
 app = typer.Typer(
     cls=_Converting,
     pretty_exceptions_enable=False,
-    help="Convert LoRA adapters exactly: PEFT, mlx-lm, GGUF and oneround's common layout, in every direction.",
+    help="Convert LoRA adapters exactly: PEFT, mlx-lm, GGUF and oneround's common layout, in every direction."
+    f"\n\nThe options of a conversion: {NAME} convert --help",
     epilog=f"Example: adapter-convert my-peft-adapter/ my-mlx-adapter/ --to mlx --base SmolLM2-135M/ · {_CODES}",
     no_args_is_help=True,
     add_completion=False,
@@ -79,18 +79,12 @@ def convert(
     to: Annotated[str, typer.Option("--to", help=f"The format to write: {', '.join(formats.NAMES)}.")],
     base: BaseFolder = None,
     base_gguf: BaseGguf = None,
-    dtype: Annotated[
-        str, typer.Option(help=f"For canonical: {', '.join(WIRE_DTYPES)}.", show_default="float32")
-    ] = "",
+    dtype: Annotated[str, typer.Option(help=f"For canonical: {', '.join(WIRE_DTYPES)}.", show_default="float32")] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace DST if it is there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Convert an adapter; the word `convert` may be left out."""
-    for name, value, known in (("--to", to, formats.NAMES), ("--dtype", dtype or "float32", tuple(WIRE_DTYPES))):
-        if value not in known:
-            raise UsageError(f"{name} is {value!r}; expected {', '.join(known)}")
-    if dtype and to != "canonical":
-        raise UsageError(f"--dtype is for canonical; {to} is written in float32", hint="leave --dtype out")
+    _check_options(to, dtype)
     found = formats.recognise(src)
     if dst.resolve() in (found.path.resolve(), *found.path.resolve().parents):
         raise UsageError(f"{dst} holds what is to be converted", hint="give another DST")
@@ -105,11 +99,17 @@ def convert(
         looked_at = watched(update, dtype or "float32", lambda: progress(next(done), 2 * len(update.modules)))
         base_model = _base_model(found, base)
         formats.write(looked_at, partial, to, model, base_model=base_model, dtype=dtype or "float32")
+    names = {"dst": str(dst), "quoted": shlex.quote(str(dst)), "base": shlex.quote(str(base or "BASE"))}
     said = {
-        "from": found.format, "to": to, "path": str(dst), "modules": len(update.modules),
-        "ranks": ranks, "padded_to": ranks[-1] if to == "mlx" and len(ranks) > 1 else None,
-        "bytes": inspection.size(dst), "next": _NEXT[to].format(dst=shlex.quote(str(dst)), base=base or "BASE"),
-    }  # fmt: skip
+        "from": found.format,
+        "to": to,
+        "path": str(dst),
+        "modules": len(update.modules),
+        "ranks": ranks,
+        "padded_to": ranks[-1] if to == "mlx" and len(ranks) > 1 else None,
+        "bytes": inspection.size(dst),
+        "next": _NEXT[to].format(**names),
+    }
     if as_json:
         print(json.dumps(said, indent=2))
     else:
@@ -136,6 +136,14 @@ def inspect(
         sys.exit(BadAdapter.exit_code)
 
 
+def _check_options(to: str, dtype: str) -> None:
+    for name, value, known in (("--to", to, formats.NAMES), ("--dtype", dtype or "float32", tuple(WIRE_DTYPES))):
+        if value not in known:
+            raise UsageError(f"{name} is {value!r}; expected {', '.join(known)}")
+    if dtype and to != "canonical":
+        raise UsageError(f"--dtype is for canonical; {to} is written in float32", hint="leave --dtype out")
+
+
 def _described(base: Path | None, base_gguf: Path | None) -> Base | None:
     if base is None:
         if base_gguf is not None:
@@ -160,7 +168,7 @@ def _base_model(found: Found, base: Path | None) -> str:
 @contextmanager
 def _placed(dst: Path) -> Iterator[Path]:
     """A name beside `dst` to write under, which takes its place when the block ends well, and else is gone."""
-    dst = Path(os.path.abspath(dst))  # which has a name, where `.` has none
+    dst = dst if dst.name else dst.resolve()  # `.` has no name to put things beside
     dst.parent.mkdir(parents=True, exist_ok=True)
     partial, old = dst.with_name(f".{dst.name}.converting"), dst.with_name(f".{dst.name}.replaced")
     _remove(partial)

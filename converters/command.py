@@ -58,7 +58,9 @@ def fail(error: OneroundError) -> NoReturn:
 
 def printable(text: str) -> str:
     """Text without what a terminal would obey or cannot show: names in it come from files of others."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in text
+    )
 
 
 @contextmanager

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from converters import formats, gguf_adapter, gguf_file, settings, tensors
+from converters import experts, formats, gguf_adapter, gguf_file, salvage, settings
 from converters.adapter import Adapter, LowRank
 from converters.architectures import Base, check_fits
 from converters.errors import BadAdapter, BadData
@@ -22,8 +23,11 @@ _SHOWN = {  # settings that say how an adapter was made, by format
     "peft": ("r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern", "use_dora", "bias",
              "init_lora_weights", "base_model_name_or_path", "peft_version"),
     "mlx": ("fine_tune_type", "lora_parameters", "num_layers", "model"),
+    "gguf": ("general.type", "general.architecture", "general.name", "adapter.type", "adapter.lora.alpha"),
 }  # fmt: skip
-_STANDS_OUT = 6.0  # standard deviations of log ‖ΔW‖ within a kind of module, by the median and the MAD
+# A norm stands out when its logarithm is so many standard deviations (by the MAD) from the median of its kind of
+# module, and it is at least so many times as large or as small.
+_STANDS_OUT, _TIMES = 6.0, 3.0
 
 
 OnProgress = Callable[[int, int], None]  # done, of how many
@@ -38,7 +42,7 @@ class Module(NamedTuple):
     rank: int
     scaling: float | None  # that was folded into B; None where it cannot be told, and the norm is without it
     dtype: str  # of the stored factors
-    norm: float | None  # ‖ΔW‖, Frobenius
+    norm: float  # ‖ΔW‖, Frobenius
 
 
 @dataclass
@@ -56,10 +60,10 @@ class Inspection:
     remarks: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """As JSON has it, which knows no NaN: a norm that is none is null."""
-        listed = [module._replace(norm=module.norm if isfinite(module.norm) else None) for module in self.modules]
-        known = {**vars(self), "modules": [module._asdict() for module in listed]}
-        return json.loads(json.dumps(known), parse_constant=str)  # type: ignore[no-any-return]
+        """As JSON has it, which knows no NaN: it is null there."""
+        known = {**vars(self), "modules": [module._asdict() for module in self.modules]}
+        plain: dict[str, Any] = json.loads(json.dumps(known), parse_constant=lambda name: None)
+        return plain
 
 
 def inspect(found: Found, base: Base | None, on_module: OnProgress) -> Inspection:
@@ -69,16 +73,15 @@ def inspect(found: Found, base: Base | None, on_module: OnProgress) -> Inspectio
     try:
         update = _read(found, base)
         if base is not None:
-            check_fits(base, update.shapes)
+            check_fits(base, {name: shape for name, shape in update.shapes.items() if not experts.is_expert(name)})
+        said.metadata, known = dict(update.metadata), update.modules
     except BadData as error:
         said.problems.append(f"{error}" + (f" ({error.hint})" if error.hint else ""))
-        said.tensors = list(_raw(found.path))
-        return said
-    said.metadata = dict(update.metadata)
-    for n, (name, factors) in enumerate(update.modules.items(), 1):
-        said.modules.append(_module(name, factors))
+        known, said.tensors = salvage.pairs(found)
+    for n, (name, factors) in enumerate(known.items(), 1):
+        said.modules.append(_module(name, factors, scaled=not said.problems))
         factors.forget()
-        on_module(n, len(update.modules))
+        on_module(n, len(known))
     said.problems += [f"{module.name} holds NaN or Inf" for module in said.modules if not np.isfinite(module.norm)]
     said.remarks += _remarks(said.modules)
     return said
@@ -86,8 +89,8 @@ def inspect(found: Found, base: Base | None, on_module: OnProgress) -> Inspectio
 
 def norm(update: LowRank) -> float:
     """‖ΔW‖ (Frobenius) without forming ΔW: ‖BA‖² is the trace of (BᵀB)(AAᵀ), both of rank × rank."""
-    a, b = update.a.astype(np.float64), update.b.astype(np.float64)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):  # what is not finite is told, not warned of
+        a, b = update.a.astype(np.float64), update.b.astype(np.float64)
         squared = float(np.einsum("ij,ji->", b.T @ b, a @ a.T))
     return float(np.sqrt(max(squared, 0.0))) if np.isfinite(squared) else float("nan")
 
@@ -99,13 +102,19 @@ def _read(found: Found, base: Base | None) -> Adapter:
     return formats.read(found, base)
 
 
-def _module(name: str, update: LowRank) -> Module:
+def _module(name: str, update: LowRank, *, scaled: bool) -> Module:
     name = name.removesuffix(".weight")
     number = _NUMBER.search(name)
     kind = _NUMBER.sub(".*", name[number.end() + 1 :]) if number else name
     (term,) = update.terms
     return Module(
-        name, int(number[1]) if number else None, kind, update.rank, term.weight, term.a.dtype.name, norm(update)
+        name=name,
+        block=int(number[1]) if number else None,
+        kind=kind,
+        rank=update.rank,
+        scaling=term.weight if scaled else None,
+        dtype=term.a.dtype.name,
+        norm=norm(update),
     )
 
 
@@ -124,33 +133,22 @@ def _remarks(modules: Iterable[Module]) -> Iterable[str]:
         middle = np.median(logs)
         spread = max(1.4826 * float(np.median(np.abs(logs - middle))), 0.05)
         for module, distance in zip(of_kind, (logs - middle) / spread, strict=True):
-            if abs(distance) > _STANDS_OUT:
+            if abs(distance) > max(_STANDS_OUT, np.log(_TIMES) / spread):
                 yield f"{module.name} stands out: ‖ΔW‖ is {module.norm:.3g}, others of its kind {np.exp(middle):.3g}"
 
 
 def settings_of(found: Found) -> dict[str, Any]:
-    """What adapter_config.json says of how the adapter was made."""
-    if found.format not in _SHOWN:
-        return {}
+    """What a file says of how the adapter was made: adapter_config.json, or a GGUF's keys."""
     try:
-        values: Mapping[str, Any] = settings.read(found.path / "adapter_config.json", BadAdapter).values
+        if found.format == "gguf":
+            source = gguf_file.read(found.path)
+            return {key: value for key in _SHOWN["gguf"] if (value := source.value(key)) is not None}
+        if found.format in _SHOWN:
+            values = settings.read(found.path / "adapter_config.json", BadAdapter).values
+            return {key: values[key] for key in _SHOWN[found.format] if values.get(key) not in (None, {}, [])}
     except BadData:
-        return {}  # reading the adapter says why
-    return {key: values[key] for key in _SHOWN[found.format] if values.get(key) not in (None, {}, [])}
-
-
-def _raw(path: Path) -> Iterable[str]:
-    """Tensors as they stand, of whatever files can be opened."""
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        try:
-            if file.suffix == ".safetensors":
-                for name, tensor in tensors.read(file)[0].items():
-                    yield f"{name}  {tensor.dtype.name} {tensor.shape}"
-            elif file.suffix == ".gguf":
-                for name, stored in gguf_file.read(file).tensors.items():
-                    yield f"{name}  {stored.info.type.name} {stored.info.shape}"
-        except BadData:
-            continue  # that is what is wrong with it
+        pass  # reading the adapter says why
+    return {}
 
 
 def size(path: Path) -> int:

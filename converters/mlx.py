@@ -10,14 +10,13 @@ Source: mlx-lm 0.32, tuner/utils.py (linear_to_lora_layers, load_adapters) and t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from converters import experts, settings, tensors
-from converters.adapter import Adapter, Factor, LowRank, Shape, pair
+from converters.adapter import Adapter, Factor, LowRank, pair
 from converters.architectures import Base, check_fits, within_block
 from converters.errors import BadAdapter
 
@@ -92,14 +91,11 @@ def write(adapter: Adapter, folder: Path, base: Base) -> None:
             update = adapter.modules.get(name)
             found[name + _A] = tensors.Later(_FLOAT32, (into, rank), partial(_lora_a, update, into, rank))
             found[name + _B] = tensors.Later(_FLOAT32, (rank, out), partial(_lora_b, update, out, rank))
-    for switch, shape, updates in _switches(adapter, base):
+    for stack in experts.stacks(adapter, base):
+        switch, count, (out, into) = experts.in_mlx(base, stack), len(stack.updates), stack.shape
         keys.add(within_block(base, switch)[1])
-        found[switch + _A] = tensors.Later(
-            _FLOAT32, (len(updates), rank, shape.into), partial(_switch_a, updates, shape.into, rank)
-        )
-        found[switch + _B] = tensors.Later(
-            _FLOAT32, (len(updates), shape.out, rank), partial(_switch_b, updates, shape.out, rank)
-        )
+        found[switch + _A] = tensors.Later(_FLOAT32, (count, rank, into), partial(stack.a, rank))
+        found[switch + _B] = tensors.Later(_FLOAT32, (count, out, rank), partial(stack.b, rank))
     config = {
         "fine_tune_type": "lora",
         "num_layers": -1,
@@ -122,24 +118,3 @@ def _lora_b(update: LowRank | None, out: int, rank: int) -> Factor:
     if update is not None:
         padded[: update.rank] = update.b.T
     return padded
-
-
-def _switches(adapter: Adapter, base: Base) -> Iterator[tuple[str, Shape, list[LowRank | None]]]:
-    """Switch layers, the shape of their experts, and every expert's update, None for one that has none."""
-    found: dict[str, dict[int, str]] = {}
-    for name in adapter.modules:
-        if (place := experts.switch_of(base, name)) is not None:
-            found.setdefault(place[0], {})[place[1]] = name
-    count = experts.count(base) if found else 0
-    for switch, names in found.items():
-        shape = experts.check(switch, {number: adapter.modules[name].shape for number, name in names.items()}, count)
-        updates = [adapter.modules[names[number]] if number in names else None for number in range(count)]
-        yield switch, shape, updates
-
-
-def _switch_a(updates: list[LowRank | None], into: int, rank: int) -> Factor:
-    return np.stack([_lora_a(update, into, rank).T for update in updates])
-
-
-def _switch_b(updates: list[LowRank | None], out: int, rank: int) -> Factor:
-    return np.stack([_lora_b(update, out, rank).T for update in updates])

@@ -2,48 +2,49 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from rich import box
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from converters.command import printable
 from converters.inspection import Inspection, Module
 
-_MOST_TENSORS = 12
+_MOST_LINES = 12
+_MOST_ITEMS = 4
 
 
 def converted(said: Mapping[str, Any]) -> Text:
     """What was written, and what to type next."""
-    return Text(
+    padded = f"\nmlx-lm has one rank: lower ones were filled up with zeros to {said['padded_to']}, which changes no ΔW."
+    return _text(
         f"Wrote {said['path']}: {_count(said['modules'], 'module')} of rank {_spread(said['ranks'])},"
-        f" {size(said['bytes'])}, from {said['from']} to {said['to']}.\nNext:  {said['next']}"
+        f" {size(said['bytes'])}, from {said['from']} to {said['to']}."
+        f"{padded if said['padded_to'] else ''}\nNext:  {said['next']}"
     )
 
 
 def inspected(said: Inspection) -> RenderableType:
     """An adapter at a glance: what it is, norms by kind of module and by block, and what is wrong."""
-    parts: list[RenderableType] = [Text(_headline(said), style="bold")]
+    parts: list[RenderableType] = [_text(_headline(said), "bold")]
     facts = {**{key: _value(value) for key, value in said.settings.items()}, **said.metadata}
     if said.modules:
-        facts["scaling"] = ", ".join(f"{scaling:.4g}" for scaling in sorted({m.scaling for m in said.modules}))
+        scalings = sorted({module.scaling for module in said.modules if module.scaling is not None})
+        facts["scaling"] = _some([f"{scaling:.4g}" for scaling in scalings]) or "not known; norms are without it"
         facts["factors"] = ", ".join(sorted({module.dtype for module in said.modules}))
     width = max((len(key) for key in facts), default=0)
-    parts += [Text(f"  {key:<{width}}  {value}") for key, value in facts.items()]
+    parts += [_text(f"  {key:<{width}}  {value}") for key, value in facts.items()]
     if said.modules:
         parts += [_kinds(said.modules), _blocks(said.modules)]
     if said.tensors:
-        parts.append(Text(f"\n{_count(len(said.tensors), 'tensor')}:"))
-        parts += [Text(f"  {line}") for line in said.tensors[:_MOST_TENSORS]]
-        if more := len(said.tensors) - _MOST_TENSORS:
-            parts += [Text(f"  and {more} more")] if more > 0 else []
-    parts += [Text.assemble(("Wrong: ", "red"), problem) for problem in said.problems]
-    parts += [Text.assemble(("Look at: ", "yellow"), remark) for remark in said.remarks]
+        parts.append(Text("Not part of a pair of LoRA factors:"))
+        parts += [_text(f"  {line}") for line in _first(said.tensors)]
+    parts += [Text.assemble(("Wrong: ", "red"), _text(problem)) for problem in _first(said.problems)]
+    parts += [Text.assemble(("Look at: ", "yellow"), _text(remark)) for remark in _first(said.remarks)]
     if not said.problems and not said.remarks:
         parts.append(Text("Nothing is wrong with it.", style="green"))
     return Group(*parts)
@@ -76,7 +77,7 @@ def _kinds(modules: Iterable[Module]) -> Table:
         of_kind = [module for module in modules if module.kind == kind]
         norms = [module.norm for module in of_kind]
         figures = [f"{value:.3g}" for value in (min(norms), float(np.median(norms)), max(norms))]
-        table.add_row(escape(kind), str(len(of_kind)), _spread({module.rank for module in of_kind}), *figures)
+        table.add_row(_text(kind), str(len(of_kind)), _spread({module.rank for module in of_kind}), *figures)
     return table
 
 
@@ -93,7 +94,7 @@ def _blocks(modules: Iterable[Module]) -> Table:
         norms = np.array([module.norm for module in within])
         most = within[int(np.argmax(norms))]
         whole = float(np.sqrt(np.square(norms).sum()))
-        share = f"{escape(most.kind)}, {most.norm:.3g}" if whole > 0 else ""
+        share = _text(f"{most.kind}, {most.norm:.3g}" if whole > 0 else "")
         table.add_row("" if block is None else str(block), str(len(within)), f"{whole:.3g}", share)
     return table
 
@@ -105,12 +106,25 @@ def _spread(ranks: Iterable[int]) -> str:
 
 def _value(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_value(inner)}" for key, inner in value.items())
+        return _some([f"{key} {_value(inner)}" for key, inner in value.items()])
     if isinstance(value, list):
-        listed = Counter(str(item) for item in value)
-        shown = ", ".join(list(listed)[:8])
-        return shown + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+        return _some([str(item) for item in value])
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def _some(items: Sequence[str]) -> str:
+    more = f" and {len(items) - _MOST_ITEMS} more" if len(items) > _MOST_ITEMS else ""
+    return ", ".join(items[:_MOST_ITEMS]) + more
+
+
+def _first(lines: Sequence[str]) -> Iterator[str]:
+    yield from lines[:_MOST_LINES]
+    if len(lines) > _MOST_LINES:
+        yield f"and {len(lines) - _MOST_LINES} more; --json lists all"
+
+
+def _text(text: str, style: str = "") -> Text:
+    return Text(printable(text), style=style)
 
 
 def _count(number: int, what: str) -> str:

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import collections
+import io
 import json
 import re
 import shutil
 import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from converters import adapter, architectures, gguf_adapter, gguf_base, gguf_file, mlx, peft, tensors
-from converters.adapter import Adapter
+from converters import (
+    adapter,
+    architectures,
+    gguf_adapter,
+    gguf_base,
+    gguf_file,
+    inspection,
+    mlx,
+    peft,
+    report,
+    sentencepiece_model,
+    tensors,
+)
+from converters.adapter import Adapter, LowRank
 from converters.errors import OneroundError
+from converters.formats import recognise
 from converters.gguf_file import FLOATS
 
 FEW, MANY = 300, 10_000
@@ -54,7 +71,7 @@ def read_safetensors(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def formats(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Format]:
+def formats(bases: dict[str, Path], stories: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Format]:
     folder = tmp_path_factory.mktemp("formats")
     base = architectures.describe(bases["untied"])
     update = adapter.initial({name: shape for name, shape in base.linears.items() if ".1." in name}, 2, 0)
@@ -62,6 +79,11 @@ def formats(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     peft.write(update, folder / "peft", base_model="x")
     mlx.write(update, folder / "mlx", base)
     gguf_adapter.write(update, folder / "adapter.gguf", base)
+    moe = replace(base, config={"model_type": "qwen2_moe", "num_experts": 4})
+    one = LowRank(np.ones((2, 16), np.float32), np.ones((24, 2), np.float32))
+    of_experts = {f"model.layers.1.mlp.experts.{n}.up_proj": one for n in range(4)}
+    gguf_adapter.write(Adapter({**of_experts, **update.modules}), folder / "experts.gguf", moe)
+    mlx.write(Adapter(of_experts), folder / "switch", moe)
     gguf_base.build(bases["tied"], folder / "base.gguf")
     shutil.copytree(folder / "peft", folder / "sharded")
     (folder / "sharded" / "adapter_model.safetensors").rename(folder / "sharded" / "part.safetensors")
@@ -133,6 +155,24 @@ def formats(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
             "adapter.gguf",
             gguf_header(folder / "adapter.gguf"),
             lambda at: touch(gguf_adapter.read(at / "adapter.gguf", base)),
+        ),
+        "gguf experts": Format(
+            folder,
+            "experts.gguf",
+            gguf_header(folder / "experts.gguf"),
+            lambda at: touch(gguf_adapter.read(at / "experts.gguf", moe)),
+        ),
+        "mlx experts": Format(
+            folder / "switch",
+            "adapters.safetensors",
+            safetensors_header(folder / "switch" / "adapters.safetensors"),
+            mlx_reader,
+        ),
+        "tokenizer.model": Format(
+            stories,
+            "tokenizer.model",
+            whole(stories, "tokenizer.model"),
+            lambda at: collections.deque(sentencepiece_model.pieces(at / "tokenizer.model"), 0) and None,
         ),
         "checkpoint": Format(tied, weights, safetensors_header(tied / weights), builder),
         "config.json": Format(tied, "config.json", whole(tied, "config.json"), builder),
@@ -222,7 +262,8 @@ def attack(formats: dict[str, Format], name: str, count: int, tmp_path: Path) ->
 
 NAMES_OF_FORMATS = [
     "safetensors", "common layout", "peft", "peft settings", "peft index", "mlx", "mlx settings", "gguf",
-    "gguf adapter", "checkpoint", "config.json", "tokenizer.json", "tokenizer_config.json",
+    "gguf adapter", "gguf experts", "mlx experts", "tokenizer.model", "checkpoint", "config.json", "tokenizer.json",
+    "tokenizer_config.json",
 ]  # fmt: skip
 
 
@@ -236,6 +277,42 @@ def test_a_few_hundred(formats: dict[str, Format], tmp_path: Path, name: str) ->
 @pytest.mark.parametrize("name", NAMES_OF_FORMATS)
 def test_ten_thousand(formats: dict[str, Format], tmp_path: Path, name: str) -> None:
     attack(formats, name, MANY, tmp_path)
+
+
+# What `adapter-convert inspect` looks at: the format attacked, and what the command is given.
+INSPECTED = {
+    "common layout": "common.safetensors", "peft": ".", "peft settings": ".", "peft index": ".", "mlx": ".",
+    "mlx settings": ".", "mlx experts": ".", "gguf adapter": "adapter.gguf", "gguf experts": "experts.gguf",
+}  # fmt: skip
+
+
+def inspect(formats: dict[str, Format], name: str, count: int, tmp_path: Path) -> None:
+    """Looking never fails: it tells what is wrong, in text and in JSON, and a terminal has nothing to obey."""
+    chosen = formats[name]
+    folder = tmp_path / "attacked"
+    shutil.copytree(chosen.folder, folder, ignore=lambda at, names: [n for n in names if (Path(at) / n).is_dir()])
+    raw, told = (folder / chosen.file).read_bytes(), 0
+    for changed in mutations(raw, chosen.header, count):
+        (folder / chosen.file).write_bytes(changed)
+        said = inspection.inspect(recognise(folder / INSPECTED[name]), None, lambda done, total: None)
+        told += bool(said.problems)
+        json.dumps(said.as_json(), allow_nan=False)
+        text = io.StringIO()
+        Console(file=text, width=80).print(report.inspected(said))
+        assert all(letter.isprintable() or letter == "\n" for letter in text.getvalue())
+    assert told > count / 20, "the attacks hit"
+
+
+@pytest.mark.parametrize("name", INSPECTED)
+def test_inspecting_a_hundred(formats: dict[str, Format], tmp_path: Path, name: str) -> None:
+    inspect(formats, name, 100, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", INSPECTED)
+def test_inspecting_thousands(formats: dict[str, Format], tmp_path: Path, name: str) -> None:
+    inspect(formats, name, MANY // 4, tmp_path)
 
 
 def test_every_format_is_attacked(formats: dict[str, Format]) -> None:
