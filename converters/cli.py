@@ -180,6 +180,8 @@ def _placed(dst: Path) -> Iterator[Path]:
         partial.replace(dst)
         _remove(old)
     finally:
+        if old.exists() and not dst.exists():
+            old.replace(dst)
         _remove(partial)
 
 
