@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,12 @@ from pathlib import Path
 from gguf import GGMLQuantizationType
 
 from converters import gguf_file, llama, tensors
-from converters.errors import BadModel, UsageError
+from converters.errors import BadModel, NotEnough, UsageError
 
 # From fine to coarse; the number is the type's llama_ftype in llama.h.
 QUANTISED_TYPES: dict[str, int] = {"q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q4_k_m": 15}
 
+_LITTLE = 16 << 20  # bytes; less than a tensor of any model that fills a disk
 _ROW_BLOCK = {kind: 32 if kind == "q8_0" else 256 for kind in QUANTISED_TYPES}
 
 
@@ -35,6 +37,7 @@ def quantize(source: Path, out: Path, kind: str) -> Quantised:
     Raises:
         UsageError: llama.cpp is not installed, or has no such type.
         BadModel: llama.cpp does not take the source; nothing is left at `out`.
+        NotEnough: the disk is full.
     """
     if kind not in QUANTISED_TYPES:
         raise UsageError(f"a quantised model is {', '.join(QUANTISED_TYPES)}, not {kind}")
@@ -48,6 +51,8 @@ def quantize(source: Path, out: Path, kind: str) -> Quantised:
     with tensors.placed(out) as file:
         # It writes by the name; the file that is open here is the same one, and is synced before it is renamed.
         if llama_cpp.llama_model_quantize(str(source).encode(), file.name.encode(), parameters) != 0:
+            if shutil.disk_usage(out.parent).free < _LITTLE:  # llama.cpp does not say why it failed
+                raise NotEnough(f"there is no room on the disk for {out}")
             raise BadModel(f"llama.cpp does not quantise {source} to {kind}", hint="publish f16 or q8_0 instead")
     infos = [tensor.info for tensor in gguf_file.read(out).tensors.values()]
     matrices = [info for info in infos if len(info.shape) > 1 and info.type != GGMLQuantizationType.F32]
