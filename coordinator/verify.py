@@ -107,8 +107,8 @@ def alone(file: Path, kind: str, ids: list[int]) -> Said:
 def verdict(said: Said, against: Said, adapter_effect: float = 0.0) -> Verdict:
     """Hold a file against base + adapter (a float file) or against the float file that it was made from.
 
-    With an adapter whose effect is over the bound, a float file has to be within half of that effect, so that one
-    without the adapter never passes.
+    Where the adapter moves the base by more than the bound, a float file has to be clearly nearer than the base is, so
+    that one without the adapter never passes.
     """
     agreement = float((said.logits.argmax(-1) == against.logits.argmax(-1)).mean())
     quantised = [kind for kind in (said.kind, against.kind) if kind not in LOGIT_BOUND]
@@ -119,7 +119,7 @@ def verdict(said: Said, against: Said, adapter_effect: float = 0.0) -> Verdict:
     else:
         value = difference(said.logits, against.logits)
         measure, bound = "relative_logit_difference", max(LOGIT_BOUND[said.kind], LOGIT_BOUND[against.kind])
-        bound = min(bound, adapter_effect / 2) if adapter_effect > bound else bound
+        bound = min(bound, 0.8 * adapter_effect) if adapter_effect > bound else bound
     name = against.kind if said.kind in DIVERGENCE_BOUND else "base + adapter"
     return Verdict(measure, value, bound, name, agreement, said.perplexity, against.perplexity)
 
