@@ -16,7 +16,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from converters import experts, gguf_file, tensors
+from converters import experts, gguf_file, gguf_write, tensors
 from converters.adapter import Adapter, Factor, LowRank, Made, pair
 from converters.architectures import Base, check_fits, checkpoint_names, gguf_name, interleave, row_order
 from converters.errors import BadAdapter
@@ -135,7 +135,7 @@ def write(adapter: Adapter, path: Path, base: Base) -> None:
     for stack, rank in stacks:
         infos += _infos(experts.in_gguf(base, stack), (len(stack.updates),), *stack.shape, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    gguf_file.write(path, gguf_file.keys_of(writer), infos, _factors(adapter, shapes, stacks, base))
+    gguf_write.write(path, gguf_write.keys_of(writer), infos, _factors(adapter, shapes, stacks, base))
 
 
 def _infos(weight: str, outer: tuple[int, ...], out: int, into: int, rank: int) -> list[gguf_file.Info]:

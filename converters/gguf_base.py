@@ -38,7 +38,7 @@ from typing import Any
 import gguf
 from numpy.typing import NDArray
 
-from converters import architectures, gguf_file, hyperparameters, other_families, tokenizer
+from converters import architectures, gguf_write, hyperparameters, other_families, tokenizer
 from converters.architectures import Base
 from converters.errors import BadModel
 from converters.families import NotKnownHere
@@ -86,7 +86,7 @@ def _build(base: Base, folder: Path, path: Path, dtype: str | None) -> None:
             yield values.astype(FLOATS[_type(new, tensor, dtype)].dtype, copy=False)
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    gguf_file.write(path, _keys(writer, folder), infos, data())
+    gguf_write.write(path, _keys(writer, folder), infos, data())
 
 
 def _named(base: Base, weights: dict[str, Array]) -> dict[str, tuple[str, Array]]:
@@ -134,6 +134,6 @@ def _general(writer: gguf.GGUFWriter, folder: Path, infos: list[Info]) -> None:
 
 def _keys(writer: gguf.GGUFWriter, folder: Path) -> dict[str, bytes]:
     try:
-        return gguf_file.keys_of(writer)
+        return gguf_write.keys_of(writer)
     except OverflowError as error:
         raise BadModel(f"{folder}: a number is too large for a GGUF file: {error}") from error

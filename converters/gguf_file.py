@@ -1,8 +1,8 @@
-"""GGUF files: read with nothing trusted, and written one tensor at a time.
+"""GGUF files, read with nothing trusted.
 
 The `gguf` package knows the format's numbers and is used for them. Its reader keeps an object for every token and
 follows the lengths that a file claims, and its writer decodes and encodes every key; here a key is a slice of bytes
-that was walked over once, so copying is verbatim and a hostile length is an error.
+that was walked over once, so copying (`gguf_write`) is verbatim and a hostile length is an error.
 
 Source: ggml/docs/gguf.md, versions 2 and 3, little-endian.
 """
@@ -10,15 +10,12 @@ Source: ggml/docs/gguf.md, versions 2 and 3, little-endian.
 from __future__ import annotations
 
 import mmap
-import os
 import re
 import struct
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -29,17 +26,15 @@ from gguf import (
     GGUF_VERSION,
     GGMLQuantizationType,
     GGUFValueType,
-    GGUFWriter,
 )
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from converters import tensors
 from converters.errors import BadModel
 
 Bytes = NDArray[np.uint8]
 _Kind = GGUFValueType
-_SCALARS: dict[int, str] = {
+SCALARS: dict[int, str] = {
     _Kind.UINT8: "B",
     _Kind.INT8: "b",
     _Kind.UINT16: "H",
@@ -112,8 +107,8 @@ class File(NamedTuple):
         kind = int.from_bytes(raw[:4], "little")
         if kind == _Kind.STRING:
             return raw[12:].decode("utf-8", errors="replace")
-        if kind in _SCALARS:
-            value: int | float | bool = struct.unpack(f"<{_SCALARS[kind]}", raw[4:])[0]
+        if kind in SCALARS:
+            value: int | float | bool = struct.unpack(f"<{SCALARS[kind]}", raw[4:])[0]
             return value
         return None
 
@@ -183,84 +178,6 @@ def _part(path: Path) -> File:
         raise BadModel(f"{path} is not a sound GGUF file: {error}") from None
 
 
-def write(path: Path, keys: Mapping[str, bytes], infos: Sequence[Info], data: Iterable[NDArray[Any]]) -> None:
-    """Write a GGUF file; `data` yields what `infos` announces, in that order, each tensor in one piece or in several.
-
-    Raises:
-        NotEnough: the disk is full.
-    """
-    alignment = int.from_bytes(keys.get("general.alignment", b"")[4:], "little") or GGUF_DEFAULT_ALIGNMENT
-    header = bytearray(struct.pack("<IIQQ", GGUF_MAGIC, GGUF_VERSION, len(infos), len(keys)))
-    for key, raw in keys.items():
-        header += _string(key) + raw
-    offset = 0
-    for info in infos:
-        header += _string(info.name) + struct.pack("<I", len(info.shape))
-        header += struct.pack(f"<{len(info.shape)}QIQ", *reversed(info.shape), info.type, offset)
-        offset += info.nbytes + _padding(info.nbytes, alignment)
-    pieces = iter(data)
-    with tensors.placed(path) as file, _written_behind(file):
-        file.write(header)
-        file.write(bytes(_padding(len(header), alignment)))
-        for info in infos:
-            left = info.nbytes
-            while left:
-                piece = np.ascontiguousarray(next(pieces)).reshape(-1).view(np.uint8)
-                left -= piece.nbytes
-                assert left >= 0, info
-                file.write(piece.data)
-                tensors.forget(piece)
-            file.write(bytes(_padding(info.nbytes, alignment)))
-        assert next(pieces, None) is None, "more pieces than tensors"
-
-
-@contextmanager
-def _written_behind(file: BinaryIO) -> Iterator[None]:
-    """Have the disk at work while the next tensors are made, so that little is left for the last sync to wait for."""
-    done = threading.Event()
-
-    def write_out() -> None:
-        while not done.wait(0.1):
-            with suppress(OSError):  # a full disk; the last sync will say so
-                os.fsync(file.fileno())
-
-    thread = threading.Thread(target=write_out, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def keys_of(writer: GGUFWriter) -> dict[str, bytes]:
-    """The keys that a GGUFWriter was given, as they go into a file.
-
-    Raises:
-        BadModel: a value does not fit its type; they come from files that are not ours.
-    """
-    try:
-        return {key: encode(field.value, field.type, field.sub_type) for key, field in writer.kv_data[0].items()}
-    except (UnicodeEncodeError, struct.error) as error:
-        raise BadModel(f"a value has no place in a GGUF file: {error}") from error
-
-
-def encode(value: Any, kind: GGUFValueType, items: GGUFValueType | None = None) -> bytes:
-    """A typed value's bytes; `items` is the type of an array's items, found from the first one when not given."""
-    if kind == _Kind.STRING:
-        body = _string(value)
-    elif kind == _Kind.ARRAY:
-        items = _Kind.get_type(value[0]) if items is None else items
-        body = struct.pack("<IQ", items, len(value))
-        if items == _Kind.STRING:
-            body += b"".join(_string(item) for item in value)
-        else:
-            body += struct.pack(f"<{len(value)}{_SCALARS[items]}", *value)
-    else:
-        body = struct.pack(f"<{_SCALARS[kind]}", value)
-    return struct.pack("<I", kind) + body
-
-
 def to_float32(tensor: Tensor, rows: slice = slice(None)) -> NDArray[np.float32]:
     """A tensor's values in its shape, or some of its rows (n, in). A view where they are float32 already.
 
@@ -313,7 +230,7 @@ class _Walk:
         alignment = GGUF_DEFAULT_ALIGNMENT if alignment is None else alignment
         if not isinstance(alignment, int) or alignment not in (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096):
             raise _Unsound(f"general.alignment is {alignment}")
-        return File(keys, dict(self._views(placed, self._at + _padding(self._at, alignment), alignment)))
+        return File(keys, dict(self._views(placed, self._at + padding(self._at, alignment), alignment)))
 
     def _views(
         self, placed: Mapping[str, tuple[Info, int]], begin: int, alignment: int
@@ -352,12 +269,12 @@ class _Walk:
             if items == _Kind.STRING:
                 for _ in range(count):
                     self._skip(self._unpack("Q"))
-            elif items in _SCALARS:
-                self._skip(count * struct.calcsize(f"<{_SCALARS[items]}"))
+            elif items in SCALARS:
+                self._skip(count * struct.calcsize(f"<{SCALARS[items]}"))
             else:
                 raise _Unsound(f"an array of type {items}")
-        elif kind in _SCALARS:
-            self._skip(struct.calcsize(f"<{_SCALARS[kind]}"))
+        elif kind in SCALARS:
+            self._skip(struct.calcsize(f"<{SCALARS[kind]}"))
         else:
             raise _Unsound(f"a value of type {kind}")
 
@@ -378,10 +295,5 @@ class _Walk:
         self._at += length
 
 
-def _string(text: str | bytes) -> bytes:
-    encoded = text.encode("utf-8") if isinstance(text, str) else text
-    return struct.pack("<Q", len(encoded)) + encoded
-
-
-def _padding(length: int, alignment: int) -> int:
+def padding(length: int, alignment: int) -> int:
     return -length % alignment

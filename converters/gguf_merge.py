@@ -22,7 +22,7 @@ from gguf import GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from converters import architectures, gguf_file, tensors
+from converters import architectures, gguf_file, gguf_write, tensors
 from converters.adapter import Adapter, LowRank, Shape
 from converters.architectures import Base, check_fits, gguf_name, interleave
 from converters.errors import BadModel, LayoutMismatch, UsageError
@@ -70,11 +70,11 @@ def merge(
             for start in range(0, n_rows, step):
                 yield partial(_slab, tensor, slice(start, start + step), info.type, update, order[start : start + step])
 
-    keys = {**source.keys, "general.file_type": gguf_file.encode(FLOATS[dtype].file_type, GGUFValueType.UINT32)}
+    keys = {**source.keys, "general.file_type": gguf_write.encode(FLOATS[dtype].file_type, GGUFValueType.UINT32)}
     out.parent.mkdir(parents=True, exist_ok=True)
     # The workers are the parallelism: a matrix product within one takes one core.
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(_WORKERS) as pool:
-        gguf_file.write(out, keys, infos, _in_order(pool, slabs()))
+        gguf_write.write(out, keys, infos, _in_order(pool, slabs()))
 
 
 def check_base(base_gguf: Path, base: Base, shapes: Mapping[str, Shape], *, accept_quantised: bool = False) -> File:

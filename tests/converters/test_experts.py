@@ -13,7 +13,19 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 from transformers import MixtralConfig
 
-from converters import adapter, architectures, experts, gguf_adapter, gguf_base, gguf_file, llama, mlx, peft, tensors
+from converters import (
+    adapter,
+    architectures,
+    experts,
+    gguf_adapter,
+    gguf_base,
+    gguf_file,
+    gguf_write,
+    llama,
+    mlx,
+    peft,
+    tensors,
+)
 from converters.adapter import Adapter, LowRank
 from converters.architectures import Base
 from converters.errors import LayoutMismatch
@@ -65,8 +77,8 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Moe:
             data.append(values)
     keys = dict(source.keys)
     for key, value in (("expert_count", EXPERTS), ("expert_used_count", 2), ("feed_forward_length", INNER)):
-        keys[f"llama.{key}"] = gguf_file.encode(value, gguf.GGUFValueType.UINT32)
-    gguf_file.write(root / "moe.gguf", keys, infos, data)
+        keys[f"llama.{key}"] = gguf_write.encode(value, gguf.GGUFValueType.UINT32)
+    gguf_write.write(root / "moe.gguf", keys, infos, data)
     return Moe(save(root / "moe", weights), root / "moe.gguf", weights)
 
 

@@ -20,7 +20,17 @@ import pytest
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from converters import architectures, gguf_adapter, gguf_base, gguf_file, gguf_merge, mlx, other_families, peft
+from converters import (
+    architectures,
+    gguf_adapter,
+    gguf_base,
+    gguf_file,
+    gguf_merge,
+    gguf_write,
+    mlx,
+    other_families,
+    peft,
+)
 from converters.architectures import Base
 from converters.errors import BadModel
 from converters.gguf_file import Info, Tensor
@@ -96,7 +106,7 @@ def rewritten(source: Path, out: Path, change: Callable[[str, NDArray[np.float32
     file = gguf_file.read(source)
     arrays = {name: change(name, gguf_file.to_float32(tensor)) for name, tensor in file.tensors.items()}
     infos = [Info(name, array.shape, GGMLQuantizationType.F32) for name, array in arrays.items()]
-    gguf_file.write(out, file.keys, infos, arrays.values())
+    gguf_write.write(out, file.keys, infos, arrays.values())
     return out
 
 
@@ -110,7 +120,7 @@ def quantised(source: Path, out: Path, kind: GGMLQuantizationType) -> Path:
         else:
             tensors[name] = tensor
     keys = gguf_file.read(source).keys
-    gguf_file.write(out, keys, [t.info for t in tensors.values()], [t.data for t in tensors.values()])
+    gguf_write.write(out, keys, [t.info for t in tensors.values()], [t.data for t in tensors.values()])
     return out
 
 
@@ -156,14 +166,14 @@ def test_the_last_norm_tells_models_apart_that_are_alike(other: Other, tmp_path:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("general.architecture", gguf_file.encode("helix", gguf.GGUFValueType.STRING)),
-        ("general.architecture", gguf_file.encode(3, gguf.GGUFValueType.UINT32)),
-        ("llama.block_count", gguf_file.encode(2**31, gguf.GGUFValueType.UINT32)),
-        ("llama.block_count", gguf_file.encode([3, 3], gguf.GGUFValueType.ARRAY)),
-        ("llama.attention.head_count", gguf_file.encode("four", gguf.GGUFValueType.STRING)),
-        ("llama.attention.head_count", gguf_file.encode(0, gguf.GGUFValueType.UINT32)),
-        ("llama.attention.head_count_kv", gguf_file.encode(True, gguf.GGUFValueType.BOOL)),
-        ("llama.attention.head_count", gguf_file.encode(5, gguf.GGUFValueType.UINT32)),
+        ("general.architecture", gguf_write.encode("helix", gguf.GGUFValueType.STRING)),
+        ("general.architecture", gguf_write.encode(3, gguf.GGUFValueType.UINT32)),
+        ("llama.block_count", gguf_write.encode(2**31, gguf.GGUFValueType.UINT32)),
+        ("llama.block_count", gguf_write.encode([3, 3], gguf.GGUFValueType.ARRAY)),
+        ("llama.attention.head_count", gguf_write.encode("four", gguf.GGUFValueType.STRING)),
+        ("llama.attention.head_count", gguf_write.encode(0, gguf.GGUFValueType.UINT32)),
+        ("llama.attention.head_count_kv", gguf_write.encode(True, gguf.GGUFValueType.BOOL)),
+        ("llama.attention.head_count", gguf_write.encode(5, gguf.GGUFValueType.UINT32)),
         ("llama.embedding_length", None),
     ],
 )
@@ -171,7 +181,7 @@ def test_keys_that_cannot_be(helix: Other, tmp_path: Path, key: str, value: byte
     source = gguf_file.read(helix.gguf)
     keys = {name: raw for name, raw in {**source.keys, key: value}.items() if raw is not None}
     infos, data = [t.info for t in source.tensors.values()], [t.data for t in source.tensors.values()]
-    gguf_file.write(tmp_path / "base.gguf", keys, infos, data)
+    gguf_write.write(tmp_path / "base.gguf", keys, infos, data)
     with pytest.raises(BadModel):
         architectures.describe(helix.folder, tmp_path / "base.gguf")
 
