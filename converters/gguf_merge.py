@@ -3,7 +3,7 @@
 Every key and every other tensor stay as they are, so the tokenizer, rope factors and chat template need no code. It
 equals merging in transformers and converting, at a fraction of the cost: slabs of rows are read, summed and rounded
 while they are in a core's cache, several at a time, and written in the file's order while the disk is at work. Memory
-is a few slabs, whatever the size of the model and the number of clients.
+is a few slabs and the names in the adapters' headers, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _BY_TYPE = {known.type: known.dtype for known in FLOATS.values()}
 _WHOLE_NUMBERS = {
     GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64", "F64")
 }  # copied, whatever they say
-_NEARLY_WHOLE = GGMLQuantizationType.Q8_0  # rounds a weight by 1/255 of the largest in its block at most
+_NEARLY_WHOLE = GGMLQuantizationType.Q8_0  # rounds a weight by 1/254 of the largest in its block at most
 # Matrices that llama.cpp computes with in float32 only; the list is that of conversion/base.py, prepare_tensors.
 _ALWAYS_F32 = re.compile(
     r"_norm\.weight$|ffn_gate_inp(_shexp)?\.weight$|^(position_embd|token_types)\.weight$|ssm_conv1d|shortconv\.conv"
