@@ -1,4 +1,8 @@
-"""The round as a pure state machine: what happened, and the time, give the next state. No clock, no effects."""
+"""The round as a pure state machine: what happened, and the time, give the next state. No clock, no effects.
+
+A round is open until it can publish; it goes on taking contributions until its deadline, and what comes in after a
+publication makes the next version of it.
+"""
 
 from __future__ import annotations
 
@@ -14,80 +18,131 @@ class State(StrEnum):
     PUBLISHED = "published"
     EXPIRED = "expired"
     FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the job says of its round. Times are in seconds."""
+
+    min_clients: int
+    target_clients: int  # 0: none, wait for the grace period or the deadline
+    deadline: float  # since the Unix epoch
+    grace: float | None = None  # after the quorum; None: until the target or the deadline
+    renew_every: float | None = None  # least time between two versions; None: only by hand
 
 
 @dataclass(frozen=True)
 class Round:
     """A round's rules, and where it stands. Times are seconds since the Unix epoch."""
 
-    min_clients: int
-    target_clients: int  # 0: none, wait for the deadline
-    deadline: float
+    rules: Rules
     state: State = State.OPEN
     reason: str = ""
-    admitted: frozenset[str] = frozenset()  # client ids
-
-
-@dataclass(frozen=True)
-class Admitted:
-    """A client's contribution is committed and takes part in the average."""
-
-    client_id: str
+    closed: bool = False  # by hand: nothing more is taken
+    admitted: int = 0  # contributions that take part
+    fresh: int = 0  # contributions that the newest version, made or tried, does not know as they stand now
+    quorum_at: float | None = None  # when as many as the quorum were in
+    version: int = 0  # the newest that is published
+    tried_at: float = 0.0  # when the newest was made or failed
 
 
 @dataclass(frozen=True)
 class Tick:
-    """Time went by."""
+    """Time went by, or a contribution came in or was judged."""
 
 
 @dataclass(frozen=True)
 class CloseByHand:
-    """The operator asks to close now, whatever the quorum; or to publish again after a failure."""
+    """The operator asks to take nothing more, and to publish what is in, whatever the quorum."""
 
 
 @dataclass(frozen=True)
-class Published:
-    """A verified publication is in place."""
+class CancelByHand:
+    """The operator asks to end it without a publication."""
 
 
 @dataclass(frozen=True)
-class PublishingFailed:
-    """No publication could be made."""
+class PublishByHand:
+    """The operator asks for a version of what is in, whatever the quorum."""
 
     reason: str
 
 
-Event = Admitted | Tick | CloseByHand | Published | PublishingFailed
+@dataclass(frozen=True)
+class Published:
+    """A verified version is in place."""
+
+
+@dataclass(frozen=True)
+class PublishingFailed:
+    """No version could be made."""
+
+    reason: str
+
+
+Event = Tick | CloseByHand | CancelByHand | PublishByHand | Published | PublishingFailed
 
 
 def apply(round: Round, event: Event, now: float) -> Round:
     """The round after an event. Events that no longer matter leave it as it is, so replays are harmless."""
     match event, round.state:
-        case Admitted(client_id), State.OPEN:
-            return _close_if_due(replace(round, admitted=round.admitted | {client_id}), now)
         case Tick(), State.OPEN:
-            return _close_if_due(round, now)
+            return _publish_if_due(round, now)
+        case Tick(), State.PUBLISHED | State.FAILED:
+            return _renew_if_due(round, now)
         case CloseByHand(), State.OPEN if round.admitted:
-            return replace(round, state=State.PUBLISHING, reason="closed by the operator")
-        case CloseByHand(), State.FAILED if round.admitted:
-            return replace(round, state=State.PUBLISHING, reason="tried again by the operator")
+            return _publishing(replace(round, closed=True), "closed by the operator")
         case CloseByHand(), State.OPEN:
-            return replace(round, state=State.EXPIRED, reason="closed by the operator with no contribution")
+            return replace(
+                round, closed=True, state=State.EXPIRED, reason="closed by the operator with no contribution"
+            )
+        case CloseByHand(), State.FAILED if round.admitted:
+            return _publishing(replace(round, closed=True), "tried again by the operator")
+        case CloseByHand(), State.PUBLISHING | State.PUBLISHED | State.FAILED:
+            return replace(round, closed=True)
+        case CancelByHand(), State.OPEN | State.PUBLISHING | State.FAILED if not round.version:
+            return replace(round, closed=True, state=State.CANCELLED, reason="cancelled by the operator")
+        case PublishByHand(reason), State.OPEN | State.PUBLISHED | State.EXPIRED | State.FAILED if round.admitted:
+            return _publishing(round, reason)
         case Published(), State.PUBLISHING:
-            return replace(round, state=State.PUBLISHED)
+            return replace(round, state=State.PUBLISHED, version=round.version + 1, tried_at=now)
+        case PublishingFailed(reason), State.PUBLISHING if round.version:
+            failed = f"version {round.version + 1} could not be made: {reason}"
+            return replace(round, state=State.PUBLISHED, reason=failed, tried_at=now)
         case PublishingFailed(reason), State.PUBLISHING:
-            return replace(round, state=State.FAILED, reason=reason)
+            return replace(round, state=State.FAILED, reason=reason, tried_at=now)
     return round
 
 
-def _close_if_due(round: Round, now: float) -> Round:
-    count = len(round.admitted)
-    if round.target_clients and count >= round.target_clients:
-        return replace(round, state=State.PUBLISHING, reason=f"all {count} contributions are in")
-    if now < round.deadline:
+def takes_contributions(round: Round, now: float) -> bool:
+    """Whether an upload that is finished now takes part: until the deadline, published already or not."""
+    over = round.closed or round.state in (State.EXPIRED, State.CANCELLED)
+    return not over and now < round.rules.deadline
+
+
+def _publish_if_due(round: Round, now: float) -> Round:
+    rules, count = round.rules, round.admitted
+    if rules.target_clients and count >= rules.target_clients:
+        return _publishing(round, f"all {count} contributions are in")
+    if now >= rules.deadline:
+        if count >= rules.min_clients:
+            return _publishing(round, f"deadline, with {count} contributions")
+        short = f"deadline, with {count} of at least {rules.min_clients} contributions"
+        return replace(round, state=State.EXPIRED, reason=short)
+    if rules.grace is not None and round.quorum_at is not None and now >= round.quorum_at + rules.grace:
+        return _publishing(round, f"quorum and its grace period, with {count} contributions")
+    return round
+
+
+def _renew_if_due(round: Round, now: float) -> Round:
+    rules = round.rules
+    if not round.fresh or rules.renew_every is None or round.admitted < rules.min_clients:
         return round
-    if count >= round.min_clients:
-        return replace(round, state=State.PUBLISHING, reason=f"deadline, with {count} contributions")
-    return replace(
-        round, state=State.EXPIRED, reason=f"deadline, with {count} of at least {round.min_clients} contributions"
-    )
+    if now >= round.tried_at + rules.renew_every or now >= rules.deadline:
+        return _publishing(round, f"{round.fresh} contributions came in or were judged anew")
+    return round
+
+
+def _publishing(round: Round, reason: str) -> Round:
+    return replace(round, state=State.PUBLISHING, reason=reason)

@@ -1,78 +1,107 @@
-"""The round, with time as an argument."""
+"""The round's decisions, as a table: where it stands, what happens, when, and where it stands then."""
 
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from coordinator.round import Admitted, CloseByHand, Event, Published, PublishingFailed, Round, State, Tick, apply
+from coordinator import round as rounds
+from coordinator.round import (
+    CancelByHand,
+    CloseByHand,
+    Published,
+    PublishByHand,
+    PublishingFailed,
+    Round,
+    Rules,
+    State,
+    Tick,
+)
 
-OPEN = Round(min_clients=2, target_clients=3, deadline=100.0)
+DEADLINE = 1000.0
+RULES = Rules(min_clients=2, target_clients=3, deadline=DEADLINE)
+OPEN = Round(RULES)
+PUBLISHING = replace(OPEN, state=State.PUBLISHING, admitted=2)
+PUBLISHED = replace(OPEN, state=State.PUBLISHED, admitted=2, version=1, tried_at=500.0)
+FAILED = replace(OPEN, state=State.FAILED, admitted=2, tried_at=500.0)
 
 
-def after(round: Round, *events: tuple[Event, float]) -> Round:
-    for event, now in events:
-        round = apply(round, event, now)
-    return round
+def with_rules(round: Round, **changes: float | None) -> Round:
+    return replace(round, rules=replace(round.rules, **changes))
 
 
 @pytest.mark.parametrize(
-    ("events", "state", "reason"),
+    ("before", "event", "now", "state", "reason"),
     [
-        ([], State.OPEN, ""),
-        ([(Admitted("a"), 1), (Admitted("b"), 2)], State.OPEN, ""),
-        ([(Admitted("a"), 1), (Admitted("b"), 2), (Admitted("c"), 3)], State.PUBLISHING, "all 3 contributions are in"),
-        ([(Admitted("a"), 1), (Admitted("a"), 2), (Admitted("a"), 3)], State.OPEN, ""),
-        ([(Admitted("a"), 1), (Admitted("b"), 2), (Tick(), 99.9)], State.OPEN, ""),
-        ([(Admitted("a"), 1), (Admitted("b"), 2), (Tick(), 100)], State.PUBLISHING, "deadline, with 2 contributions"),
-        ([(Admitted("a"), 1), (Tick(), 100)], State.EXPIRED, "deadline, with 1 of at least 2 contributions"),
-        ([(Tick(), 100)], State.EXPIRED, "deadline, with 0 of at least 2 contributions"),
-        ([(Admitted("a"), 1), (CloseByHand(), 2)], State.PUBLISHING, "closed by the operator"),
-        ([(CloseByHand(), 2)], State.EXPIRED, "closed by the operator with no contribution"),
+        # The first publication.
+        (OPEN, Tick(), 10, State.OPEN, ""),
+        (replace(OPEN, admitted=2), Tick(), 10, State.OPEN, ""),
+        (replace(OPEN, admitted=3), Tick(), 10, State.PUBLISHING, "all 3 contributions"),
+        (replace(OPEN, admitted=2), Tick(), DEADLINE, State.PUBLISHING, "deadline, with 2"),
+        (replace(OPEN, admitted=1), Tick(), DEADLINE, State.EXPIRED, "1 of at least 2"),
+        (with_rules(replace(OPEN, admitted=99), target_clients=0), Tick(), 10, State.OPEN, ""),
+        # The grace period runs from the quorum.
+        (with_rules(replace(OPEN, admitted=2, quorum_at=5), grace=60), Tick(), 64, State.OPEN, ""),
+        (with_rules(replace(OPEN, admitted=2, quorum_at=5), grace=60), Tick(), 65, State.PUBLISHING, "grace"),
+        (with_rules(replace(OPEN, admitted=1), grace=60), Tick(), 900, State.OPEN, ""),
+        # By hand.
+        (replace(OPEN, admitted=1), CloseByHand(), 10, State.PUBLISHING, "closed by the operator"),
+        (OPEN, CloseByHand(), 10, State.EXPIRED, "no contribution"),
+        (FAILED, CloseByHand(), 10, State.PUBLISHING, "tried again"),
+        (PUBLISHED, CloseByHand(), 10, State.PUBLISHED, ""),
+        (OPEN, CancelByHand(), 10, State.CANCELLED, "cancelled"),
+        (PUBLISHING, CancelByHand(), 10, State.CANCELLED, "cancelled"),
+        (PUBLISHED, CancelByHand(), 10, State.PUBLISHED, ""),
+        (replace(OPEN, admitted=1), PublishByHand("why"), 10, State.PUBLISHING, "why"),
+        (OPEN, PublishByHand("why"), 10, State.OPEN, ""),
+        (PUBLISHED, PublishByHand("why"), 10, State.PUBLISHING, "why"),
+        (replace(OPEN, state=State.EXPIRED, admitted=1), PublishByHand("why"), 10, State.PUBLISHING, "why"),
+        (PUBLISHING, PublishByHand("why"), 10, State.PUBLISHING, ""),
+        # The publisher.
+        (PUBLISHING, Published(), 10, State.PUBLISHED, ""),
+        (PUBLISHING, PublishingFailed("no room"), 10, State.FAILED, "no room"),
+        (replace(PUBLISHING, version=1), PublishingFailed("no"), 10, State.PUBLISHED, "version 2 could not be made: no"),
+        (PUBLISHED, PublishingFailed("late word"), 10, State.PUBLISHED, ""),
+        (replace(OPEN, state=State.CANCELLED), Published(), 10, State.CANCELLED, ""),
+        # What comes in after a publication.
+        (replace(PUBLISHED, fresh=1), Tick(), 2000, State.PUBLISHED, ""),
+        (with_rules(PUBLISHED, renew_every=60), Tick(), 2000, State.PUBLISHED, ""),
+        (with_rules(replace(PUBLISHED, fresh=1), renew_every=60), Tick(), 559, State.PUBLISHED, ""),
+        (with_rules(replace(PUBLISHED, fresh=2), renew_every=60), Tick(), 560, State.PUBLISHING, "2 contributions"),
+        (with_rules(replace(PUBLISHED, fresh=1), renew_every=999), Tick(), DEADLINE, State.PUBLISHING, "1 contribution"),
+        (with_rules(replace(FAILED, fresh=1), renew_every=60), Tick(), 560, State.PUBLISHING, "1 contribution"),
+        (with_rules(replace(FAILED, fresh=1, admitted=1), renew_every=60), Tick(), 560, State.FAILED, ""),
+    ],
+)  # fmt: skip
+def test_events(before: Round, event: rounds.Event, now: float, state: State, reason: str) -> None:
+    after = rounds.apply(before, event, now)
+    assert after.state is state
+    assert reason in after.reason and bool(reason) == bool(after.reason)
+
+
+def test_versions_count_what_is_published() -> None:
+    first = rounds.apply(PUBLISHING, Published(), 10)
+    assert (first.version, first.tried_at) == (1, 10)
+    again = rounds.apply(rounds.apply(first, PublishByHand(""), 11), PublishingFailed("no"), 12)
+    assert (again.version, again.state, again.tried_at) == (1, State.PUBLISHED, 12)
+
+
+@pytest.mark.parametrize(
+    ("round", "now", "takes"),
+    [
+        (OPEN, 10, True),
+        (OPEN, DEADLINE, False),
+        (PUBLISHING, 10, True),
+        (PUBLISHED, 10, True),
+        (PUBLISHED, DEADLINE, False),
+        (replace(PUBLISHED, closed=True), 10, False),
+        (replace(OPEN, state=State.EXPIRED), 10, False),
+        (replace(OPEN, state=State.CANCELLED), 10, False),
     ],
 )
-def test_when_a_round_closes(events: list[tuple[Event, float]], state: State, reason: str) -> None:
-    found = after(OPEN, *events)
-    assert (found.state, found.reason) == (state, reason)
+def test_contributions_are_taken_until_the_deadline(round: Round, now: float, takes: bool) -> None:
+    assert rounds.takes_contributions(round, now) is takes
 
 
-def test_without_a_target_only_the_deadline_closes() -> None:
-    patient = replace(OPEN, target_clients=0)
-    many = after(patient, *[(Admitted(str(client)), 1.0) for client in range(50)])
-    assert many.state is State.OPEN
-    assert apply(many, Tick(), 100.0).state is State.PUBLISHING
-
-
-def test_publishing_ends_one_way_or_the_other() -> None:
-    closed = apply(replace(OPEN, admitted=frozenset("ab")), Tick(), 100.0)
-    assert apply(closed, Published(), 101.0).state is State.PUBLISHED
-    failed = apply(closed, PublishingFailed("the disk is full"), 101.0)
-    assert (failed.state, failed.reason) == (State.FAILED, "the disk is full")
-
-
-def test_the_operator_may_try_a_failed_publication_again() -> None:
-    failed = replace(OPEN, state=State.FAILED, admitted=frozenset("a"))
-    assert apply(failed, CloseByHand(), 200.0).state is State.PUBLISHING
-    assert apply(failed, Tick(), 200.0) == failed
-    assert apply(replace(failed, admitted=frozenset()), CloseByHand(), 200.0).state is State.FAILED
-
-
-EVENTS = st.one_of(
-    st.builds(Admitted, st.sampled_from("abcd")),
-    st.just(Tick()),
-    st.just(CloseByHand()),
-    st.just(Published()),
-    st.just(PublishingFailed("why")),
-)
-
-
-@given(st.lists(st.tuples(EVENTS, st.floats(0, 200)), max_size=30))
-def test_a_closed_round_never_opens_again_and_never_takes_another(events: list[tuple[Event, float]]) -> None:
-    round = OPEN
-    for event, now in events:
-        before, round = round, apply(round, event, now)
-        if before.state is not State.OPEN:
-            assert round.state is not State.OPEN
-            assert round.admitted == before.admitted
-        assert apply(round, event, now) == round, "an event that is replayed changes nothing"
+def test_closing_by_hand_takes_nothing_more() -> None:
+    assert rounds.apply(PUBLISHED, CloseByHand(), 10).closed
+    assert rounds.apply(replace(OPEN, admitted=1), CloseByHand(), 10).closed

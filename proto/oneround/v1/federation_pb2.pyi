@@ -38,7 +38,9 @@ class _PhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Phase.ValueType
     PHASE_CONTRIBUTED: _Phase.ValueType  # 3
     """Holds a receipt."""
     PHASE_ASLEEP: _Phase.ValueType  # 4
-    """Silent for longer than a heartbeat should take; expected back."""
+    """Silent for longer than a heartbeat should take; expected back, and welcome until the deadline."""
+    PHASE_WITHDRAWN: _Phase.ValueType  # 5
+    """Left, by its own word."""
 
 class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper):
     """Where a client stands."""
@@ -52,7 +54,9 @@ PHASE_UPLOADING: Phase.ValueType  # 2
 PHASE_CONTRIBUTED: Phase.ValueType  # 3
 """Holds a receipt."""
 PHASE_ASLEEP: Phase.ValueType  # 4
-"""Silent for longer than a heartbeat should take; expected back."""
+"""Silent for longer than a heartbeat should take; expected back, and welcome until the deadline."""
+PHASE_WITHDRAWN: Phase.ValueType  # 5
+"""Left, by its own word."""
 Global___Phase: _TypeAlias = Phase  # noqa: Y015
 
 class _Directive:
@@ -79,6 +83,38 @@ DIRECTIVE_STOP: Directive.ValueType  # 2
 """The round no longer takes contributions."""
 Global___Directive: _TypeAlias = Directive  # noqa: Y015
 
+class _Verdict:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _VerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Verdict.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    VERDICT_UNSPECIFIED: _Verdict.ValueType  # 0
+    """Never sent."""
+    VERDICT_PENDING: _Verdict.ValueType  # 1
+    """Being looked at."""
+    VERDICT_ADMITTED: _Verdict.ValueType  # 2
+    """Takes part."""
+    VERDICT_CLIPPED: _Verdict.ValueType  # 3
+    """Takes part, with modules scaled down."""
+    VERDICT_QUARANTINED: _Verdict.ValueType  # 4
+    """Takes no part; the reason says why."""
+
+class Verdict(_Verdict, metaclass=_VerdictEnumTypeWrapper):
+    """Whether a contribution takes part in the average."""
+
+VERDICT_UNSPECIFIED: Verdict.ValueType  # 0
+"""Never sent."""
+VERDICT_PENDING: Verdict.ValueType  # 1
+"""Being looked at."""
+VERDICT_ADMITTED: Verdict.ValueType  # 2
+"""Takes part."""
+VERDICT_CLIPPED: Verdict.ValueType  # 3
+"""Takes part, with modules scaled down."""
+VERDICT_QUARANTINED: Verdict.ValueType  # 4
+"""Takes no part; the reason says why."""
+Global___Verdict: _TypeAlias = Verdict  # noqa: Y015
+
 class _State:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -97,6 +133,8 @@ class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_State.ValueType
     """Closed with fewer contributions than the quorum."""
     STATE_FAILED: _State.ValueType  # 5
     """No publication could be made; `reason` says why."""
+    STATE_CANCELLED: _State.ValueType  # 6
+    """Ended by the operator without a publication."""
 
 class State(_State, metaclass=_StateEnumTypeWrapper):
     """Where a job stands."""
@@ -113,7 +151,37 @@ STATE_EXPIRED: State.ValueType  # 4
 """Closed with fewer contributions than the quorum."""
 STATE_FAILED: State.ValueType  # 5
 """No publication could be made; `reason` says why."""
+STATE_CANCELLED: State.ValueType  # 6
+"""Ended by the operator without a publication."""
 Global___State: _TypeAlias = State  # noqa: Y015
+
+class _Decision:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Decision.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DECISION_UNSPECIFIED: _Decision.ValueType  # 0
+    """Never sent."""
+    DECISION_ADMIT: _Decision.ValueType  # 1
+    """It takes part, whatever was found."""
+    DECISION_EXCLUDE: _Decision.ValueType  # 2
+    """It takes no part."""
+    DECISION_LET_REPLACE: _Decision.ValueType  # 3
+    """Its client may send another in its place."""
+
+class Decision(_Decision, metaclass=_DecisionEnumTypeWrapper):
+    """What an operator decides of a contribution."""
+
+DECISION_UNSPECIFIED: Decision.ValueType  # 0
+"""Never sent."""
+DECISION_ADMIT: Decision.ValueType  # 1
+"""It takes part, whatever was found."""
+DECISION_EXCLUDE: Decision.ValueType  # 2
+"""It takes no part."""
+DECISION_LET_REPLACE: Decision.ValueType  # 3
+"""Its client may send another in its place."""
+Global___Decision: _TypeAlias = Decision  # noqa: Y015
 
 @_typing.final
 class JobSpec(_message.Message):
@@ -132,6 +200,7 @@ class JobSpec(_message.Message):
     UPLOAD_FIELD_NUMBER: _builtins.int
     AGGREGATE_FIELD_NUMBER: _builtins.int
     PUBLISH_FIELD_NUMBER: _builtins.int
+    ADMISSION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name: lower-case letters, digits, `-`, `_` and `.`; unique on a coordinator."""
     @_builtins.property
@@ -162,6 +231,10 @@ class JobSpec(_message.Message):
     def publish(self) -> Global___PublishSpec:
         """What is made of it."""
 
+    @_builtins.property
+    def admission(self) -> Global___AdmissionSpec:
+        """What a contribution is held to."""
+
     def __init__(
         self,
         *,
@@ -173,10 +246,11 @@ class JobSpec(_message.Message):
         upload: Global___UploadSpec | None = ...,
         aggregate: Global___AggregateSpec | None = ...,
         publish: Global___PublishSpec | None = ...,
+        admission: Global___AdmissionSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["aggregate", b"aggregate", "lora", b"lora", "model", b"model", "name", b"name", "publish", b"publish", "round", b"round", "train", b"train", "upload", b"upload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "aggregate", b"aggregate", "lora", b"lora", "model", b"model", "name", b"name", "publish", b"publish", "round", b"round", "train", b"train", "upload", b"upload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregate", b"aggregate", "lora", b"lora", "model", b"model", "name", b"name", "publish", b"publish", "round", b"round", "train", b"train", "upload", b"upload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "aggregate", b"aggregate", "lora", b"lora", "model", b"model", "name", b"name", "publish", b"publish", "round", b"round", "train", b"train", "upload", b"upload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -309,22 +383,36 @@ class RoundSpec(_message.Message):
     MIN_CLIENTS_FIELD_NUMBER: _builtins.int
     TARGET_CLIENTS_FIELD_NUMBER: _builtins.int
     DEADLINE_FIELD_NUMBER: _builtins.int
+    GRACE_FIELD_NUMBER: _builtins.int
+    RENEW_EVERY_FIELD_NUMBER: _builtins.int
+    MAX_CLIENTS_FIELD_NUMBER: _builtins.int
     min_clients: _builtins.int
     """The quorum: with fewer contributions at the deadline nothing is published."""
     target_clients: _builtins.int
     """Close as soon as so many are in; 0: wait for the deadline."""
     deadline: _builtins.str
-    """How long the round is open, as `90s`, `30m`, `24h` or `7d`."""
+    """How long contributions are taken, as `90s`, `30m`, `24h` or `7d`."""
+    grace: _builtins.str
+    """How long to wait for others once the quorum is in; empty: until the target or the deadline."""
+    renew_every: _builtins.str
+    """What comes in after a publication and before the deadline makes a new version, at most this often; empty: only
+    `coordinator publish` does.
+    """
+    max_clients: _builtins.int
+    """Clients that may join."""
     def __init__(
         self,
         *,
         min_clients: _builtins.int | None = ...,
         target_clients: _builtins.int | None = ...,
         deadline: _builtins.str | None = ...,
+        grace: _builtins.str | None = ...,
+        renew_every: _builtins.str | None = ...,
+        max_clients: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline", "min_clients", b"min_clients", "target_clients", b"target_clients"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline", "grace", b"grace", "max_clients", b"max_clients", "min_clients", b"min_clients", "renew_every", b"renew_every", "target_clients", b"target_clients"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline", "min_clients", b"min_clients", "target_clients", b"target_clients"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline", b"deadline", "grace", b"grace", "max_clients", b"max_clients", "min_clients", b"min_clients", "renew_every", b"renew_every", "target_clients", b"target_clients"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -337,16 +425,20 @@ class UploadSpec(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DTYPE_FIELD_NUMBER: _builtins.int
+    QUOTA_FIELD_NUMBER: _builtins.int
     dtype: _builtins.str
     """`float32`, `bfloat16` or `float16`."""
+    quota: _builtins.str
+    """Bytes that all uploads of the job may take together, as `500MB` or `50GB`."""
     def __init__(
         self,
         *,
         dtype: _builtins.str | None = ...,
+        quota: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "quota", b"quota"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "quota", b"quota"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -407,6 +499,42 @@ class PublishSpec(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PublishSpec: _TypeAlias = PublishSpec  # noqa: Y015
+
+@_typing.final
+class AdmissionSpec(_message.Message):
+    """What a contribution is held to, besides fitting the base. The comparisons with the cohort begin with four contributions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_NUM_EXAMPLES_FIELD_NUMBER: _builtins.int
+    CLIP_FIELD_NUMBER: _builtins.int
+    OUTLIER_FIELD_NUMBER: _builtins.int
+    MIN_COSINE_FIELD_NUMBER: _builtins.int
+    max_num_examples: _builtins.int
+    """Most training examples that one client may declare; they are its weight in the mean."""
+    clip: _builtins.float
+    """A module whose ‖ΔW‖ is more than this many times the cohort's median is scaled down to it; 0: never."""
+    outlier: _builtins.float
+    """A contribution is set aside when log ‖ΔW‖ of a module lies this many robust standard deviations (1.4826 MAD) above
+    the cohort's median, and ‖ΔW‖ itself at least 10 times above it; 0: never.
+    """
+    min_cosine: _builtins.float
+    """Least cosine between a contribution and the mean of all others; -1: any."""
+    def __init__(
+        self,
+        *,
+        max_num_examples: _builtins.int | None = ...,
+        clip: _builtins.float | None = ...,
+        outlier: _builtins.float | None = ...,
+        min_cosine: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "max_num_examples", b"max_num_examples", "min_cosine", b"min_cosine", "outlier", b"outlier"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clip", b"clip", "max_num_examples", b"max_num_examples", "min_cosine", b"min_cosine", "outlier", b"outlier"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdmissionSpec: _TypeAlias = AdmissionSpec  # noqa: Y015
 
 @_typing.final
 class Artifact(_message.Message):
@@ -484,12 +612,17 @@ class Job(_message.Message):
     BASE_FINGERPRINT_FIELD_NUMBER: _builtins.int
     DEADLINE_UNIX_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
+    TOKENIZER_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     base_fingerprint: _builtins.str
     """SHA-256 over the base's file names and digests, in hex."""
     deadline_unix: _builtins.float
     """When the round closes at the latest, in seconds since the Unix epoch."""
     id: _builtins.str
     """32 random hex digits: a job made anew under the same name is another one."""
+    tokenizer: _builtins.str
+    """SHA-256 of the tokenizer's file, and of the chat template; empty where the base has none."""
+    chat_template: _builtins.str
     @_builtins.property
     def spec(self) -> Global___JobSpec:
         """What the operator submitted, defaults filled in."""
@@ -516,10 +649,12 @@ class Job(_message.Message):
         base_fingerprint: _builtins.str | None = ...,
         deadline_unix: _builtins.float | None = ...,
         id: _builtins.str | None = ...,
+        tokenizer: _builtins.str | None = ...,
+        chat_template: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["base_files", b"base_files", "base_fingerprint", b"base_fingerprint", "deadline_unix", b"deadline_unix", "id", b"id", "initial", b"initial", "modules", b"modules", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base_files", b"base_files", "base_fingerprint", b"base_fingerprint", "chat_template", b"chat_template", "deadline_unix", b"deadline_unix", "id", b"id", "initial", b"initial", "modules", b"modules", "spec", b"spec", "tokenizer", b"tokenizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_files", b"base_files", "base_fingerprint", b"base_fingerprint", "deadline_unix", b"deadline_unix", "id", b"id", "initial", b"initial", "modules", b"modules", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_files", b"base_files", "base_fingerprint", b"base_fingerprint", "chat_template", b"chat_template", "deadline_unix", b"deadline_unix", "id", b"id", "initial", b"initial", "modules", b"modules", "spec", b"spec", "tokenizer", b"tokenizer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -633,8 +768,12 @@ class JoinReply(_message.Message):
     LEASE_FIELD_NUMBER: _builtins.int
     JOB_FIELD_NUMBER: _builtins.int
     RECEIPT_FIELD_NUMBER: _builtins.int
+    JUDGEMENT_FIELD_NUMBER: _builtins.int
+    MAY_REPLACE_FIELD_NUMBER: _builtins.int
     lease: _builtins.str
     """Names this client in this job in every later call."""
+    may_replace: _builtins.bool
+    """Another contribution may be sent in place of the one that is in."""
     @_builtins.property
     def job(self) -> Global___Job:
         """What to do."""
@@ -643,16 +782,22 @@ class JoinReply(_message.Message):
     def receipt(self) -> Global___Receipt:
         """Set when this client's contribution is already in."""
 
+    @_builtins.property
+    def judgement(self) -> Global___Judgement:
+        """What was found of it, if it has been judged."""
+
     def __init__(
         self,
         *,
         lease: _builtins.str | None = ...,
         job: Global___Job | None = ...,
         receipt: Global___Receipt | None = ...,
+        judgement: Global___Judgement | None = ...,
+        may_replace: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "lease", b"lease", "receipt", b"receipt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "judgement", b"judgement", "lease", b"lease", "may_replace", b"may_replace", "receipt", b"receipt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "lease", b"lease", "receipt", b"receipt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "judgement", b"judgement", "lease", b"lease", "may_replace", b"may_replace", "receipt", b"receipt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -700,23 +845,64 @@ class HeartbeatReply(_message.Message):
 
     DIRECTIVE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    JUDGEMENT_FIELD_NUMBER: _builtins.int
     directive: Global___Directive.ValueType
     """Go on, or stop."""
     reason: _builtins.str
     """Why to stop, in a sentence."""
+    @_builtins.property
+    def judgement(self) -> Global___Judgement:
+        """Set once this client's contribution has been judged."""
+
     def __init__(
         self,
         *,
         directive: Global___Directive.ValueType | None = ...,
         reason: _builtins.str | None = ...,
+        judgement: Global___Judgement | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "reason", b"reason"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "judgement", b"judgement", "reason", b"reason"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "judgement", b"judgement", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HeartbeatReply: _TypeAlias = HeartbeatReply  # noqa: Y015
+
+@_typing.final
+class WithdrawRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_FIELD_NUMBER: _builtins.int
+    lease: _builtins.str
+    """From Join."""
+    def __init__(
+        self,
+        *,
+        lease: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WithdrawRequest: _TypeAlias = WithdrawRequest  # noqa: Y015
+
+@_typing.final
+class WithdrawReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WithdrawReply: _TypeAlias = WithdrawReply  # noqa: Y015
 
 @_typing.final
 class DownloadRequest(_message.Message):
@@ -903,8 +1089,6 @@ class Receipt(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
     RECEIVED_UNIX_FIELD_NUMBER: _builtins.int
-    ADMITTED_FIELD_NUMBER: _builtins.int
-    REASON_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """The job that was contributed to."""
     client_id: _builtins.str
@@ -915,10 +1099,6 @@ class Receipt(_message.Message):
     """Its length in bytes."""
     received_unix: _builtins.float
     """Seconds since the Unix epoch."""
-    admitted: _builtins.bool
-    """Whether it takes part in the average."""
-    reason: _builtins.str
-    """Why not, when it does not."""
     def __init__(
         self,
         *,
@@ -927,16 +1107,44 @@ class Receipt(_message.Message):
         digest: _builtins.str | None = ...,
         size: _builtins.int | None = ...,
         received_unix: _builtins.float | None = ...,
-        admitted: _builtins.bool | None = ...,
-        reason: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "client_id", b"client_id", "digest", b"digest", "job", b"job", "reason", b"reason", "received_unix", b"received_unix", "size", b"size"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "digest", b"digest", "job", b"job", "received_unix", b"received_unix", "size", b"size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "client_id", b"client_id", "digest", b"digest", "job", b"job", "reason", b"reason", "received_unix", b"received_unix", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "digest", b"digest", "job", b"job", "received_unix", b"received_unix", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Receipt: _TypeAlias = Receipt  # noqa: Y015
+
+@_typing.final
+class Judgement(_message.Message):
+    """A verdict, and where it comes from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERDICT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    BY_HAND_FIELD_NUMBER: _builtins.int
+    verdict: Global___Verdict.ValueType
+    """What holds."""
+    reason: _builtins.str
+    """Why, in a sentence; empty for a plain admission."""
+    by_hand: _builtins.bool
+    """The operator's decision, which stands above what is found."""
+    def __init__(
+        self,
+        *,
+        verdict: Global___Verdict.ValueType | None = ...,
+        reason: _builtins.str | None = ...,
+        by_hand: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["by_hand", b"by_hand", "reason", b"reason", "verdict", b"verdict"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by_hand", b"by_hand", "reason", b"reason", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Judgement: _TypeAlias = Judgement  # noqa: Y015
 
 @_typing.final
 class WatchRequest(_message.Message):
@@ -973,6 +1181,7 @@ class ClientStatus(_message.Message):
     TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     LAST_SEEN_UNIX_FIELD_NUMBER: _builtins.int
     CONTRIBUTION_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """What people call it."""
     phase: Global___Phase.ValueType
@@ -987,6 +1196,8 @@ class ClientStatus(_message.Message):
     """Training speed, in target tokens per second."""
     last_seen_unix: _builtins.float
     """Seconds since the Unix epoch."""
+    id: _builtins.str
+    """Twelve hex digits that name it to operators and in manifests, and let nobody speak for it."""
     @_builtins.property
     def machine(self) -> Global___Machine:
         """Where it trains."""
@@ -1007,10 +1218,11 @@ class ClientStatus(_message.Message):
         tokens_per_second: _builtins.float | None = ...,
         last_seen_unix: _builtins.float | None = ...,
         contribution: Global___Contribution | None = ...,
+        id: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["contribution", b"contribution", "last_seen_unix", b"last_seen_unix", "loss", b"loss", "machine", b"machine", "name", b"name", "phase", b"phase", "step", b"step", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["contribution", b"contribution", "id", b"id", "last_seen_unix", b"last_seen_unix", "loss", b"loss", "machine", b"machine", "name", b"name", "phase", b"phase", "step", b"step", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contribution", b"contribution", "last_seen_unix", b"last_seen_unix", "loss", b"loss", "machine", b"machine", "name", b"name", "phase", b"phase", "step", b"step", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contribution", b"contribution", "id", b"id", "last_seen_unix", b"last_seen_unix", "loss", b"loss", "machine", b"machine", "name", b"name", "phase", b"phase", "step", b"step", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1023,26 +1235,32 @@ class Contribution(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DECLARATION_FIELD_NUMBER: _builtins.int
-    ADMITTED_FIELD_NUMBER: _builtins.int
-    REASON_FIELD_NUMBER: _builtins.int
-    admitted: _builtins.bool
-    """Whether it takes part in the average."""
-    reason: _builtins.str
-    """Why it was quarantined."""
+    JUDGEMENT_FIELD_NUMBER: _builtins.int
+    RECEIVED_UNIX_FIELD_NUMBER: _builtins.int
+    MAY_REPLACE_FIELD_NUMBER: _builtins.int
+    received_unix: _builtins.float
+    """Seconds since the Unix epoch."""
+    may_replace: _builtins.bool
+    """Another one may be sent in its place."""
     @_builtins.property
     def declaration(self) -> Global___Declaration:
         """What it said of it."""
+
+    @_builtins.property
+    def judgement(self) -> Global___Judgement:
+        """Whether it takes part."""
 
     def __init__(
         self,
         *,
         declaration: Global___Declaration | None = ...,
-        admitted: _builtins.bool | None = ...,
-        reason: _builtins.str | None = ...,
+        judgement: Global___Judgement | None = ...,
+        received_unix: _builtins.float | None = ...,
+        may_replace: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "declaration", b"declaration", "reason", b"reason"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["declaration", b"declaration", "judgement", b"judgement", "may_replace", b"may_replace", "received_unix", b"received_unix"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "declaration", b"declaration", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["declaration", b"declaration", "judgement", b"judgement", "may_replace", b"may_replace", "received_unix", b"received_unix"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1058,10 +1276,20 @@ class Publication(_message.Message):
     ARTIFACTS_FIELD_NUMBER: _builtins.int
     FOLDER_FIELD_NUMBER: _builtins.int
     WITHHELD_FIELD_NUMBER: _builtins.int
+    AGGREGATE_FIELD_NUMBER: _builtins.int
+    CONTRIBUTIONS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    PUBLISHED_UNIX_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """1 for the first."""
     folder: _builtins.str
     """The folder on the coordinator's machine."""
+    contributions: _builtins.int
+    """How many took part."""
+    reason: _builtins.str
+    """Why it was made."""
+    published_unix: _builtins.float
+    """When it was there, in seconds since the Unix epoch."""
     @_builtins.property
     def artifacts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Artifact]:
         """`manifest.json` and everything that it lists."""
@@ -1070,6 +1298,10 @@ class Publication(_message.Message):
     def withheld(self) -> _containers.RepeatedCompositeFieldContainer[Global___Withheld]:
         """Files that failed verification, kept aside in `FOLDER.withheld`."""
 
+    @_builtins.property
+    def aggregate(self) -> Global___AggregateSpec:
+        """How the contributions were averaged."""
+
     def __init__(
         self,
         *,
@@ -1077,10 +1309,14 @@ class Publication(_message.Message):
         artifacts: _abc.Iterable[Global___Artifact] | None = ...,
         folder: _builtins.str | None = ...,
         withheld: _abc.Iterable[Global___Withheld] | None = ...,
+        aggregate: Global___AggregateSpec | None = ...,
+        contributions: _builtins.int | None = ...,
+        reason: _builtins.str | None = ...,
+        published_unix: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "folder", b"folder", "version", b"version", "withheld", b"withheld"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["aggregate", b"aggregate", "artifacts", b"artifacts", "contributions", b"contributions", "folder", b"folder", "published_unix", b"published_unix", "reason", b"reason", "version", b"version", "withheld", b"withheld"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifacts", b"artifacts", "folder", b"folder", "version", b"version", "withheld", b"withheld"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregate", b"aggregate", "artifacts", b"artifacts", "contributions", b"contributions", "folder", b"folder", "published_unix", b"published_unix", "reason", b"reason", "version", b"version", "withheld", b"withheld"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1126,6 +1362,10 @@ class JobStatus(_message.Message):
     CLIENTS_FIELD_NUMBER: _builtins.int
     PUBLICATIONS_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
+    JOINED_FIELD_NUMBER: _builtins.int
+    CONTRIBUTED_FIELD_NUMBER: _builtins.int
+    ADMITTED_FIELD_NUMBER: _builtins.int
+    TAKES_CONTRIBUTIONS_FIELD_NUMBER: _builtins.int
     state: Global___State.ValueType
     """Where it stands."""
     reason: _builtins.str
@@ -1136,13 +1376,21 @@ class JobStatus(_message.Message):
     """When it closes at the latest, in seconds since the Unix epoch."""
     stage: _builtins.str
     """What the publisher is doing, while it publishes."""
+    joined: _builtins.int
+    """How many joined."""
+    contributed: _builtins.int
+    """How many contributions are in."""
+    admitted: _builtins.int
+    """How many of them take part."""
+    takes_contributions: _builtins.bool
+    """Whether contributions are still taken."""
     @_builtins.property
     def spec(self) -> Global___JobSpec:
         """What was asked for, defaults filled in."""
 
     @_builtins.property
     def clients(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClientStatus]:
-        """Everybody who joined."""
+        """Everybody who joined; for the operator alone."""
 
     @_builtins.property
     def publications(self) -> _containers.RepeatedCompositeFieldContainer[Global___Publication]:
@@ -1159,10 +1407,14 @@ class JobStatus(_message.Message):
         clients: _abc.Iterable[Global___ClientStatus] | None = ...,
         publications: _abc.Iterable[Global___Publication] | None = ...,
         stage: _builtins.str | None = ...,
+        joined: _builtins.int | None = ...,
+        contributed: _builtins.int | None = ...,
+        admitted: _builtins.int | None = ...,
+        takes_contributions: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["clients", b"clients", "deadline_unix", b"deadline_unix", "opened_unix", b"opened_unix", "publications", b"publications", "reason", b"reason", "spec", b"spec", "stage", b"stage", "state", b"state"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "clients", b"clients", "contributed", b"contributed", "deadline_unix", b"deadline_unix", "joined", b"joined", "opened_unix", b"opened_unix", "publications", b"publications", "reason", b"reason", "spec", b"spec", "stage", b"stage", "state", b"state", "takes_contributions", b"takes_contributions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clients", b"clients", "deadline_unix", b"deadline_unix", "opened_unix", b"opened_unix", "publications", b"publications", "reason", b"reason", "spec", b"spec", "stage", b"stage", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "clients", b"clients", "contributed", b"contributed", "deadline_unix", b"deadline_unix", "joined", b"joined", "opened_unix", b"opened_unix", "publications", b"publications", "reason", b"reason", "spec", b"spec", "stage", b"stage", "state", b"state", "takes_contributions", b"takes_contributions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1229,3 +1481,124 @@ class CloseRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CloseRequest: _TypeAlias = CloseRequest  # noqa: Y015
+
+@_typing.final
+class CancelRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    """The job's name."""
+    def __init__(
+        self,
+        *,
+        job: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelRequest: _TypeAlias = CancelRequest  # noqa: Y015
+
+@_typing.final
+class DeleteRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    """The job's name."""
+    def __init__(
+        self,
+        *,
+        job: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteRequest: _TypeAlias = DeleteRequest  # noqa: Y015
+
+@_typing.final
+class DeleteReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteReply: _TypeAlias = DeleteReply  # noqa: Y015
+
+@_typing.final
+class PublishRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    AGGREGATE_FIELD_NUMBER: _builtins.int
+    ADAPTER_RANK_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    """The job's name."""
+    adapter_rank: _builtins.int
+    """Rank of the published adapter, where it differs from the job's own."""
+    reason: _builtins.str
+    """Why, for the record."""
+    @_builtins.property
+    def aggregate(self) -> Global___AggregateSpec:
+        """What differs from the job's own; what is not set stays."""
+
+    def __init__(
+        self,
+        *,
+        job: _builtins.str | None = ...,
+        aggregate: Global___AggregateSpec | None = ...,
+        adapter_rank: _builtins.int | None = ...,
+        reason: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adapter_rank", b"adapter_rank", "aggregate", b"aggregate", "job", b"job", "reason", b"reason"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_rank", b"adapter_rank", "aggregate", b"aggregate", "job", b"job", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishRequest: _TypeAlias = PublishRequest  # noqa: Y015
+
+@_typing.final
+class JudgeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    CLIENT_FIELD_NUMBER: _builtins.int
+    DECISION_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    """The job's name."""
+    client: _builtins.str
+    """The client's id, or its name where only one has it."""
+    decision: Global___Decision.ValueType
+    """What is decided."""
+    why: _builtins.str
+    """Why; goes into the manifest."""
+    def __init__(
+        self,
+        *,
+        job: _builtins.str | None = ...,
+        client: _builtins.str | None = ...,
+        decision: Global___Decision.ValueType | None = ...,
+        why: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "decision", b"decision", "job", b"job", "why", b"why"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "decision", b"decision", "job", b"job", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JudgeRequest: _TypeAlias = JudgeRequest  # noqa: Y015

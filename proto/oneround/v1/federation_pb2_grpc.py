@@ -65,6 +65,11 @@ class FederationStub:
                 request_serializer=oneround_dot_v1_dot_federation__pb2.UploadRequest.SerializeToString,
                 response_deserializer=oneround_dot_v1_dot_federation__pb2.Receipt.FromString,
                 _registered_method=True)
+        self.Withdraw = channel.unary_unary(
+                '/oneround.v1.Federation/Withdraw',
+                request_serializer=oneround_dot_v1_dot_federation__pb2.WithdrawRequest.SerializeToString,
+                response_deserializer=oneround_dot_v1_dot_federation__pb2.WithdrawReply.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/oneround.v1.Federation/Watch',
                 request_serializer=oneround_dot_v1_dot_federation__pb2.WatchRequest.SerializeToString,
@@ -118,8 +123,15 @@ class FederationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Withdraw(self, request, context):
+        """Leave a job. What is here of this client's upload is dropped; a contribution that is in takes no part any more.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Watch(self, request, context):
-        """The job's status, now and whenever it changes.
+        """The job's status without its clients, now and whenever it changes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -157,6 +169,11 @@ def add_FederationServicer_to_server(servicer, server):
                     servicer.Upload,
                     request_deserializer=oneround_dot_v1_dot_federation__pb2.UploadRequest.FromString,
                     response_serializer=oneround_dot_v1_dot_federation__pb2.Receipt.SerializeToString,
+            ),
+            'Withdraw': grpc.unary_unary_rpc_method_handler(
+                    servicer.Withdraw,
+                    request_deserializer=oneround_dot_v1_dot_federation__pb2.WithdrawRequest.FromString,
+                    response_serializer=oneround_dot_v1_dot_federation__pb2.WithdrawReply.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -338,6 +355,33 @@ class Federation:
             _registered_method=True)
 
     @staticmethod
+    def Withdraw(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/oneround.v1.Federation/Withdraw',
+            oneround_dot_v1_dot_federation__pb2.WithdrawRequest.SerializeToString,
+            oneround_dot_v1_dot_federation__pb2.WithdrawReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Watch(request,
             target,
             options=(),
@@ -390,6 +434,26 @@ class AdminStub:
                 request_serializer=oneround_dot_v1_dot_federation__pb2.CloseRequest.SerializeToString,
                 response_deserializer=oneround_dot_v1_dot_federation__pb2.JobStatus.FromString,
                 _registered_method=True)
+        self.Cancel = channel.unary_unary(
+                '/oneround.v1.Admin/Cancel',
+                request_serializer=oneround_dot_v1_dot_federation__pb2.CancelRequest.SerializeToString,
+                response_deserializer=oneround_dot_v1_dot_federation__pb2.JobStatus.FromString,
+                _registered_method=True)
+        self.Delete = channel.unary_unary(
+                '/oneround.v1.Admin/Delete',
+                request_serializer=oneround_dot_v1_dot_federation__pb2.DeleteRequest.SerializeToString,
+                response_deserializer=oneround_dot_v1_dot_federation__pb2.DeleteReply.FromString,
+                _registered_method=True)
+        self.Publish = channel.unary_unary(
+                '/oneround.v1.Admin/Publish',
+                request_serializer=oneround_dot_v1_dot_federation__pb2.PublishRequest.SerializeToString,
+                response_deserializer=oneround_dot_v1_dot_federation__pb2.JobStatus.FromString,
+                _registered_method=True)
+        self.Judge = channel.unary_unary(
+                '/oneround.v1.Admin/Judge',
+                request_serializer=oneround_dot_v1_dot_federation__pb2.JudgeRequest.SerializeToString,
+                response_deserializer=oneround_dot_v1_dot_federation__pb2.JobStatus.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -411,7 +475,35 @@ class AdminServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Close(self, request, context):
-        """Close a round by hand; what is admitted is aggregated and published.
+        """Close a round by hand; what is admitted is aggregated and published, and nothing more is taken.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Cancel(self, request, context):
+        """End a round without a publication. What came in is kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Delete(self, request, context):
+        """Forget a job that is not at work: its contributions, its publications and all of its files.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Publish(self, request, context):
+        """Make a new version from the contributions that are here, by the job's method or another.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Judge(self, request, context):
+        """Judge one contribution by hand: it takes part, or not, whatever was found; or let its client send another.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -433,6 +525,26 @@ def add_AdminServicer_to_server(servicer, server):
             'Close': grpc.unary_unary_rpc_method_handler(
                     servicer.Close,
                     request_deserializer=oneround_dot_v1_dot_federation__pb2.CloseRequest.FromString,
+                    response_serializer=oneround_dot_v1_dot_federation__pb2.JobStatus.SerializeToString,
+            ),
+            'Cancel': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cancel,
+                    request_deserializer=oneround_dot_v1_dot_federation__pb2.CancelRequest.FromString,
+                    response_serializer=oneround_dot_v1_dot_federation__pb2.JobStatus.SerializeToString,
+            ),
+            'Delete': grpc.unary_unary_rpc_method_handler(
+                    servicer.Delete,
+                    request_deserializer=oneround_dot_v1_dot_federation__pb2.DeleteRequest.FromString,
+                    response_serializer=oneround_dot_v1_dot_federation__pb2.DeleteReply.SerializeToString,
+            ),
+            'Publish': grpc.unary_unary_rpc_method_handler(
+                    servicer.Publish,
+                    request_deserializer=oneround_dot_v1_dot_federation__pb2.PublishRequest.FromString,
+                    response_serializer=oneround_dot_v1_dot_federation__pb2.JobStatus.SerializeToString,
+            ),
+            'Judge': grpc.unary_unary_rpc_method_handler(
+                    servicer.Judge,
+                    request_deserializer=oneround_dot_v1_dot_federation__pb2.JudgeRequest.FromString,
                     response_serializer=oneround_dot_v1_dot_federation__pb2.JobStatus.SerializeToString,
             ),
     }
@@ -517,6 +629,114 @@ class Admin:
             target,
             '/oneround.v1.Admin/Close',
             oneround_dot_v1_dot_federation__pb2.CloseRequest.SerializeToString,
+            oneround_dot_v1_dot_federation__pb2.JobStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cancel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/oneround.v1.Admin/Cancel',
+            oneround_dot_v1_dot_federation__pb2.CancelRequest.SerializeToString,
+            oneround_dot_v1_dot_federation__pb2.JobStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Delete(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/oneround.v1.Admin/Delete',
+            oneround_dot_v1_dot_federation__pb2.DeleteRequest.SerializeToString,
+            oneround_dot_v1_dot_federation__pb2.DeleteReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Publish(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/oneround.v1.Admin/Publish',
+            oneround_dot_v1_dot_federation__pb2.PublishRequest.SerializeToString,
+            oneround_dot_v1_dot_federation__pb2.JobStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Judge(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/oneround.v1.Admin/Judge',
+            oneround_dot_v1_dot_federation__pb2.JudgeRequest.SerializeToString,
             oneround_dot_v1_dot_federation__pb2.JobStatus.FromString,
             options,
             channel_credentials,

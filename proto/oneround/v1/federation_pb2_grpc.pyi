@@ -49,8 +49,10 @@ class FederationStub:
     """Declare the one contribution. Idempotent: returns how much of it the coordinator already holds."""
     Upload: _grpc.StreamUnaryMultiCallable[_federation_pb2.UploadRequest, _federation_pb2.Receipt]
     """Send the contribution from the committed offset. The receipt means: synced, digest checked, row committed."""
+    Withdraw: _grpc.UnaryUnaryMultiCallable[_federation_pb2.WithdrawRequest, _federation_pb2.WithdrawReply]
+    """Leave a job. What is here of this client's upload is dropped; a contribution that is in takes no part any more."""
     Watch: _grpc.UnaryStreamMultiCallable[_federation_pb2.WatchRequest, _federation_pb2.JobStatus]
-    """The job's status, now and whenever it changes."""
+    """The job's status without its clients, now and whenever it changes."""
 
 @_typing.type_check_only
 class FederationAsyncStub(FederationStub):
@@ -69,8 +71,10 @@ class FederationAsyncStub(FederationStub):
     """Declare the one contribution. Idempotent: returns how much of it the coordinator already holds."""
     Upload: _aio.StreamUnaryMultiCallable[_federation_pb2.UploadRequest, _federation_pb2.Receipt]  # type: ignore[assignment]
     """Send the contribution from the committed offset. The receipt means: synced, digest checked, row committed."""
+    Withdraw: _aio.UnaryUnaryMultiCallable[_federation_pb2.WithdrawRequest, _federation_pb2.WithdrawReply]  # type: ignore[assignment]
+    """Leave a job. What is here of this client's upload is dropped; a contribution that is in takes no part any more."""
     Watch: _aio.UnaryStreamMultiCallable[_federation_pb2.WatchRequest, _federation_pb2.JobStatus]  # type: ignore[assignment]
-    """The job's status, now and whenever it changes."""
+    """The job's status without its clients, now and whenever it changes."""
 
 class FederationServicer(metaclass=_abc_1.ABCMeta):
     """What a coordinator offers to clients."""
@@ -124,12 +128,20 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
         """Send the contribution from the committed offset. The receipt means: synced, digest checked, row committed."""
 
     @_abc_1.abstractmethod
+    def Withdraw(
+        self,
+        request: _federation_pb2.WithdrawRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.WithdrawReply, _abc.Awaitable[_federation_pb2.WithdrawReply]]:
+        """Leave a job. What is here of this client's upload is dropped; a contribution that is in takes no part any more."""
+
+    @_abc_1.abstractmethod
     def Watch(
         self,
         request: _federation_pb2.WatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_federation_pb2.JobStatus], _abc.AsyncIterator[_federation_pb2.JobStatus]]:
-        """The job's status, now and whenever it changes."""
+        """The job's status without its clients, now and whenever it changes."""
 
 def add_FederationServicer_to_server(servicer: FederationServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
@@ -145,7 +157,15 @@ class AdminStub:
     Show: _grpc.UnaryUnaryMultiCallable[_federation_pb2.ShowRequest, _federation_pb2.JobStatus]
     """All that is known of one job."""
     Close: _grpc.UnaryUnaryMultiCallable[_federation_pb2.CloseRequest, _federation_pb2.JobStatus]
-    """Close a round by hand; what is admitted is aggregated and published."""
+    """Close a round by hand; what is admitted is aggregated and published, and nothing more is taken."""
+    Cancel: _grpc.UnaryUnaryMultiCallable[_federation_pb2.CancelRequest, _federation_pb2.JobStatus]
+    """End a round without a publication. What came in is kept."""
+    Delete: _grpc.UnaryUnaryMultiCallable[_federation_pb2.DeleteRequest, _federation_pb2.DeleteReply]
+    """Forget a job that is not at work: its contributions, its publications and all of its files."""
+    Publish: _grpc.UnaryUnaryMultiCallable[_federation_pb2.PublishRequest, _federation_pb2.JobStatus]
+    """Make a new version from the contributions that are here, by the job's method or another."""
+    Judge: _grpc.UnaryUnaryMultiCallable[_federation_pb2.JudgeRequest, _federation_pb2.JobStatus]
+    """Judge one contribution by hand: it takes part, or not, whatever was found; or let its client send another."""
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
@@ -157,7 +177,15 @@ class AdminAsyncStub(AdminStub):
     Show: _aio.UnaryUnaryMultiCallable[_federation_pb2.ShowRequest, _federation_pb2.JobStatus]  # type: ignore[assignment]
     """All that is known of one job."""
     Close: _aio.UnaryUnaryMultiCallable[_federation_pb2.CloseRequest, _federation_pb2.JobStatus]  # type: ignore[assignment]
-    """Close a round by hand; what is admitted is aggregated and published."""
+    """Close a round by hand; what is admitted is aggregated and published, and nothing more is taken."""
+    Cancel: _aio.UnaryUnaryMultiCallable[_federation_pb2.CancelRequest, _federation_pb2.JobStatus]  # type: ignore[assignment]
+    """End a round without a publication. What came in is kept."""
+    Delete: _aio.UnaryUnaryMultiCallable[_federation_pb2.DeleteRequest, _federation_pb2.DeleteReply]  # type: ignore[assignment]
+    """Forget a job that is not at work: its contributions, its publications and all of its files."""
+    Publish: _aio.UnaryUnaryMultiCallable[_federation_pb2.PublishRequest, _federation_pb2.JobStatus]  # type: ignore[assignment]
+    """Make a new version from the contributions that are here, by the job's method or another."""
+    Judge: _aio.UnaryUnaryMultiCallable[_federation_pb2.JudgeRequest, _federation_pb2.JobStatus]  # type: ignore[assignment]
+    """Judge one contribution by hand: it takes part, or not, whatever was found; or let its client send another."""
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     """What a coordinator offers to its operator. Every call carries the admin token as `authorization: Bearer TOKEN`."""
@@ -184,6 +212,38 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         request: _federation_pb2.CloseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_federation_pb2.JobStatus, _abc.Awaitable[_federation_pb2.JobStatus]]:
-        """Close a round by hand; what is admitted is aggregated and published."""
+        """Close a round by hand; what is admitted is aggregated and published, and nothing more is taken."""
+
+    @_abc_1.abstractmethod
+    def Cancel(
+        self,
+        request: _federation_pb2.CancelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.JobStatus, _abc.Awaitable[_federation_pb2.JobStatus]]:
+        """End a round without a publication. What came in is kept."""
+
+    @_abc_1.abstractmethod
+    def Delete(
+        self,
+        request: _federation_pb2.DeleteRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.DeleteReply, _abc.Awaitable[_federation_pb2.DeleteReply]]:
+        """Forget a job that is not at work: its contributions, its publications and all of its files."""
+
+    @_abc_1.abstractmethod
+    def Publish(
+        self,
+        request: _federation_pb2.PublishRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.JobStatus, _abc.Awaitable[_federation_pb2.JobStatus]]:
+        """Make a new version from the contributions that are here, by the job's method or another."""
+
+    @_abc_1.abstractmethod
+    def Judge(
+        self,
+        request: _federation_pb2.JudgeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.JobStatus, _abc.Awaitable[_federation_pb2.JobStatus]]:
+        """Judge one contribution by hand: it takes part, or not, whatever was found; or let its client send another."""
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
