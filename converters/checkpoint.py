@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 from converters import settings, tensors
@@ -110,3 +112,27 @@ def parts(index: Path, wrong: type[BadModel] | type[BadAdapter]) -> list[Path]:
         shown = ", ".join(missing[:3])
         raise wrong(f"{index.parent}: {len(missing)} of {len(names)} weight files are missing: {shown}")
     return [index.with_name(name) for name in sorted(names)]
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """SHA-256 of the tokenizer's file, in hex; empty where there is none."""
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+    return ""
+
+
+def chat_template_digest(folder: Path) -> str:
+    """SHA-256 of the chat template, in hex, in whichever file it is; empty where there is none. In transformers' order:
+    chat_template.jinja, chat_template.json, tokenizer_config.json."""
+    template: object = None
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text("utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if template is None and (folder / name).is_file():
+            template = json.loads((folder / name).read_text("utf-8")).get("chat_template")
+    if not template:
+        return ""
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -3,7 +3,11 @@
     OneroundError            base of all; str() is a sentence for the person, `hint` the command to run next
     ├── UsageError           exit 2   the command line or the job file asks for something that is not there
     ├── Refused              exit 3   the other side understood and said no
+    │   ├── NotFound                  what it was asked for is not there
+    │   ├── Denied                    this is not for whoever asks
+    │   └── Conflict                  something else is there already
     ├── Unreachable          exit 4   no coordinator answers
+    │   └── Interrupted               an exchange broke off; it can be taken up again
     ├── BadData              exit 5   a file from a user or from the wire is not what it says it is
     │   ├── BadAdapter                an adapter that cannot be represented, or is not sound
     │   │   └── LayoutMismatch        adapters or models that do not fit each other
@@ -37,9 +41,25 @@ class Refused(OneroundError):
     status = "FAILED_PRECONDITION"
 
 
+class NotFound(Refused):
+    status = "NOT_FOUND"
+
+
+class Denied(Refused):
+    status = "PERMISSION_DENIED"
+
+
+class Conflict(Refused):
+    status = "ALREADY_EXISTS"
+
+
 class Unreachable(OneroundError):
     exit_code = 4
     status = "UNAVAILABLE"
+
+
+class Interrupted(Unreachable):
+    status = "ABORTED"
 
 
 class BadData(OneroundError):

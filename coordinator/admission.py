@@ -1,28 +1,63 @@
-"""Whether an uploaded adapter may take part. Bytes from a stranger: nothing is taken on trust."""
+"""Whether an uploaded adapter may take part, looked at by itself. Bytes from a stranger: nothing is taken on trust.
+
+Runs in a process of its own (examiner.py). What only the cohort can tell is in cohort.py.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
-from converters import adapter
-from converters.adapter import Shape
+import numpy as np
+
+from converters import adapter, tensors
+from converters.adapter import WIRE_DTYPES, Shape
 from converters.errors import BadData
 from oneround.v1 import federation_pb2 as pb
 
+_MIXED_RANKS = ("exact",)  # methods that take any ranks
 
-def verdict(file: Path, declaration: pb.Declaration, job: pb.Job) -> str:
-    """Why this contribution is quarantined; empty when it is admitted."""
+
+def unsound(file: Path, declaration: pb.Declaration, job: pb.Job) -> str:
+    """Why this contribution cannot take part; empty when it can.
+
+    Module names, shapes, ranks, dtype, finiteness, what it was trained over, and the declared numbers.
+    """
     try:
         uploaded = adapter.read(file)
         adapter.check(uploaded, {module.name: Shape(module.out_features, module.in_features) for module in job.modules})
+        views, _ = tensors.read(file)
     except BadData as error:
         return str(error).replace(str(file), "the upload")
-    for name, rank in uploaded.ranks.items():
-        if rank != job.spec.lora.rank:
-            return f"{name} has rank {rank}, the job asks for {job.spec.lora.rank}"
-    base = uploaded.metadata.get("base")
+    rank = job.spec.lora.rank
+    for name, found in uploaded.ranks.items():
+        if found > rank or (found < rank and job.spec.aggregate.method not in _MIXED_RANKS):
+            return f"{name} has rank {found}, the job asks for {rank}"
+    dtype = WIRE_DTYPES[job.spec.upload.dtype]
+    for name, tensor in views.items():
+        if np.dtype(tensor.dtype) != dtype:
+            return f"{name} is in {tensor.dtype}, the job asks for {job.spec.upload.dtype}"
+    return _trained_elsewhere(uploaded.metadata, job) or _absurd(declaration, job.spec)
+
+
+def _trained_elsewhere(said: Mapping[str, str], job: pb.Job) -> str:
+    base = said.get("base")
     if base != job.base_fingerprint:
         return f"trained over base {base}, the job's base is {job.base_fingerprint}"
-    if declaration.num_examples < 1:
+    for what, expected in (("tokenizer", job.tokenizer), ("chat_template", job.chat_template)):
+        if expected and said.get(what) != expected:
+            words = what.replace("_", " ")
+            return f"trained with another {words}: {said.get(what) or 'it names none'}, the job's is {expected}"
+    return ""
+
+
+def _absurd(declaration: pb.Declaration, spec: pb.JobSpec) -> str:
+    examples, most = declaration.num_examples, spec.admission.max_num_examples
+    if examples < 1:
         return "it declares no training examples"
+    if examples > most:
+        return f"it declares {examples} training examples; the job takes at most {most} of one client"
+    if spec.train.epochs >= 1 and declaration.steps and examples > declaration.steps * spec.train.batch_size:
+        seen = declaration.steps * spec.train.batch_size
+        return f"it declares {examples} training examples, and its {declaration.steps} steps have room for {seen}"
     return ""

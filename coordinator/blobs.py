@@ -2,70 +2,103 @@
 
 A blob is in place whole and synced, or not at all. A partial upload is a file whose length is the committed offset;
 its digest is checked over all of its bytes at the end, so a tail that a power cut damaged is found and sent again.
+
+Blobs go through fsspec, so that a bucket that several machines share can take the place of the folder: `url` says where
+they are. Uploads grow on this machine's disk either way.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import threading
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
 from converters import tensors
-from converters.errors import BadData
 from oneround import stream
 
 
 class Blobs:
-    """A folder of blobs, and a folder of partial uploads beside it."""
+    """Blobs, and a folder of partial uploads."""
 
-    def __init__(self, folder: Path) -> None:
-        self._blobs = folder / "blobs"
-        self._uploads = folder / "uploads"
-        for made in (self._blobs, self._uploads):
-            made.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, url: str = "") -> None:
+        self._fs, self._root = fsspec.core.url_to_fs(url or str(folder / "blobs"))
+        self._local = isinstance(self._fs, LocalFileSystem)
+        self._fetched = folder / "fetched"  # copies of blobs that are elsewhere
+        self.uploads = folder / "uploads"
+        # Held while a blob gets its place and its row, and while blobs without a row are dropped.
+        self.changing = threading.RLock()
+        self._fs.makedirs(self._root, exist_ok=True)
+        self.uploads.mkdir(parents=True, exist_ok=True)
 
     def path(self, digest: str) -> Path:
+        """A blob as a file on this machine, which nobody changes."""
         assert stream.is_digest(digest), "checked where it came in"
-        return self._blobs / digest
+        if self._local:
+            return Path(self._root) / digest
+        copy = self._fetched / digest
+        if not copy.exists():
+            self._fetched.mkdir(exist_ok=True)
+            partial = copy.with_suffix(".partial")
+            self._fs.get_file(f"{self._root}/{digest}", str(partial))
+            partial.replace(copy)
+        return copy
+
+    def put(self, file: Path, digest: str) -> None:
+        """Give a synced file its place among the blobs; the file stays where it is."""
+        assert stream.is_digest(digest), "checked where it came in"
+        if self._local:
+            with suppress(FileExistsError):
+                os.link(file, Path(self._root) / digest)
+            tensors.sync_folder(Path(self._root))
+        elif not self._fs.exists(f"{self._root}/{digest}"):
+            self._fs.put_file(str(file), f"{self._root}/{digest}.partial")
+            self._fs.mv(f"{self._root}/{digest}.partial", f"{self._root}/{digest}")
+
+    def adopt(self, file: Path) -> str:
+        """Move a finished, synced file in under its digest; returns the digest."""
+        digest = stream.digest(file)
+        self.put(file, digest)
+        file.unlink()
+        return digest
 
     def partial(self, job: str, client_id: str) -> Path:
         """Where a client's upload grows. Job names and client ids are checked where they come in."""
-        return self._uploads / f"{job}.{client_id}"
+        return self.uploads / f"{job}.{client_id}"
 
     def committed(self, partial: Path) -> int:
         """How many bytes of an upload are here."""
         return partial.stat().st_size if partial.exists() else 0
 
-    def adopt(self, file: Path) -> str:
-        """Move a finished, synced file in under its digest; returns the digest."""
-        digest = stream.digest(file)
-        file.replace(self.path(digest))
-        tensors.sync_folder(self._blobs)
-        return digest
-
-    def commit(self, partial: Path, digest: str) -> Path:
-        """Sync a complete upload, check its digest, and give it its place; the partial file stays until `discard`.
-
-        So if the process dies before the contribution's row is committed, the whole upload is still there.
-
-        Raises:
-            BadData: the bytes are not those that were declared; they are dropped.
-        """
-        with partial.open("rb+") as file:
-            tensors.sync(file)
-        found = stream.digest(partial)
-        if found != digest:
-            partial.unlink()
-            raise BadData(
-                f"the upload's SHA-256 is {found}, and {digest} was declared; what came in was dropped",
-                hint="edge-client join again, which sends it from the start",
-            )
-        blob = self.path(digest)
-        with suppress(FileExistsError):
-            os.link(partial, blob)
-        tensors.sync_folder(self._blobs)
-        return blob
-
     def discard(self, partial: Path) -> None:
         """Drop a partial upload that is committed, or that another one replaces."""
         partial.unlink(missing_ok=True)
+
+    def drop(self, digests: Iterable[str]) -> None:
+        """Drop blobs that no row stands for."""
+        for digest in digests:
+            with suppress(FileNotFoundError):
+                self._fs.rm_file(f"{self._root}/{digest}")
+
+    def discard_all(self, job: str) -> None:
+        """Drop every partial upload of a job."""
+        for upload in self.uploads.glob(f"{job}.*"):
+            if len(upload.name) == len(job) + 33:
+                upload.unlink(missing_ok=True)
+
+    def sweep(self, digests: Collection[str], uploads: Collection[Path]) -> list[str]:
+        """Drop every blob and every upload that nothing stands for, before anything else is at work; returns names."""
+        found = [entry.rsplit("/", 1)[-1] for entry in self._fs.ls(self._root, detail=False)]
+        orphans = [name for name in found if name not in digests]
+        self.drop(orphans)
+        for upload in self.uploads.iterdir():
+            if upload not in uploads:
+                upload.unlink()
+                orphans.append(upload.name)
+        shutil.rmtree(self._fetched, ignore_errors=True)
+        return orphans

@@ -6,8 +6,11 @@ import asyncio
 import ipaddress
 import json
 import logging
+import resource
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -16,12 +19,15 @@ import structlog
 import typer
 from google.protobuf import json_format
 from google.protobuf.message import Message
+from grpc_health.v1 import health as health_servicer
 from rich.console import Console
 
 from converters import command
-from converters.errors import NotEnough, UsageError
+from converters.errors import NotEnough, Unreachable, UsageError
+from coordinator import backup as backups
 from coordinator import control, identity, server, tables
 from coordinator import job as jobs_
+from coordinator import metrics as metering
 from coordinator.daemon import Daemon
 from oneround import tls
 from oneround.v1 import federation_pb2 as pb
@@ -39,6 +45,11 @@ out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() el
 _DEFAULT_STATE = Path(platformdirs.user_data_dir("oneround")) / "coordinator"
 State = Annotated[Path, typer.Option("--state", help="The daemon's folder.", show_default="the user's data folder")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, for scripts.")]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="The job's name.")]
+ClientName = Annotated[str, typer.Argument(metavar="CLIENT", help="The client's name, or its id from `show`.")]
+Why = Annotated[str, typer.Option("--why", help="For the record; goes into the manifest.")]
+Database = Annotated[str, typer.Option("--database", help="SQLAlchemy URL; SQLite in the state folder if empty.")]
+BlobsUrl = Annotated[str, typer.Option("--blobs", help="fsspec URL for contributions; the state folder if empty.")]
 DRAIN_SECONDS = 10.0
 
 
@@ -47,13 +58,18 @@ def serve(
     listen: Annotated[str, typer.Option(help="HOST:PORT to listen on; port 0 takes a free one.")] = "0.0.0.0:50051",
     state: State = _DEFAULT_STATE,
     job: Annotated[list[Path] | None, typer.Option(help="A job file to open at once; may be repeated.")] = None,
-    database: Annotated[str, typer.Option(help="SQLAlchemy URL; SQLite in the state folder if empty.")] = "",
+    database: Database = "",
+    blobs: BlobsUrl = "",
+    metrics: Annotated[str, typer.Option(help="HOST:PORT to serve Prometheus metrics on; none if empty.")] = "",
+    reflection: Annotated[bool, typer.Option("--reflection", help="Let grpcurl and such list the services.")] = False,
     insecure: Annotated[bool, typer.Option("--insecure", help="No TLS; only on loopback addresses.")] = False,
 ) -> None:
     """Run the daemon until it is told to stop (Ctrl-C or SIGTERM); it drains, and starts again where it was."""
     if insecure and not _is_loopback(listen):
         raise UsageError(f"--insecure is for loopback, and {listen} is not", hint="leave --insecure out")
-    _check_address(listen)
+    _check_address(listen, "--listen HOST:PORT, as 0.0.0.0:50051")
+    if metrics:
+        _check_address(metrics, "--metrics HOST:PORT, as 127.0.0.1:9464")
     specs = [jobs_.read(file) for file in job or []]
     try:
         state.mkdir(parents=True, exist_ok=True)
@@ -61,15 +77,25 @@ def serve(
     except OSError as error:
         raise NotEnough(f"cannot write to {state}: {error.strerror}", hint="coordinator serve --state DIR") from error
     _log_to_stderr()
+    _open_many_files()
     with command.only_one(state, "coordinator"):
-        asyncio.run(_serve(listen, state.resolve(), specs, database, who, insecure))
+        daemon = Daemon(state.resolve(), database, blobs=blobs)
+        with _metrics(daemon, metrics):
+            asyncio.run(_serve(daemon, listen, state.resolve(), specs, who, insecure=insecure, reflect=reflection))
 
 
 async def _serve(
-    listen: str, state: Path, specs: list[pb.JobSpec], database: str, who: identity.Identity, insecure: bool
+    daemon: Daemon,
+    listen: str,
+    state: Path,
+    specs: list[pb.JobSpec],
+    who: identity.Identity,
+    *,
+    insecure: bool,
+    reflect: bool,
 ) -> None:
-    daemon = Daemon(state, database)
-    grpc_server, address = server.create(daemon, who, listen, insecure=insecure)
+    healthy = health_servicer.aio.HealthServicer()
+    grpc_server, address = server.create(daemon, who, listen, insecure=insecure, healthy=healthy, reflect=reflect)
     statuses = [await daemon.submit(spec) for spec in specs]  # can take minutes; an interrupt just ends it
     stop = asyncio.Event()
     for wanted in (signal.SIGINT, signal.SIGTERM):
@@ -89,6 +115,7 @@ async def _serve(
     await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if running.done():
         await running  # a fault of ours; let it be seen
+    await healthy.enter_graceful_shutdown()
     await grpc_server.stop(grace=DRAIN_SECONDS)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
@@ -125,7 +152,7 @@ def jobs(state: State = _DEFAULT_STATE, as_json: Json = False) -> None:
 
 @app.command(epilog="Example: coordinator show clinic-notes")
 def show(
-    job: Annotated[str, typer.Argument(help="The job's name.")],
+    job: JobName,
     state: State = _DEFAULT_STATE,
     as_json: Json = False,
 ) -> None:
@@ -135,12 +162,159 @@ def show(
 
 @app.command(epilog="Example: coordinator close clinic-notes")
 def close(
-    job: Annotated[str, typer.Argument(help="The job's name.")],
+    job: JobName,
     state: State = _DEFAULT_STATE,
     as_json: Json = False,
 ) -> None:
     """Close a round now and publish what is in, below the quorum too; after a failure, publish again."""
     _show(asyncio.run(control.close(state, job)), as_json)
+
+
+@app.command(epilog="Example: coordinator publish clinic-notes --method fedavg")
+def publish(
+    job: JobName,
+    method: Annotated[str, typer.Option(help="How to average; the job's own if empty.")] = "",
+    server_learning_rate: Annotated[float, typer.Option(help="Multiplies the mean; 0: the job's own.")] = 0.0,
+    adapter_rank: Annotated[int, typer.Option(help="Rank of the published adapter; -1: the job's own.")] = -1,
+    why: Annotated[str, typer.Option(help="For the record; goes into the manifest.")] = "",
+    state: State = _DEFAULT_STATE,
+    as_json: Json = False,
+) -> None:
+    """Make a new version of what is in, by the job's method or another. Nobody trains again; old versions stay."""
+    request = pb.PublishRequest(job=job, reason=why)
+    if method:
+        request.aggregate.method = method
+    if server_learning_rate:
+        request.aggregate.server_learning_rate = server_learning_rate
+    if adapter_rank >= 0:
+        request.adapter_rank = adapter_rank
+    _show(asyncio.run(control.publish(state, request)), as_json)
+
+
+@app.command(epilog="Example: coordinator exclude clinic-notes ward-3 --why 'wrong folder'")
+def exclude(
+    job: JobName, client: ClientName, why: Why = "", state: State = _DEFAULT_STATE, as_json: Json = False
+) -> None:
+    """Take a contribution out; what is published already gets a new version without it."""
+    _decide(job, client, pb.DECISION_EXCLUDE, why, state, as_json)
+
+
+@app.command(epilog="Example: coordinator admit clinic-notes ward-3 --why 'a large ward'")
+def admit(
+    job: JobName, client: ClientName, why: Why = "", state: State = _DEFAULT_STATE, as_json: Json = False
+) -> None:
+    """Let a contribution take part that was quarantined or excluded."""
+    _decide(job, client, pb.DECISION_ADMIT, why, state, as_json)
+
+
+@app.command(epilog="Example: coordinator replace clinic-notes ward-3")
+def replace(
+    job: JobName, client: ClientName, why: Why = "", state: State = _DEFAULT_STATE, as_json: Json = False
+) -> None:
+    """Let a client send another contribution in place of the one that is in: `edge-client join --again`, over there."""
+    _decide(job, client, pb.DECISION_LET_REPLACE, why, state, as_json)
+
+
+@app.command(epilog="Example: coordinator cancel clinic-notes")
+def cancel(job: JobName, state: State = _DEFAULT_STATE, as_json: Json = False) -> None:
+    """End a round without a publication. What came in is kept until the job is deleted."""
+    _show(asyncio.run(control.cancel(state, job)), as_json)
+
+
+@app.command(epilog="Example: coordinator delete clinic-notes --yes")
+def delete(
+    job: JobName,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    state: State = _DEFAULT_STATE,
+) -> None:
+    """Forget a job that is over: its contributions, its publications and all of their files."""
+    if not yes:
+        typer.confirm(f"Delete {job}, with every contribution and publication of it?", abort=True)
+    asyncio.run(control.delete(state, job))
+    out.print(f"Deleted {job}.", markup=False)
+
+
+@app.command(epilog="Example: coordinator diff clinic-notes 1 2")
+def diff(
+    job: JobName,
+    old: Annotated[int, typer.Argument(help="A version's number.")],
+    new: Annotated[int, typer.Argument(help="Another one's.")],
+    state: State = _DEFAULT_STATE,
+    as_json: Json = False,
+) -> None:
+    """What differs between two versions: who took part, how it was averaged, how far the adapter moved, its scores."""
+    from coordinator import diff as diffs
+
+    status = asyncio.run(control.show(state, job))
+    folders = {publication.version: Path(publication.folder) for publication in status.publications}
+    for version in (old, new):
+        if version not in folders:
+            raise UsageError(f"{job} has no version {version}", hint=f"coordinator show {job}")
+    found = diffs.compare(folders[old], folders[new])
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        out.print(diffs.table(found))
+
+
+@app.command(epilog="Example: coordinator backup /mnt/disk/oneround")
+def backup(
+    folder: Annotated[Path, typer.Argument(help="A folder; the same one again takes only what is new.")],
+    state: State = _DEFAULT_STATE,
+    database: Database = "",
+    blobs: BlobsUrl = "",
+) -> None:
+    """Copy everything that is known to a folder, while the daemon runs. Keep it as safe as the daemon's own."""
+    done = backups.backup(state.resolve(), folder, database, blobs)
+    out.print(
+        f"Backed up {done.jobs} jobs, {done.files} new files, {tables.size(done.bytes)}, to {folder}.", markup=False
+    )
+
+
+@app.command(epilog="Example: coordinator restore /mnt/disk/oneround --state NEW-FOLDER")
+def restore(
+    folder: Annotated[Path, typer.Argument(help="What `coordinator backup` wrote.")],
+    state: State = _DEFAULT_STATE,
+    database: Database = "",
+    blobs: BlobsUrl = "",
+) -> None:
+    """Bring a backup back, into a state folder that is empty; every contribution's digest is checked."""
+    done = backups.restore(folder, state, database, blobs)
+    out.print(f"Restored {done.jobs} jobs, {done.files} files, {tables.size(done.bytes)}.", markup=False)
+    out.print(f"Start it:  coordinator serve --state {state}", markup=False)
+
+
+@app.command(epilog="Example: coordinator health")
+def health(state: State = _DEFAULT_STATE) -> None:
+    """Whether the daemon on this machine serves: exit code 0, or 4."""
+    if not asyncio.run(control.healthy(state)):
+        raise Unreachable("the coordinator is shutting down")
+    out.print("serving")
+
+
+def _decide(job: str, client: str, decision: pb.Decision.ValueType, why: str, state: Path, as_json: bool) -> None:
+    request = pb.JudgeRequest(job=job, client=client, decision=decision, why=why)
+    _show(asyncio.run(control.judge(state, request)), as_json)
+
+
+@contextmanager
+def _metrics(daemon: Daemon, address: str) -> Iterator[None]:
+    if not address:
+        yield
+        return
+    host, _, port = address.rpartition(":")
+    with metering.served(host.strip("[]"), int(port), metering.Jobs(daemon.every)) as bound:
+        out.print(f"Metrics on http://{host}:{bound}/metrics", markup=False)
+        yield
+
+
+def _open_many_files() -> None:
+    """As many as the system lets us: every client is a socket, and macOS begins with 256."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft < wanted:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _show(status: pb.JobStatus, as_json: bool) -> None:
@@ -165,10 +339,10 @@ def _is_loopback(listen: str) -> bool:
         return False
 
 
-def _check_address(listen: str) -> None:
+def _check_address(listen: str, hint: str) -> None:
     host, _, port = listen.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
-        raise UsageError(f"{listen} is not an address", hint="--listen HOST:PORT, as 0.0.0.0:50051")
+        raise UsageError(f"{listen} is not an address", hint=hint)
 
 
 def _log_to_stderr() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from converters import tensors
 from converters.errors import OneroundError, Unreachable, from_status
@@ -52,13 +54,53 @@ async def submit(state: Path, spec: pb.JobSpec) -> pb.JobStatus:
 
 
 async def show(state: Path, name: str) -> pb.JobStatus:
-    async with channel(state) as (opened, metadata):
-        return await rpc.AdminStub(opened).Show(pb.ShowRequest(job=name), metadata=metadata, timeout=_TIMEOUT)
+    async with _admin(state) as call:
+        status: pb.JobStatus = await call("Show", pb.ShowRequest(job=name))
+        return status
 
 
 async def close(state: Path, name: str) -> pb.JobStatus:
+    async with _admin(state) as call:
+        status: pb.JobStatus = await call("Close", pb.CloseRequest(job=name))
+        return status
+
+
+async def cancel(state: Path, name: str) -> pb.JobStatus:
+    async with _admin(state) as call:
+        status: pb.JobStatus = await call("Cancel", pb.CancelRequest(job=name))
+        return status
+
+
+async def delete(state: Path, name: str) -> None:
+    async with _admin(state) as call:
+        await call("Delete", pb.DeleteRequest(job=name))
+
+
+async def publish(state: Path, request: pb.PublishRequest) -> pb.JobStatus:
+    async with _admin(state) as call:
+        status: pb.JobStatus = await call("Publish", request)
+        return status
+
+
+async def judge(state: Path, request: pb.JudgeRequest) -> pb.JobStatus:
+    async with _admin(state) as call:
+        status: pb.JobStatus = await call("Judge", request)
+        return status
+
+
+@asynccontextmanager
+async def _admin(state: Path) -> AsyncIterator[Callable[[str, Message], Awaitable[Any]]]:
     async with channel(state) as (opened, metadata):
-        return await rpc.AdminStub(opened).Close(pb.CloseRequest(job=name), metadata=metadata, timeout=_TIMEOUT)
+        stub = rpc.AdminStub(opened)
+        yield lambda method, request: getattr(stub, method)(request, metadata=metadata, timeout=_TIMEOUT)
+
+
+async def healthy(state: Path) -> bool:
+    """Whether the daemon answers its health check, and serves."""
+    async with channel(state) as (opened, _):
+        check = health_pb2_grpc.HealthStub(opened).Check
+        reply = await check(health_pb2.HealthCheckRequest(), timeout=_TIMEOUT)
+        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 async def jobs(state: Path) -> list[pb.JobStatus]:

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
+import re
+import shutil
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import sqlalchemy
 import structlog
 
-from converters import adapter, architectures, llama
-from converters.errors import BadModel, OneroundError, Refused, UsageError
-from coordinator import base, publisher, store
+from converters import llama
+from converters.errors import BadModel, Conflict, NotEnough, NotFound, OneroundError, Refused, UsageError
 from coordinator import job as jobs
+from coordinator import opening, publisher, store
 from coordinator import round as rounds
 from coordinator.blobs import Blobs
-from coordinator.round import State
+from coordinator.examiner import Examiner
+from coordinator.leases import Lease, Leases, public_id
+from coordinator.round import Round, State
+from coordinator.schema import Client, Contribution
+from coordinator.status import Statuses, judgement
 from coordinator.store import Store
-from coordinator.uploads import Uploads
+from coordinator.uploads import Uploads, receipt
 from oneround.v1 import federation_pb2 as pb
 
-ASLEEP_AFTER = 60.0  # seconds without a word from a client that is training
 TICK = 0.5  # seconds between looks at the clock
-CHECKED_NAME = 64  # longest name of a client that is shown
+WRITE_DOWN = 5.0  # seconds between two writings of what heartbeats said
+RETRY = 30.0  # seconds until a publication is tried again for which there was no room
+LONGEST_NAME = 64  # of a client, in letters
 
 log = structlog.get_logger()
 offload = asyncio.to_thread
@@ -34,30 +40,54 @@ offload = asyncio.to_thread
 class Daemon:
     """One coordinator over one state folder. Methods raise OneroundError; the server maps it to a status."""
 
-    def __init__(self, state: Path, database: str = "", clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, state: Path, database: str = "", *, blobs: str = "", clock: Callable[[], float] = time.time
+    ) -> None:
         self._state = state
         self._clock = clock
-        self._blobs = Blobs(state)
+        self._blobs = Blobs(state, blobs)
         self._store = Store(database or sqlalchemy.URL.create("sqlite", database=str(state / "coordinator.sqlite")))
         self._publishers: dict[str, asyncio.Task[None]] = {}
-        self._stages: dict[str, str] = {}
-        self._uploads = Uploads(self._store, self._blobs, clock)
-        self._changed = asyncio.Condition()
+        self._rounds: dict[str, Round] = {}  # as last seen by the loop or an event
+        self.leases = Leases(self._store, clock)
+        self.uploads = Uploads(self._store, self._blobs, clock)
+        self._examiner = Examiner(self._store, self._blobs, clock)
+        self.statuses = Statuses(self._store, self.leases, state / "publications", clock)
+        self._sweep()
 
     async def run(self) -> None:
-        """Close rounds in time and publish what is closed, until cancelled. Restarts what a crash interrupted."""
+        """Judge what comes in, close rounds in time and publish what is closed, until cancelled."""
+        background = [asyncio.create_task(self._examiner.run(self._judged)), asyncio.create_task(self._keep_notes())]
         try:
-            while True:
-                for row in await offload(self._store.jobs):
-                    if row.state == State.OPEN:
-                        await self._advance(row.name, rounds.Tick())
-                    elif row.state == State.PUBLISHING:
-                        self._start_publisher(row.name)
+            while not any(task.done() for task in background):
+                try:
+                    for name, round in (await offload(self._store.rounds)).items():
+                        self._rounds[name] = round
+                        if round.state is State.PUBLISHING:
+                            self._start_publisher(name)
+                        elif rounds.apply(round, rounds.Tick(), self._clock()) != round:
+                            await self._advance(name, rounds.Tick())
+                except OneroundError as error:  # a full disk, a database that is away: it passes
+                    log.error("waits", reason=str(error))
                 await asyncio.sleep(TICK)
+            for task in background:
+                if task.done():
+                    task.result()  # a fault of ours; let it be seen
         finally:
-            for task in self._publishers.values():
+            ending = [*background, *self._publishers.values()]
+            for task in ending:
                 task.cancel()
-            await asyncio.gather(*self._publishers.values(), return_exceptions=True)
+            await asyncio.gather(*ending, return_exceptions=True)
+            with suppress(OneroundError):
+                await offload(self.leases.write_down)
+
+    async def _keep_notes(self) -> None:
+        while True:
+            await asyncio.sleep(WRITE_DOWN)
+            try:
+                await offload(self.leases.write_down)
+            except OneroundError as error:
+                log.error("waits", reason=str(error))
 
     def release(self) -> None:
         """Let go of the database; nothing of the daemon works after it."""
@@ -66,126 +96,203 @@ class Daemon:
     # The operator
 
     async def submit(self, spec: pb.JobSpec) -> pb.JobStatus:
-        """Check a job, prepare base and initial adapter, and open its round. Submitting it again changes nothing."""
+        """Check a job, prepare base and initial adapter, and open its round. Submitting it again changes nothing.
+
+        Raises:
+            Conflict: there is another job of this name.
+        """
         spec = jobs.check(spec)
         llama.require()
-        there = {row.name: row for row in await offload(self._store.jobs)}.get(spec.name)
-        if there is not None:
-            known = there.job.spec
+        if spec.name in await offload(self._store.names):
+            known = self._store.announced(spec.name).job.spec
             if known.model.base == spec.model.base:
                 spec.model.revision = known.model.revision
             if known != spec:
-                raise Refused(f"there is a different job {spec.name!r} here", hint="give this one another name")
+                raise Conflict(f"there is a different job {spec.name!r} here", hint="give this one another name")
             return await self.status(spec.name)
-        row = await offload(self._prepare, spec)
-        await offload(self._store.add_job, row)
-        log.info("job_opened", job=spec.name, base=spec.model.base, modules=len(row.job.modules))
-        await self._tell()
+        if spec.name in await offload(self._store.deleted):
+            raise Refused(f"the last job {spec.name!r} is still being deleted", hint="try again in a moment")
+        await offload(opening.open_round, spec, self._state, self._blobs, self._store, self._clock())
+        log.info("job_opened", job=spec.name, base=spec.model.base)
+        await self.statuses.changed(spec.name)
         return await self.status(spec.name)
 
-    def _prepare(self, spec: pb.JobSpec) -> store.Job:
-        prepared = base.prepare(spec.model, self._state / "bases")
-        if prepared.revision:
-            spec.model.revision = prepared.revision
-        shapes = architectures.adapted(prepared.base, spec.lora.target_modules)
-        base.gguf(spec.model, prepared, self._state / "bases")
-
-        initial = self._state / "uploads" / f"{spec.name}.initial"
-        adapter.write(adapter.initial(shapes, spec.lora.rank, spec.train.seed), initial)
-        size = initial.stat().st_size
-        now = self._clock()
-        announced = pb.Job(
-            spec=spec,
-            modules=[
-                pb.Module(name=name, out_features=s.out, in_features=s.into) for name, s in sorted(shapes.items())
-            ],
-            initial=pb.Artifact(name="initial.safetensors", digest=self._blobs.adopt(initial), size=size),
-            base_files=prepared.files,
-            base_fingerprint=prepared.fingerprint,
-            deadline_unix=now + jobs.seconds(spec.round.deadline),
-            id=secrets.token_hex(16),
-        )
-        return store.Job(
-            name=spec.name,
-            job=announced,
-            base_folder=str(prepared.folder),
-            state=State.OPEN.value,
-            reason="",
-            opened=now,
-            deadline=announced.deadline_unix,
-        )
-
     async def close(self, name: str) -> pb.JobStatus:
-        """Close a round by hand."""
+        """Take nothing more, and publish what is in."""
         await self._advance(name, rounds.CloseByHand())
         return await self.status(name)
+
+    async def cancel(self, name: str) -> pb.JobStatus:
+        """End a round without a publication.
+
+        Raises:
+            Refused: something is published already.
+        """
+        after = await self._advance(name, rounds.CancelByHand())
+        if after.state is not State.CANCELLED:
+            raise Refused(
+                f"job {name!r} is {after.state}, and cannot be cancelled any more",
+                hint=f"coordinator close {name}, to take nothing more",
+            )
+        await self._stop_publisher(name)
+        return await self.status(name)
+
+    async def delete(self, name: str) -> None:
+        """Forget a job and all of its files.
+
+        Raises:
+            Refused: it is at work.
+        """
+        await offload(self._store.mark_deleted, name)
+        self._rounds.pop(name, None)
+        self.leases.forget(name)
+        await self.statuses.changed(name)
+        await offload(self._finish_deletion, name)
+        log.info("job_deleted", job=name)
+
+    async def publish(self, request: pb.PublishRequest) -> pb.JobStatus:
+        """Make a new version of what is in, by the job's method or another; nobody trains anything.
+
+        Raises:
+            UsageError: the method or a parameter is not one.
+            Refused: there is nothing to publish, or a version is being made.
+        """
+        spec = pb.JobSpec()
+        spec.CopyFrom(self._store.announced(request.job).job.spec)
+        spec.aggregate.MergeFrom(request.aggregate)
+        if request.HasField("adapter_rank"):
+            spec.publish.adapter_rank = request.adapter_rank
+        jobs.check(spec)
+        request.reason = _printable(request.reason, 500) or "asked for by the operator"
+        before = await offload(self._store.round, request.job)
+        after = await self._advance(request.job, rounds.PublishByHand(request.reason), request)
+        if after.state is not State.PUBLISHING or before.state is State.PUBLISHING:
+            why = "has no contribution that takes part" if not before.admitted else f"is {before.state}"
+            raise Refused(f"job {request.job!r} {why}", hint=f"coordinator show {request.job}")
+        return await self.status(request.job)
+
+    async def judge(self, request: pb.JudgeRequest) -> pb.JobStatus:
+        """Admit or exclude a contribution by hand, or let its client send another.
+
+        Raises:
+            NotFound: there is no such client, or several.
+        """
+        decisions = {pb.DECISION_ADMIT: "admit", pb.DECISION_EXCLUDE: "exclude", pb.DECISION_LET_REPLACE: "replace"}
+        if request.decision not in decisions:
+            raise UsageError("no decision is given")
+        client = _named(request.client, await offload(self._store.clients, request.job))
+        decision, why = decisions[request.decision], _printable(request.why, 500)
+        kept = await offload(self._store.judge, request.job, client.client_id, decision, why)
+        log.info("judged", job=request.job, client=client.name, decision=decision, why=why)
+        if decision != "replace" and kept.considered == 0:
+            await self._renew(request.job, kept.reason)
+        await self.statuses.changed(request.job)
+        return await self.status(request.job)
+
+    async def _renew(self, name: str, reason: str) -> None:
+        """A decision by hand shows at once where something is published; else the first version takes it in."""
+        round = await offload(self._store.round, name)
+        if round.version:
+            await self._advance(name, rounds.PublishByHand(reason))
 
     # Clients
 
     async def join(self, request: pb.JoinRequest) -> pb.JoinReply:
         """A lease and the job; the receipt too, for a client whose contribution is in."""
-        if len(request.client_id) != 32 or not all(letter in "0123456789abcdef" for letter in request.client_id):
+        if not re.fullmatch(r"[0-9a-f]{32}", request.client_id):
             raise UsageError("client_id must be 32 lower-case hex digits")
-        row = await offload(self._store.job, request.job) if request.job else await self._only_open()
-        given = await offload(self._store.contribution, row.name, request.client_id)
-        if given is None and row.state != State.OPEN:
+        name = request.job or await self._only_open()
+        job = (await offload(self._store.announced, name)).job
+        given = await offload(self._store.contribution, name, request.client_id)
+        round = await offload(self._store.round, name)
+        if given is None and not rounds.takes_contributions(round, self._clock()):
             raise Refused(
-                f"job {row.name!r} takes no more contributions: it is {row.state} ({row.reason})",
-                hint=f"edge-client pull {row.name}",
+                f"job {name!r} takes no more contributions: it is {round.state} ({round.reason})",
+                hint=f"edge-client pull {name}",
             )
-        status = pb.ClientStatus(
-            name=_printable(request.client_name) or request.client_id[:8],
-            machine=pb.Machine(
-                platform=_printable(request.machine.platform),
-                backend=_printable(request.machine.backend),
-                device=_printable(request.machine.device),
-            ),
-            phase=pb.PHASE_TRAINING,
-            last_seen_unix=self._clock(),
+        machine = pb.Machine(
+            platform=_printable(request.machine.platform),
+            backend=_printable(request.machine.backend),
+            device=_printable(request.machine.device),
         )
-        client = await offload(self._store.join, row.name, request.client_id, status)
-        log.info("joined", job=row.name, client=status.name, backend=status.machine.backend)
-        await self._tell()
-        return pb.JoinReply(lease=client.lease, job=row.job, receipt=given.receipt if given else None)
+        known_as = _printable(request.client_name) or public_id(request.client_id)
+        row = store.client(name, request.client_id, known_as, machine, self._clock())
+        client = await offload(self._store.join, row)
+        self.leases.heard(self.leases.hold(client, contributed=given is not None))
+        self._rounds[name] = round
+        log.info("joined", job=name, client=client.name, backend=machine.backend)
+        await self.statuses.changed(name)
+        reply = pb.JoinReply(lease=client.lease, job=job)
+        if given is not None:
+            reply.receipt.CopyFrom(receipt(given))
+            reply.judgement.CopyFrom(judgement(given))
+            reply.may_replace = given.may_replace
+        return reply
 
     async def heartbeat(self, beat: pb.HeartbeatRequest) -> pb.HeartbeatReply:
         """Note how training goes; say whether to go on."""
-        client = await offload(self._store.client, beat.lease)
-        now = self._clock()
+        lease = await self._lease(beat.lease)
+        self.leases.heard(lease, beat)
+        reply = pb.HeartbeatReply(directive=pb.DIRECTIVE_CONTINUE)
+        client = lease.client
+        if lease.contributed:
+            given = await offload(self._store.contribution, client.job, client.client_id)
+            if given is not None:
+                reply.judgement.CopyFrom(judgement(given))
+            return reply
+        round = self._rounds.get(client.job)
+        if round is None:
+            round = self._rounds[client.job] = await offload(self._store.round, client.job)
+        if client.withdrawn or not rounds.takes_contributions(round, self._clock()):
+            why = "this client has withdrawn" if client.withdrawn else f"the round is {round.state}: {round.reason}"
+            return pb.HeartbeatReply(directive=pb.DIRECTIVE_STOP, reason=why)
+        return reply
 
-        def note(status: pb.ClientStatus) -> None:
-            status.step, status.total_steps = beat.step, beat.total_steps
-            status.loss, status.tokens_per_second = beat.loss, beat.tokens_per_second
-            status.last_seen_unix = now
-
-        await offload(self._store.update_client, client, note)
-        await self._tell()
-        row = await offload(self._store.job, client.job)
+    async def withdraw(self, token: str) -> None:
+        """A client leaves; its upload is dropped, and its contribution takes no part in the versions to come."""
+        lease = await self._lease(token)
+        client = lease.client
+        if lease.uploading:
+            raise Refused("a stream of this client is still open")
         given = await offload(self._store.contribution, client.job, client.client_id)
-        if given is not None or row.state == State.OPEN:
-            return pb.HeartbeatReply(directive=pb.DIRECTIVE_CONTINUE)
-        return pb.HeartbeatReply(directive=pb.DIRECTIVE_STOP, reason=f"the round is {row.state}: {row.reason}")
+        await offload(self._store.withdraw, client)
+        client.withdrawn = True
+        self._blobs.discard(self._blobs.partial(client.job, client.client_id))
+        log.info("withdrawn", job=client.job, client=client.name)
+        if given is not None:
+            await self._renew(client.job, f"{client.name} has withdrawn")
+        await self.statuses.changed(client.job)
 
     async def open_upload(self, request: pb.OpenUploadRequest) -> pb.OpenUploadReply:
         """How much of the declared contribution is here; its receipt when all of it is."""
-        reply = await self._uploads.open(request)
-        await self._tell()
-        return reply
+        lease = await self._lease(request.lease)
+        self.leases.heard(lease)
+        return await self.uploads.open(lease, request.declaration)
 
     async def upload(self, messages: AsyncIterator[pb.UploadRequest]) -> pb.Receipt:
-        """Take a contribution's bytes; the receipt once they are safe and judged."""
-        receipt = await self._uploads.take(messages)
-        await self._advance(receipt.job, rounds.Admitted(receipt.client_id) if receipt.admitted else rounds.Tick())
-        return receipt
+        """Take a contribution's bytes; the receipt once they are safe. It is judged after that."""
+        first = await self.uploads.first(messages)
+        lease = await self._lease(first.lease)
+        self.leases.heard(lease)
+        given = await self.uploads.take(lease, first, messages)
+        log.info("contribution", job=given.job, client=lease.client.name, digest=given.digest, size=given.size)
+        self.leases.heard(lease)
+        self._examiner.look()
+        await self.statuses.changed(given.job)
+        return receipt(given)
 
     async def file(self, name: str, digest: str) -> Path:
-        """The file of one of a job's artifacts."""
-        row = await offload(self._store.job, name)
-        if digest == row.job.initial.digest:
-            return self._blobs.path(digest)
-        for artifact in row.job.base_files:
+        """The file of one of a job's artifacts.
+
+        Raises:
+            NotFound: the job has none of this digest.
+        """
+        known = await offload(self._store.announced, name)
+        if digest == known.job.initial.digest:
+            return await offload(self._blobs.path, digest)
+        for artifact in known.job.base_files:
             if artifact.digest == digest:
-                file = Path(row.base_folder) / artifact.name
+                file = Path(known.base_folder) / artifact.name
                 if not file.is_file() or file.stat().st_size != artifact.size:
                     raise BadModel(
                         f"the base model of {name!r} has changed on the coordinator since the job was submitted",
@@ -193,75 +300,63 @@ class Daemon:
                     )
                 return file
         for published in await offload(self._store.publications, name):
-            for artifact in published.publication.artifacts:
+            for artifact in published.artifacts:
                 if artifact.digest == digest:
-                    return Path(published.publication.folder) / artifact.name
-        raise Refused(f"job {name!r} has no artifact {digest}")
+                    return publisher.folder(self._state, name, published.version) / artifact.name
+        raise NotFound(f"job {name!r} has no artifact {digest!r}")
 
     # What anyone may ask
 
-    async def all(self) -> list[pb.JobStatus]:
-        return [await self.status(row.name) for row in await offload(self._store.jobs)]
-
     async def status(self, name: str) -> pb.JobStatus:
-        """All that is known of one job."""
-        return await offload(self._status, name)
+        """All that is known of a job; for the operator."""
+        return await offload(self.statuses.whole, name)
 
-    def _status(self, name: str) -> pb.JobStatus:
-        row = self._store.job(name)
-        given = {contribution.client_id: contribution for contribution in self._store.contributions(name)}
-        status = pb.JobStatus(
-            spec=row.job.spec,
-            state=pb.State.Value(f"STATE_{row.state.upper()}"),
-            reason=row.reason,
-            opened_unix=row.opened,
-            deadline_unix=row.deadline,
-            publications=[published.publication for published in self._store.publications(name)],
-            stage=self._stages.get(name, ""),
-        )
-        for client in self._store.clients(name):
-            shown = status.clients.add()
-            shown.CopyFrom(client.status)
-            if client.client_id in given:
-                contribution = given[client.client_id]
-                shown.contribution.declaration.CopyFrom(contribution.declaration)
-                shown.contribution.admitted = contribution.receipt.admitted
-                shown.contribution.reason = contribution.receipt.reason
-            elif self._clock() - shown.last_seen_unix > ASLEEP_AFTER:
-                shown.phase = pb.PHASE_ASLEEP
-        return status
+    async def all(self) -> list[pb.JobStatus]:
+        """Every job, without its clients."""
+        return [await offload(self.statuses.outline, name) for name in await offload(self._store.names)]
 
-    async def watch(self, name: str) -> AsyncIterator[pb.JobStatus]:
-        """The job's status, now and whenever it changes."""
-        last = None
-        while True:
-            async with self._changed:
-                status = await self.status(name)
-                if status == last:
-                    with suppress(TimeoutError):  # leases fall asleep without an event
-                        await asyncio.wait_for(self._changed.wait(), timeout=5.0)
-                    continue
-            yield status
-            last = status
+    def every(self) -> list[pb.JobStatus]:
+        """Every job with its clients; blocks."""
+        return [self.statuses.whole(name) for name in self._store.names()]
 
     # The round
 
-    async def _only_open(self) -> store.Job:
-        rows = [row for row in await offload(self._store.jobs) if row.state == State.OPEN]
-        if len(rows) == 1:
-            return rows[0]
-        if not rows:
-            raise Refused("no job is open here", hint="coordinator submit JOB.toml, on the coordinator's machine")
-        names = ", ".join(row.name for row in rows)
-        raise Refused(f"several jobs are open here: {names}", hint=f"edge-client join --job {rows[0].name}")
+    async def _lease(self, token: str) -> Lease:
+        lease = self.leases.get(token)
+        if lease is None:
+            client = await offload(self._store.client, token)
+            given = await offload(self._store.contribution, client.job, client.client_id)
+            lease = self.leases.hold(client, contributed=given is not None)
+        return lease
 
-    async def _advance(self, name: str, event: rounds.Event) -> None:
-        before, after = await offload(self._store.advance, name, event, self._clock())
-        if after != before:
+    async def _only_open(self) -> str:
+        now = self._clock()
+        taking = [
+            name
+            for name, round in (await offload(self._store.rounds)).items()
+            if rounds.takes_contributions(round, now)
+        ]
+        if len(taking) == 1:
+            return taking[0]
+        if not taking:
+            raise Refused("no job is open here", hint="coordinator submit JOB.toml, on the coordinator's machine")
+        raise Refused(
+            f"several jobs are open here: {', '.join(sorted(taking))}", hint=f"edge-client join --job {min(taking)}"
+        )
+
+    async def _judged(self, given: Contribution) -> None:
+        log.info("judged", job=given.job, client=public_id(given.client_id), verdict=given.verdict, reason=given.reason)
+        await self._advance(given.job, rounds.Tick())
+
+    async def _advance(self, name: str, event: rounds.Event, request: pb.PublishRequest | None = None) -> Round:
+        before, after = await offload(self._store.advance, name, event, self._clock(), request)
+        self._rounds[name] = after
+        if after.state != before.state:
             log.info("round", job=name, state=after.state.value, reason=after.reason)
-        await self._tell()
-        if after.state == State.PUBLISHING:
+        await self.statuses.changed(name)
+        if after.state is State.PUBLISHING:
             self._start_publisher(name)
+        return after
 
     def _start_publisher(self, name: str) -> None:
         if name not in self._publishers:
@@ -269,30 +364,79 @@ class Daemon:
             self._publishers[name] = task
             task.add_done_callback(lambda _: self._publishers.pop(name, None))
 
+    async def _stop_publisher(self, name: str) -> None:
+        if task := self._publishers.get(name):
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await offload(publisher.clear, self._state, name, await offload(self._store.versions, name))
+
     async def _publish(self, name: str) -> None:
         async def on_stage(stage: str) -> None:
-            self._stages[name] = stage
             log.info("publishing", job=name, stage=stage)
-            await self._tell()
+            await self.statuses.stage(name, stage)
 
         try:
-            published = await publisher.run(self._state, self._store, self._blobs, name, on_stage)
+            made = await publisher.run(self._state, self._store, self._blobs, name, on_stage)
+            made.publication.published_unix = self._clock()
+            _, after = await offload(self._store.publish, name, made.publication, made.findings, self._clock())
+        except NotEnough as error:
+            log.error("publishing_waits", job=name, reason=str(error))
+            await self.statuses.stage(name, f"waiting for room: {error}")
+            await asyncio.sleep(RETRY)
+            return  # the loop starts it again
         except Exception as error:
             # Whatever it is, the operator is told and the round stops trying, or it would try for ever.
             log.error("publishing_failed", job=name, reason=str(error), exc_info=not isinstance(error, OneroundError))
-            await self._advance(name, rounds.PublishingFailed(f"{error}; `coordinator close {name}` tries again"))
+            hint = f"`coordinator publish {name}` tries again"
+            await self.statuses.stage(name, "")
+            await self._advance(name, rounds.PublishingFailed(f"{error}; {hint}"))
             return
-        finally:
-            self._stages.pop(name, None)
-        await offload(self._store.publish, published, self._clock())
-        log.info("published", job=name, version=published.version, folder=published.publication.folder)
-        await self._tell()
+        self._rounds[name] = after
+        log.info("published", job=name, version=made.publication.version)
+        await self.statuses.stage(name, "")
 
-    async def _tell(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+    # What a crash leaves behind
+
+    def _sweep(self) -> None:
+        """Finish deletions, and drop what nothing stands for: an upload or a blob whose row was never committed, and
+        what a half-made publication left."""
+        for name in self._store.deleted():
+            self._finish_deletion(name)
+        uploads = [
+            self._blobs.partial(name, client.client_id)
+            for name in self._store.names()
+            for client in self._store.clients(name)
+            if client.declaration is not None and not client.withdrawn
+        ]
+        orphans = self._blobs.sweep(self._store.digests(), uploads)
+        for name in self._store.names():
+            orphans += publisher.clear(self._state, name, self._store.versions(name))
+        for left_over in self._state.rglob(".*.partial"):
+            left_over.unlink()
+            orphans.append(left_over.name)
+        if orphans:
+            log.info("swept", files=len(orphans))
+
+    def _finish_deletion(self, name: str) -> None:
+        shutil.rmtree(self._state / "publications" / name, ignore_errors=True)
+        self._blobs.discard_all(name)
+        with self._blobs.changing:
+            before = self._store.digests()
+            self._store.forget(name)
+            self._blobs.drop(before - self._store.digests())
 
 
-def _printable(text: str) -> str:
-    """A name from the wire, fit to be shown in a terminal."""
-    return "".join(letter for letter in text if letter.isprintable())[:CHECKED_NAME].strip()
+def _named(wanted: str, clients: Sequence[Client]) -> Client:
+    """A client by its id, or by its name where only one has it."""
+    found = [client for client in clients if wanted in (public_id(client.client_id), client.name)]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise NotFound(f"no client {wanted!r} has joined this job", hint="coordinator show JOB lists them")
+    ids = ", ".join(public_id(client.client_id) for client in found)
+    raise Refused(f"{len(found)} clients are called {wanted!r}", hint=f"name one by its id: {ids}")
+
+
+def _printable(text: str, most: int = LONGEST_NAME) -> str:
+    """Text from the wire, fit to be shown in a terminal."""
+    return "".join(letter for letter in text if letter.isprintable())[:most].strip()

@@ -23,6 +23,7 @@ from oneround.v1 import federation_pb2 as pb
 SCHEDULES = ("constant", "linear", "cosine")
 GGUF_TYPES = (*FLOAT_TYPES, *QUANTISED_TYPES)
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_BYTES = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
@@ -85,11 +86,27 @@ def check(spec: pb.JobSpec) -> pb.JobSpec:
             spec.round.target_clients == 0 or spec.round.target_clients >= spec.round.min_clients,
             "0, or at least round.min_clients",
         ),
-        ("round.deadline", 1 <= seconds(spec.round.deadline) <= 366 * 86400, "1s to 366d"),
+        ("round.deadline", 1 <= seconds(spec.round.deadline, "round.deadline") <= 366 * 86400, "1s to 366d"),
+        ("round.grace", not spec.round.grace or seconds(spec.round.grace, "round.grace") >= 0, "a duration"),
+        (
+            "round.renew_every",
+            not spec.round.renew_every or seconds(spec.round.renew_every, "round.renew_every") >= 1,
+            "1s or more",
+        ),
+        (
+            "round.max_clients",
+            spec.round.max_clients >= max(spec.round.min_clients, spec.round.target_clients),
+            "at least round.min_clients and round.target_clients",
+        ),
+        ("upload.quota", size(spec.upload.quota, "upload.quota") > 0, "more than 0"),
         ("upload.dtype", spec.upload.dtype in WIRE_DTYPES, _one_of(WIRE_DTYPES)),
         ("aggregate.method", spec.aggregate.method in aggregate.METHODS, _one_of(aggregate.METHODS)),
         ("aggregate.server_learning_rate", 0 < spec.aggregate.server_learning_rate <= 100, "more than 0, at most 100"),
         ("publish.gguf", set(spec.publish.gguf) <= set(GGUF_TYPES), "a list of " + _one_of(GGUF_TYPES)),
+        ("admission.max_num_examples", 1 <= spec.admission.max_num_examples <= 1 << 40, "1 or more"),
+        ("admission.clip", spec.admission.clip == 0 or 1 <= spec.admission.clip <= 1e6, "0, or 1 or more"),
+        ("admission.outlier", 0 <= spec.admission.outlier <= 1e6, "0 or more"),
+        ("admission.min_cosine", -1 <= spec.admission.min_cosine <= 1, "-1 to 1"),
         ("publish.adapter_rank", spec.publish.adapter_rank <= 65536, "0 to 65536"),
     ]  # fmt: skip
     for key, holds, expected in rules:
@@ -103,12 +120,20 @@ def is_path(base: str) -> bool:
     return base.startswith((".", "/", "~")) or base.count("/") != 1
 
 
-def seconds(duration: str) -> float:
+def seconds(duration: str, key: str = "the duration") -> float:
     """Seconds in `90s`, `30m`, `24h` or `7d`."""
     match = re.fullmatch(r"(\d{1,9})([smhd])", duration)
     if not match:
-        raise UsageError(f"round.deadline is {duration!r}; expected a number and a unit, as 90s, 30m, 24h or 7d")
+        raise UsageError(f"{key} is {duration!r}; expected a number and a unit, as 90s, 30m, 24h or 7d")
     return float(match[1]) * _UNITS[match[2]]
+
+
+def size(text: str, key: str = "the size") -> int:
+    """Bytes in `500MB`, `50GB` or `1TB`; powers of ten, as disks are sold."""
+    match = re.fullmatch(r"(\d{1,6}) ?([kMGT])B", text)
+    if not match:
+        raise UsageError(f"{key} is {text!r}; expected a number and a unit, as 500MB, 50GB or 1TB")
+    return int(match[1]) * _BYTES[match[2]]
 
 
 def _take(table: Mapping[str, Any], message: Message, prefix: str) -> None:

@@ -22,13 +22,14 @@ from gguf import GGML_QUANT_SIZES
 from google.protobuf import json_format
 
 from converters import adapter, architectures, gguf_adapter, gguf_file, gguf_merge, gguf_quantize, mlx, peft, tensors
-from converters.adapter import Adapter
+from converters.adapter import Adapter, LowRank, Made
 from converters.architectures import Base
 from converters.errors import BadModel, OneroundError
 from converters.gguf_quantize import Quantised
-from coordinator import aggregate, card, verify
+from coordinator import aggregate, card, cohort, verify
 from coordinator.aggregate import Contribution
 from coordinator.card import Facts
+from coordinator.cohort import Finding, Member
 from coordinator.verify import Checked, Verdict
 from oneround import stream
 from oneround.v1 import federation_pb2 as pb
@@ -39,11 +40,14 @@ _MADE_WITH = ("oneround", "gguf", "llama-cpp-python", "numpy")
 
 @dataclass(frozen=True)
 class Given:
-    """One admitted contribution."""
+    """One contribution that is sound by itself."""
 
     client: str
+    id: str
     digest: str
     num_examples: int
+    received: float
+    by_hand: bool  # admitted by the operator
     file: Path
 
 
@@ -53,10 +57,13 @@ class Order:
 
     spec: pb.JobSpec
     version: int
+    reason: str
+    at_least: int  # contributions that have to be left once the cohort is judged
     base_folder: Path
     base_gguf: Path
     base_fingerprint: str
     contributions: Sequence[Given]
+    set_aside: Sequence[dict[str, Any]]  # what takes no part, as the manifest lists it
     folder: Path  # where the publication will stand
 
     def to_json(self) -> str:
@@ -104,12 +111,65 @@ class Merged:
     quantised: Quantised | None = None
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A contribution and what its cohort makes of it; `adapter` is scaled down where it was clipped."""
+
+    given: Given
+    finding: Finding
+    adapter: Adapter
+
+    def listed(self, n_examples: int) -> dict[str, Any]:
+        """As the manifest has it; n_examples of all that take part."""
+        takes_part = self.finding.verdict != "quarantined"
+        return {
+            "client": self.given.client,
+            "id": self.given.id,
+            "digest": self.given.digest,
+            "num_examples": self.given.num_examples,
+            "weight": self.given.num_examples / n_examples if takes_part else 0.0,
+            "verdict": self.finding.verdict,
+            "reason": self.finding.reason,
+            "norm": self.finding.norm,
+            "cosine": self.finding.cosine,
+        }
+
+
+def _judged(order: Order) -> list[Judged]:
+    """The cohort, in the order of the contributions."""
+    arrived = sorted(order.contributions, key=lambda given: (given.received, given.id))
+    members = [
+        Member(given.id, given.client, adapter.read(given.file), given.num_examples, given.by_hand) for given in arrived
+    ]
+    found = {
+        given.id: Judged(given, finding, _scaled(member.adapter, finding))
+        for given, member, finding in zip(arrived, members, cohort.judge(members, order.spec.admission), strict=True)
+    }
+    return [found[given.id] for given in order.contributions]
+
+
+def _scaled(whole: Adapter, finding: Finding) -> Adapter:
+    """An adapter with the modules scaled that were found too large."""
+    if not finding.scale:
+        return whole
+    modules = whole.modules
+    return Adapter(Made(modules, lambda name: LowRank.sum([modules[name]], [finding.scale.get(name, 1.0)])))
+
+
 def _make(order: Order, work: Path, report: Report) -> None:
     base = architectures.describe(order.base_folder, order.base_gguf)
+    report("comparing the contributions")
+    judged_all = _judged(order)
+    taking = [judged for judged in judged_all if judged.finding.verdict != "quarantined"]
+    if len(taking) < order.at_least:
+        reasons = "; ".join(f"{one.given.client}: {one.finding.reason}" for one in judged_all if one not in taking)
+        raise BadModel(
+            f"{len(taking)} contributions are left of at least {order.at_least}: {reasons}",
+        )
     report("aggregating")
     method = order.spec.aggregate
     result = aggregate.aggregate(
-        [Contribution(adapter.read(given.file), given.num_examples) for given in order.contributions],
+        [Contribution(judged.adapter, judged.given.num_examples) for judged in taking],
         method.method,
         server_learning_rate=method.server_learning_rate,
         rank=order.spec.publish.adapter_rank,
@@ -127,13 +187,13 @@ def _make(order: Order, work: Path, report: Report) -> None:
             made.file.unlink()
             checked.verdicts.pop(made.file.name)
 
-    n_examples = sum(given.num_examples for given in order.contributions)
+    n_examples = sum(judged.given.num_examples for judged in taking)
     rank, rounding = max(result.adapter.ranks.values()), _rounding(order, base)
     quantised = {made.file.name: made.quantised for made in merged if made.quantised}
     facts = Facts(
         spec=order.spec,
         version=order.version,
-        n_clients=len(order.contributions),
+        n_clients=len(taking),
         n_examples=n_examples,
         rank=rank,
         checked=checked,
@@ -144,20 +204,13 @@ def _make(order: Order, work: Path, report: Report) -> None:
     manifest: dict[str, Any] = {
         "job": json_format.MessageToDict(order.spec, preserving_proto_field_name=True),
         "version": order.version,
+        "reason": order.reason,
         "base_fingerprint": order.base_fingerprint,
         "base_rounding": rounding,
         "method": method.method,
         "rank": rank,
         "energy_kept": result.energy_kept,
-        "contributions": [
-            {
-                "client": given.client,
-                "digest": given.digest,
-                "num_examples": given.num_examples,
-                "weight": given.num_examples / n_examples,
-            }
-            for given in order.contributions
-        ],
+        "contributions": [judged.listed(n_examples) for judged in judged_all] + list(order.set_aside),
         "quantised": {name: asdict(made) for name, made in quantised.items()},
         "verification": {name: verdict.as_json() for name, verdict in checked.verdicts.items()},
         "adapter_effect": checked.adapter_effect,
@@ -244,6 +297,7 @@ def main() -> int:
         print(json.dumps({"stage": stage}), flush=True)
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.nice(10)  # the daemon answers its clients first
     try:
         publish(Order.from_json(Path(sys.argv[1]).read_text()), report)
     except OneroundError as error:

@@ -1,17 +1,21 @@
-"""Runs `coordinator.publish` in a child process for a job whose round is closed, and reads what it made."""
+"""Runs `coordinator.publish` in a child process for the version that a round is making, and reads what it made."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
+import shutil
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from converters import tensors
-from converters.errors import BadData
-from coordinator import base, store
+from converters.errors import BadData, NotEnough
+from coordinator import base
 from coordinator.blobs import Blobs
+from coordinator.leases import public_id
 from coordinator.publish import Given, Order
 from coordinator.store import Store
 from oneround import stream
@@ -20,18 +24,46 @@ from oneround.v1 import federation_pb2 as pb
 OnStage = Callable[[str], Awaitable[None]]
 
 
-async def run(state: Path, known: Store, blobs: Blobs, name: str, on_stage: OnStage) -> store.Publication:
-    """Make a job's publication. Cancelling it ends the child; running it again makes the same publication.
+@dataclass(frozen=True)
+class Made:
+    """A version in its place, and what its cohort made of each contribution: verdict and reason by client id."""
+
+    publication: pb.Publication
+    findings: dict[str, tuple[str, str]]
+
+
+def folder(state: Path, name: str, version: int) -> Path:
+    """Where a version of a job stands."""
+    return state / "publications" / name / f"v{version}"
+
+
+def clear(state: Path, name: str, versions: Collection[int]) -> list[str]:
+    """Drop what a publisher left of versions that are not there, and all that is half made; returns the names."""
+    dropped: list[str] = []
+    place = state / "publications" / name
+    for left_over in place.iterdir() if place.is_dir() else ():
+        found = re.fullmatch(r"v(\d+)(\.partial|\.order\.json|\.withheld|\.failed)?", left_over.name)
+        if not found or (int(found[1]) in versions and found[2] != ".partial") or found[2] == ".failed":
+            continue
+        if left_over.is_dir():
+            shutil.rmtree(left_over)
+        else:
+            left_over.unlink()
+        dropped.append(left_over.name)
+    return dropped
+
+
+async def run(state: Path, known: Store, blobs: Blobs, name: str, on_stage: OnStage) -> Made:
+    """Make a job's next version. Cancelling it ends the child; running it again makes the same version.
 
     Raises:
+        NotEnough: there is no room for it on the disk.
         BadData: the publisher failed, with its reason.
     """
-    version = 1
-    folder = state / "publications" / name / f"v{version}"
-    order = await asyncio.to_thread(_order, state, known, blobs, name, version, folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    written = folder.with_name(f"{folder.name}.order.json")
-    tensors.replace(written, [order.to_json().encode()])
+    order, clients = await asyncio.to_thread(_order, state, known, blobs, name)
+    order.folder.parent.mkdir(parents=True, exist_ok=True)
+    written = order.folder.with_name(f"{order.folder.name}.order.json")
+    await asyncio.to_thread(tensors.replace, written, [order.to_json().encode()])
 
     command = (sys.executable, "-m", "coordinator.publish", str(written))
     pipe = asyncio.subprocess.PIPE
@@ -45,14 +77,18 @@ async def run(state: Path, known: Store, blobs: Blobs, name: str, on_stage: OnSt
                 failed = said["failed"]
             elif "stage" in said:
                 await on_stage(said["stage"])
-        if await child.wait() != 0:
+        code = await child.wait()
+        if code == NotEnough.exit_code:
+            raise NotEnough(failed)
+        if code != 0:
             raise BadData(failed)
     finally:
         if child.returncode is None:
             child.kill()
             await child.wait()
-    listed = await asyncio.to_thread(_listed, folder, version)
-    return store.Publication(job=name, version=version, publication=listed)
+    made = await asyncio.to_thread(_made, order, clients)
+    written.unlink(missing_ok=True)
+    return made
 
 
 def _said(line: bytes) -> dict[str, str]:
@@ -64,42 +100,81 @@ def _said(line: bytes) -> dict[str, str]:
     return said if isinstance(said, dict) else {}
 
 
-def _order(state: Path, known: Store, blobs: Blobs, name: str, version: int, folder: Path) -> Order:
-    row = known.job(name)
+def _order(state: Path, known: Store, blobs: Blobs, name: str) -> tuple[Order, dict[str, str]]:
+    """What to make, and the clients' ids by the ids that manifests have."""
+    announced = known.announced(name)
+    making = known.in_making(name)
+    assert making is not None, "a round that publishes has a version in the making"
+    row, candidates = making
+    spec = pb.JobSpec()
+    spec.CopyFrom(announced.job.spec)
+    spec.aggregate.CopyFrom(row.request.aggregate)
+    spec.publish.adapter_rank = row.request.adapter_rank
     prepared = base.Prepared(
-        folder=Path(row.base_folder),
-        base=base.describe(row.job.spec.model, Path(row.base_folder), row.job.base_fingerprint, state / "bases"),
-        files=list(row.job.base_files),
-        fingerprint=row.job.base_fingerprint,
-        revision=row.job.spec.model.revision,
+        folder=Path(announced.base_folder),
+        base=base.describe(spec.model, Path(announced.base_folder), announced.job.base_fingerprint, state / "bases"),
+        files=list(announced.job.base_files),
+        fingerprint=announced.job.base_fingerprint,
+        revision=spec.model.revision,
     )
-    names = {client.client_id: client.status.name for client in known.clients(name)}
-    return Order(
-        spec=row.job.spec,
-        version=version,
+    names = {client.client_id: client.name for client in known.clients(name)}
+    taking = {given.client_id for given in candidates}
+    order = Order(
+        spec=spec,
+        version=row.version,
+        reason=row.request.reason,
+        at_least=row.at_least,
         base_folder=prepared.folder,
-        base_gguf=base.gguf(row.job.spec.model, prepared, state / "bases"),
-        base_fingerprint=row.job.base_fingerprint,
+        base_gguf=base.gguf(spec.model, prepared, state / "bases"),
+        base_fingerprint=announced.job.base_fingerprint,
         contributions=[
             Given(
                 client=names[given.client_id],
-                digest=given.declaration.digest,
+                id=public_id(given.client_id),
+                digest=given.digest,
                 num_examples=given.declaration.num_examples,
-                file=blobs.path(given.declaration.digest),
+                received=given.received,
+                by_hand=given.by_hand == "admit",
+                file=blobs.path(given.digest),
             )
-            for given in known.contributions(name)
-            if given.receipt.admitted
+            for given in candidates
         ],
-        folder=folder,
+        set_aside=[
+            {
+                "client": names[given.client_id],
+                "id": public_id(given.client_id),
+                "digest": given.digest,
+                "num_examples": given.declaration.num_examples,
+                "weight": 0.0,
+                "verdict": given.verdict,
+                "reason": given.reason,
+            }
+            for given in known.contributions(name)
+            if given.client_id not in taking and given.considered == row.version
+        ],
+        folder=folder(state, name, row.version),
     )
+    return order, {public_id(client_id): client_id for client_id in names}
 
 
-def _listed(folder: Path, version: int) -> pb.Publication:
-    """A publication as its manifest lists it, the manifest first."""
-    manifest = folder / "manifest.json"
+def _made(order: Order, clients: dict[str, str]) -> Made:
+    """A version as its manifest lists it, the manifest first."""
+    manifest = order.folder / "manifest.json"
     artifacts = [pb.Artifact(name="manifest.json", digest=stream.digest(manifest), size=manifest.stat().st_size)]
     listed = json.loads(manifest.read_text())
     for name, file in listed["files"].items():
         artifacts.append(pb.Artifact(name=name, digest=file["sha256"], size=file["size"]))
-    withheld = [pb.Withheld(name=name, reason=reason) for name, reason in listed["withheld"].items()]
-    return pb.Publication(version=version, artifacts=artifacts, folder=str(folder), withheld=withheld)
+    given = listed["contributions"]
+    publication = pb.Publication(
+        version=order.version,
+        artifacts=artifacts,
+        withheld=[pb.Withheld(name=name, reason=reason) for name, reason in listed["withheld"].items()],
+        aggregate=order.spec.aggregate,
+        contributions=sum(entry["weight"] > 0 for entry in given),
+        reason=order.reason,
+    )
+    candidates = {one.id for one in order.contributions}
+    findings = {
+        clients[entry["id"]]: (entry["verdict"], entry["reason"]) for entry in given if entry["id"] in candidates
+    }
+    return Made(publication, findings)

@@ -39,7 +39,8 @@ class Round:
     rules: Rules
     state: State = State.OPEN
     reason: str = ""
-    closed: bool = False  # by hand: nothing more is taken
+    closed_at: float | None = None  # by hand: nothing more is taken
+    pending: int = 0  # contributions that nobody has looked at yet
     admitted: int = 0  # contributions that take part
     fresh: int = 0  # contributions that the newest version, made or tried, does not know as they stand now
     quorum_at: float | None = None  # when as many as the quorum were in
@@ -91,18 +92,14 @@ def apply(round: Round, event: Event, now: float) -> Round:
             return _publish_if_due(round, now)
         case Tick(), State.PUBLISHED | State.FAILED:
             return _renew_if_due(round, now)
-        case CloseByHand(), State.OPEN if round.admitted:
-            return _publishing(replace(round, closed=True), "closed by the operator")
         case CloseByHand(), State.OPEN:
-            return replace(
-                round, closed=True, state=State.EXPIRED, reason="closed by the operator with no contribution"
-            )
+            return _publish_if_due(replace(round, closed_at=now), now)
         case CloseByHand(), State.FAILED if round.admitted:
-            return _publishing(replace(round, closed=True), "tried again by the operator")
+            return _publishing(replace(round, closed_at=now), "tried again by the operator")
         case CloseByHand(), State.PUBLISHING | State.PUBLISHED | State.FAILED:
-            return replace(round, closed=True)
+            return replace(round, closed_at=now)
         case CancelByHand(), State.OPEN | State.PUBLISHING | State.FAILED if not round.version:
-            return replace(round, closed=True, state=State.CANCELLED, reason="cancelled by the operator")
+            return replace(round, closed_at=now, state=State.CANCELLED, reason="cancelled by the operator")
         case PublishByHand(reason), State.OPEN | State.PUBLISHED | State.EXPIRED | State.FAILED if round.admitted:
             return _publishing(round, reason)
         case Published(), State.PUBLISHING:
@@ -117,7 +114,7 @@ def apply(round: Round, event: Event, now: float) -> Round:
 
 def takes_contributions(round: Round, now: float) -> bool:
     """Whether an upload that is finished now takes part: until the deadline, published already or not."""
-    over = round.closed or round.state in (State.EXPIRED, State.CANCELLED)
+    over = round.state in (State.EXPIRED, State.CANCELLED) or (round.closed_at is not None and now >= round.closed_at)
     return not over and now < round.rules.deadline
 
 
@@ -125,6 +122,12 @@ def _publish_if_due(round: Round, now: float) -> Round:
     rules, count = round.rules, round.admitted
     if rules.target_clients and count >= rules.target_clients:
         return _publishing(round, f"all {count} contributions are in")
+    if round.pending and (round.closed_at is not None or now >= rules.deadline):
+        return round  # what came in time is looked at first
+    if round.closed_at is not None:
+        if count:
+            return _publishing(round, "closed by the operator")
+        return replace(round, state=State.EXPIRED, reason="closed by the operator with no contribution")
     if now >= rules.deadline:
         if count >= rules.min_clients:
             return _publishing(round, f"deadline, with {count} contributions")

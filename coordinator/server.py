@@ -6,13 +6,17 @@ import asyncio
 import errno
 import hmac
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc
 import structlog
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 
 from converters.errors import OneroundError, UsageError
+from coordinator import metrics
 from coordinator.daemon import Daemon
 from coordinator.identity import Identity
 from oneround import stream
@@ -29,11 +33,27 @@ _OPTIONS = [
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.max_concurrent_streams", 64),  # of one connection
+    ("grpc.max_metadata_size", 16 * 1024),
+    # What waits on a stream for its turn is 64 KiB, not a window that grows with the link; see turns.py.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 64 * 1024),
 ]
+DOWNLOADING_BYTES = 8 * 1024 * 1024  # of all downloads together, read from the disk and not yet sent
 
 
-def create(daemon: Daemon, identity: Identity, listen: str, *, insecure: bool) -> tuple[grpc.aio.Server, str]:
+def create(
+    daemon: Daemon,
+    identity: Identity,
+    listen: str,
+    *,
+    insecure: bool,
+    healthy: health.aio.HealthServicer | None = None,
+    reflect: bool = False,
+) -> tuple[grpc.aio.Server, str]:
     """A server that is not yet started, and the address that it is bound to.
+
+    `healthy` answers health checks; with `reflect`, tools may ask for the services.
 
     Raises:
         UsageError: the address cannot be bound.
@@ -41,6 +61,10 @@ def create(daemon: Daemon, identity: Identity, listen: str, *, insecure: bool) -
     server = grpc.aio.server(options=_OPTIONS)
     rpc.add_FederationServicer_to_server(Federation(daemon), server)
     rpc.add_AdminServicer_to_server(Admin(daemon, identity.admin_token), server)
+    health_pb2_grpc.add_HealthServicer_to_server(healthy or health.aio.HealthServicer(), server)
+    if reflect:
+        names = [service.full_name for service in pb.DESCRIPTOR.services_by_name.values()]
+        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     host, _, _ = listen.rpartition(":")
     try:
         if insecure:
@@ -54,25 +78,34 @@ def create(daemon: Daemon, identity: Identity, listen: str, *, insecure: bool) -
 
 
 @asynccontextmanager
-async def _answered(context: Context) -> AsyncIterator[None]:
+async def _answered(context: Context, method: str) -> AsyncIterator[None]:
     """Turn our errors into statuses; anything else is our fault, logged, and INTERNAL."""
-    try:
-        yield
-    except OneroundError as error:
-        log.info("refused", status=error.status, reason=str(error))
-        trailing = (("hint-bin", error.hint.encode()),) if error.hint else ()
-        await context.abort(grpc.StatusCode[error.status], str(error), trailing_metadata=trailing)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            log.exception("fault")
+    with metrics.timed(method) as call:
+        try:
+            yield
+        except OneroundError as error:
+            call.status = error.status
+            log.info("refused", method=method, status=error.status, reason=str(error), peer=context.peer())
+            trailing = (("hint-bin", error.hint.encode()),) if error.hint else ()
+            await context.abort(grpc.StatusCode[error.status], str(error), trailing_metadata=trailing)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EMFILE):
+                call.status = "INTERNAL"
+                log.exception("fault", method=method)
+                await context.abort(grpc.StatusCode.INTERNAL, "a fault in the coordinator; its log has the details")
+            call.status = "RESOURCE_EXHAUSTED"
+            log.error("disk", method=method, reason=str(error))
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"the coordinator cannot write: {error.strerror}")
+        except (grpc.aio.AbortError, asyncio.CancelledError):
+            call.status = "CANCELLED"
+            raise
+        except Exception as error:
+            if context.cancelled() or isinstance(error, grpc.aio.BaseError | grpc.aio.UsageError):
+                call.status = "CANCELLED"  # the client went away
+                raise
+            call.status = "INTERNAL"
+            log.exception("fault", method=method)
             await context.abort(grpc.StatusCode.INTERNAL, "a fault in the coordinator; its log has the details")
-        log.error("disk", reason=str(error))
-        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"the coordinator cannot write: {error.strerror}")
-    except (grpc.aio.AbortError, asyncio.CancelledError):
-        raise
-    except Exception:
-        log.exception("fault")
-        await context.abort(grpc.StatusCode.INTERNAL, "a fault in the coordinator; its log has the details")
 
 
 class Federation(rpc.FederationServicer):
@@ -80,36 +113,52 @@ class Federation(rpc.FederationServicer):
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
+        self._threads = ThreadPoolExecutor(4, "download")
+        self._downloads = 0
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsReply:
-        async with _answered(context):
+        async with _answered(context, "ListJobs"):
             return pb.ListJobsReply(jobs=await self._daemon.all())
 
     async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinReply:
-        async with _answered(context):
+        async with _answered(context, "Join"):
             return await self._daemon.join(request)
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatReply:
-        async with _answered(context):
+        async with _answered(context, "Heartbeat"):
             return await self._daemon.heartbeat(request)
 
     async def Download(self, request: pb.DownloadRequest, context: Context) -> AsyncIterator[pb.Chunk]:
-        async with _answered(context):
+        async with _answered(context, "Download"):
             file = await self._daemon.file(request.job, request.digest)
-            for data in stream.chunks(file, request.offset):
-                yield pb.Chunk(data=data)
+            self._downloads += 1
+            try:
+                async for data in stream.chunks(file, request.offset, self._threads, self._chunk_bytes):
+                    yield pb.Chunk(data=data)
+                    metrics.GIVEN.inc(len(data))
+            finally:
+                self._downloads -= 1
+
+    def _chunk_bytes(self) -> int:
+        """The more downloads, the smaller their pieces: what is on its way for all of them together stays the same."""
+        return max(16 * 1024, min(stream.CHUNK_BYTES, DOWNLOADING_BYTES // max(self._downloads, 1)))
 
     async def OpenUpload(self, request: pb.OpenUploadRequest, context: Context) -> pb.OpenUploadReply:
-        async with _answered(context):
+        async with _answered(context, "OpenUpload"):
             return await self._daemon.open_upload(request)
 
     async def Upload(self, request_iterator: AsyncIterator[pb.UploadRequest], context: Context) -> pb.Receipt:
-        async with _answered(context):
+        async with _answered(context, "Upload"):
             return await self._daemon.upload(aiter(request_iterator))
 
+    async def Withdraw(self, request: pb.WithdrawRequest, context: Context) -> pb.WithdrawReply:
+        async with _answered(context, "Withdraw"):
+            await self._daemon.withdraw(request.lease)
+            return pb.WithdrawReply()
+
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.JobStatus]:
-        async with _answered(context):
-            async for status in self._daemon.watch(request.job):
+        async with _answered(context, "Watch"):
+            async for status in self._daemon.statuses.watch(request.job):
                 yield status
 
 
@@ -120,23 +169,40 @@ class Admin(rpc.AdminServicer):
         self._daemon = daemon
         self._token = f"Bearer {token}"
 
-    async def _authorise(self, context: Context) -> None:
+    @asynccontextmanager
+    async def _authorised(self, context: Context, method: str) -> AsyncIterator[None]:
         given = dict(context.invocation_metadata() or ()).get("authorization", "")
         if not hmac.compare_digest(str(given).encode(), self._token.encode()):
-            log.warning("admin_refused", peer=context.peer())
+            log.warning("admin_refused", method=method, peer=context.peer())
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this call needs the coordinator's admin token")
+        async with _answered(context, method):
+            yield
 
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.JobStatus:
-        await self._authorise(context)
-        async with _answered(context):
+        async with self._authorised(context, "Submit"):
             return await self._daemon.submit(request.spec)
 
     async def Show(self, request: pb.ShowRequest, context: Context) -> pb.JobStatus:
-        await self._authorise(context)
-        async with _answered(context):
+        async with self._authorised(context, "Show"):
             return await self._daemon.status(request.job)
 
     async def Close(self, request: pb.CloseRequest, context: Context) -> pb.JobStatus:
-        await self._authorise(context)
-        async with _answered(context):
+        async with self._authorised(context, "Close"):
             return await self._daemon.close(request.job)
+
+    async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.JobStatus:
+        async with self._authorised(context, "Cancel"):
+            return await self._daemon.cancel(request.job)
+
+    async def Delete(self, request: pb.DeleteRequest, context: Context) -> pb.DeleteReply:
+        async with self._authorised(context, "Delete"):
+            await self._daemon.delete(request.job)
+            return pb.DeleteReply()
+
+    async def Publish(self, request: pb.PublishRequest, context: Context) -> pb.JobStatus:
+        async with self._authorised(context, "Publish"):
+            return await self._daemon.publish(request)
+
+    async def Judge(self, request: pb.JudgeRequest, context: Context) -> pb.JobStatus:
+        async with self._authorised(context, "Judge"):
+            return await self._daemon.judge(request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -26,9 +27,9 @@ def jobs(statuses: Sequence[pb.JobStatus]) -> Table:
             status.spec.name,
             _word(pb.State.Name(status.state)),
             escape(status.spec.model.base),
-            str(len(status.clients)),
-            f"{_admitted(status)} of {status.spec.round.target_clients or status.spec.round.min_clients}",
-            _when(status.deadline_unix) if status.state == pb.STATE_OPEN else "closed",
+            str(status.joined),
+            f"{status.admitted} of {status.spec.round.target_clients or status.spec.round.min_clients}",
+            _when(status.deadline_unix) if status.takes_contributions else "closed",
             f"v{status.publications[-1].version}" if status.publications else "",
         )
     return table
@@ -53,8 +54,8 @@ def job(status: pb.JobStatus) -> RenderableType:
         f"  adapter   rank {spec.lora.rank}, alpha {spec.lora.alpha:g}, {', '.join(spec.lora.target_modules)}",
         f"  train     {spec.train.epochs:g} epochs, learning rate {spec.train.learning_rate:g}, "
         f"batch {spec.train.batch_size} x {spec.train.max_seq_len} tokens",
-        f"  round     {_admitted(status)} in; quorum {spec.round.min_clients}, "
-        f"target {spec.round.target_clients or 'none'}; closes {_when(status.deadline_unix)}",
+        f"  round     {_progress(status)}",
+        f"            quorum {spec.round.min_clients}, target {spec.round.target_clients or 'none'}; {_taking(status)}",
         f"  mean      {spec.aggregate.method}",
     ]  # fmt: skip
     parts: list[RenderableType] = [Text("\n".join(lines))]
@@ -63,7 +64,9 @@ def job(status: pb.JobStatus) -> RenderableType:
     else:
         parts.append(Text("  no client has joined yet"))
     for publication in status.publications:
-        parts.append(Text(f"Published v{publication.version} in {publication.folder}"))
+        how = f"{publication.contributions} contributions by {publication.aggregate.method}"
+        parts.append(Text(f"Published v{publication.version}: {how} ({publication.reason})"))
+        parts.append(Text(f"  in {publication.folder}"))
         parts.extend(Text(f"  {file.name}  {size(file.size)}") for file in publication.artifacts)
         parts.extend(
             Text(f"  {file.name} is withheld, in {publication.folder}.withheld: {file.reason}")
@@ -90,13 +93,13 @@ def reachable_host(address: str) -> str:
 
 def _clients(clients: Sequence[pb.ClientStatus]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("client", "machine", "phase", "steps", "loss", "tokens/s", "examples", "sent", "verdict"):
+    for heading in ("client", "id", "machine", "phase", "steps", "loss", "tokens/s", "examples", "sent", "verdict"):
         table.add_column(heading)
     for client in clients:
         given = client.contribution if client.HasField("contribution") else None
-        verdict = "" if given is None else "admitted" if given.admitted else f"quarantined: {given.reason}"
         table.add_row(
             escape(client.name),
+            client.id,
             escape(f"{client.machine.backend} on {client.machine.device}"),
             _word(pb.Phase.Name(client.phase)),
             f"{client.step}/{client.total_steps}" if client.total_steps else "",
@@ -104,13 +107,36 @@ def _clients(clients: Sequence[pb.ClientStatus]) -> Table:
             f"{client.tokens_per_second:.0f}" if client.total_steps else "",
             str(given.declaration.num_examples) if given else "",
             size(given.declaration.size) if given else "",
-            escape(verdict),
+            escape(verdict(given)) if given else "",
         )
     return table
 
 
-def _admitted(status: pb.JobStatus) -> int:
-    return sum(client.contribution.admitted for client in status.clients)
+def verdict(given: pb.Contribution) -> str:
+    """What is made of a contribution."""
+    found = given.judgement
+    word = _word(pb.Verdict.Name(found.verdict)) if found.verdict else "pending"
+    again = " (may send another)" if given.may_replace else ""
+    return (f"{word}: {found.reason}" if found.reason else word) + again
+
+
+def _progress(status: pb.JobStatus) -> str:
+    """Who is where, at a glance: `3 of 10 in; 4 training, 2 asleep, 1 uploading`."""
+    phases = Counter(client.phase for client in status.clients)
+    elsewhere = ", ".join(
+        f"{phases[phase]} {_word(pb.Phase.Name(phase))}"
+        for phase in (pb.PHASE_TRAINING, pb.PHASE_UPLOADING, pb.PHASE_ASLEEP, pb.PHASE_WITHDRAWN)
+        if phases[phase]
+    )
+    aside = status.contributed - status.admitted
+    parts = [f"{status.admitted} in", f"{aside} set aside or pending" if aside else "", elsewhere]
+    return "; ".join(part for part in parts if part)
+
+
+def _taking(status: pb.JobStatus) -> str:
+    if status.takes_contributions:
+        return f"takes contributions until {_when(status.deadline_unix)}"
+    return "takes no more contributions"
 
 
 def _word(name: str) -> str:

@@ -1,20 +1,30 @@
-"""The one upload: declared, taken from the committed offset, synced, checked, judged, committed; then the receipt."""
+"""The one upload: declared, taken from the committed offset, synced, checked, committed; then the receipt."""
 
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import structlog
 
-from converters.errors import Refused, Unreachable, UsageError
-from coordinator import admission, store
+from converters import tensors
+from converters.errors import BadData, Interrupted, NotEnough, Refused, UsageError
+from coordinator import job as jobs
+from coordinator import round as rounds
+from coordinator import store
 from coordinator.blobs import Blobs
-from coordinator.round import State
+from coordinator.leases import Lease
+from coordinator.schema import Contribution
 from coordinator.store import Store
+from coordinator.turns import Turns
 from oneround import stream
 from oneround.v1 import federation_pb2 as pb
+
+MAX_STREAMS = 1024  # open at a time; each has a file
+SMALL_MESSAGES = 1024  # an upload's messages are 1 KiB and more on average, but for so many
 
 log = structlog.get_logger()
 offload = asyncio.to_thread
@@ -27,117 +37,152 @@ class Uploads:
         self._store = known
         self._blobs = blobs
         self._clock = clock
-        self._uploading: set[tuple[str, str]] = set()
+        self._streams = 0
+        self._turns = Turns()
+        self._first = Turns(64, patience=5.0, idle=10.0)  # of strangers, who are not to keep the others waiting
+        self._threads = ThreadPoolExecutor(4, "upload")
+        self.bytes_taken = 0
 
-    async def open(self, request: pb.OpenUploadRequest) -> pb.OpenUploadReply:
-        """How much of the declared contribution is here; its receipt when all of it is."""
-        client = await offload(self._store.client, request.lease)
-        row = await offload(self._store.job, client.job)
-        declared = request.declaration
+    async def open(self, lease: Lease, declared: pb.Declaration) -> pb.OpenUploadReply:
+        """How much of the declared contribution is here; its receipt when all of it is.
+
+        Raises:
+            Refused: another contribution of this client is in, or the job takes no more.
+            NotEnough: there is no room for it on the disk, or within the job's quota.
+        """
+        client = lease.client
+        job = self._store.announced(client.job).job
         given = await offload(self._store.contribution, client.job, client.client_id)
         partial = self._blobs.partial(client.job, client.client_id)
-        if given is not None:
+        if given is not None and (given.digest == declared.digest or not given.may_replace):
+            if given.digest != declared.digest:
+                raise store.conflict(given)
             self._blobs.discard(partial)  # left over if the daemon died right after the commit
-            if given.declaration.digest != declared.digest:
-                raise Refused(f"this client's contribution to {row.name!r} is in already, and it is another one")
-            return pb.OpenUploadReply(committed_offset=given.declaration.size, receipt=given.receipt)
-        if row.state != State.OPEN:
-            raise Refused(f"job {row.name!r} takes no more contributions: it is {row.state} ({row.reason})")
-        if not stream.is_digest(declared.digest):
-            raise UsageError("the declared digest is not a SHA-256 in lower-case hex")
-        largest = _largest_upload(row.job)
-        if not 0 < declared.size <= largest:
-            raise Refused(f"an upload of {declared.size} bytes is declared; this job's adapters have at most {largest}")
+            return pb.OpenUploadReply(committed_offset=given.size, receipt=receipt(given))
+        round = await offload(self._store.round, client.job)
+        if not rounds.takes_contributions(round, self._clock()):
+            raise Refused(f"job {client.job!r} takes no more contributions: it is {round.state} ({round.reason})")
+        _check(declared, job)
         if client.declaration is not None and client.declaration.digest != declared.digest:
-            self._only_stream(client)
+            self._only_stream(lease)
             self._blobs.discard(partial)  # another training run's: what is here of the last one does not continue it
+        committed = self._blobs.committed(partial)
+        disk = shutil.disk_usage(self._blobs.uploads)
+        if disk.free - disk.total // 100 < declared.size - committed:
+            raise NotEnough("the coordinator's disk has no room for this upload")
+        await offload(self._store.declare, client, declared, jobs.size(job.spec.upload.quota))
+        client.declaration = declared
+        return pb.OpenUploadReply(committed_offset=committed)
 
-        def note(status: pb.ClientStatus) -> None:
-            status.phase, status.last_seen_unix = pb.PHASE_UPLOADING, self._clock()
+    async def take(self, lease: Lease, first: pb.UploadRequest, rest: AsyncIterator[pb.UploadRequest]) -> Contribution:
+        """Take a contribution's bytes from the committed offset, and commit it once they are safe.
 
-        await offload(self._store.update_client, client, note, declared)
-        return pb.OpenUploadReply(committed_offset=self._blobs.committed(partial))
-
-    async def take(self, messages: AsyncIterator[pb.UploadRequest]) -> pb.Receipt:
-        """Take a contribution's bytes from the committed offset; the receipt once they are safe and judged."""
-        first = await anext(messages, None)
-        if first is None:
-            raise UsageError("an empty upload: the first message names the lease")
-        client = await offload(self._store.client, first.lease)
-        key = (client.job, client.client_id)
-        given = await offload(self._store.contribution, *key)
-        if given is not None:
-            return given.receipt
+        Raises:
+            Interrupted: the stream broke off, is too slow, or does not begin where it should; it may be taken up again.
+            BadData: the bytes are not those that were declared; they are dropped.
+        """
+        client = lease.client
+        given = await offload(self._store.contribution, client.job, client.client_id)
+        if given is not None and not given.may_replace:
+            return given
         if client.declaration is None:
             raise Refused("nothing is declared; call OpenUpload first")
-        self._only_stream(client)
-        self._uploading.add(key)
+        self._only_stream(lease)
+        if self._streams >= MAX_STREAMS:
+            raise NotEnough(f"{MAX_STREAMS} uploads are open already; try again")
+        self._streams += 1
+        lease.uploading = True
         try:
-            await self._receive(client.declaration, self._blobs.partial(*key), first, messages)
-            return await self._accept(client)
+            partial = self._blobs.partial(client.job, client.client_id)
+            await self._receive(client.declaration, partial, first, rest)
+            kept = await offload(self._commit, partial, store.contribution(client, client.declaration, self._clock()))
+            lease.contributed = True
+            self._blobs.discard(partial)
+            return kept
         finally:
-            self._uploading.discard(key)
+            lease.uploading = False
+            self._streams -= 1
 
-    def _only_stream(self, client: store.Client) -> None:
+    async def first(self, messages: AsyncIterator[pb.UploadRequest]) -> pb.UploadRequest:
+        """The message that names the lease.
+
+        Raises:
+            UsageError: there is none.
+        """
+        message = await self._first.next(messages)
+        if message is None:
+            raise UsageError("an empty upload: the first message names the lease")
+        return message
+
+    def _commit(self, partial: Path, contribution: Contribution) -> Contribution:
+        """The bytes get their place before the row that stands for them; a crash between leaves the upload whole."""
+        with self._blobs.changing:
+            self._blobs.put(partial, contribution.digest)
+            return self._store.contribute(contribution)
+
+    def _only_stream(self, lease: Lease) -> None:
         """A stream that broke is noticed within a minute; until then another try has to wait."""
-        if (client.job, client.client_id) in self._uploading:
-            raise Unreachable("another stream of this client is still open")
+        if lease.uploading:
+            raise Interrupted("another stream of this client is still open")
 
     async def _receive(
         self, declared: pb.Declaration, partial: Path, first: pb.UploadRequest, rest: AsyncIterator[pb.UploadRequest]
     ) -> None:
         offset = self._blobs.committed(partial)
         if first.offset != offset:
-            raise Unreachable(f"the upload starts at byte {first.offset}; {offset} are here")
-        if offset == declared.size:
-            return
-        with partial.open("ab") as file:
-            data = first.data
-            while True:
-                offset += len(data)
-                if len(data) > stream.MAX_CHUNK_BYTES or offset > declared.size:
-                    raise Refused(f"more bytes came than the {declared.size} that were declared")
-                file.write(data)
-                message = await anext(rest, None)
-                if message is None:
-                    break
-                data = message.data
-        if offset < declared.size:
-            raise Unreachable(f"the upload ended at byte {offset} of {declared.size}")
+            raise Interrupted(f"the upload starts at byte {first.offset}; {offset} are here")
+        loop = asyncio.get_running_loop()
+        sink = await loop.run_in_executor(self._threads, stream.Sink, partial, tensors.sync)
+        try:
+            await stream.pour(self._data(first, rest, offset, declared.size), sink, self._threads)
+            found = await loop.run_in_executor(self._threads, sink.digest)
+        finally:
+            await loop.run_in_executor(self._threads, sink.close)
+        if found != declared.digest:
+            self._blobs.discard(partial)
+            raise BadData(
+                f"the upload's SHA-256 is {found}, and {declared.digest} was declared; what came in was dropped",
+                hint="edge-client join again, which sends it from the start",
+            )
 
-    async def _accept(self, client: store.Client) -> pb.Receipt:
-        declared = client.declaration
-        assert declared is not None, "checked by take"
-        partial = self._blobs.partial(client.job, client.client_id)
-        blob = await offload(self._blobs.commit, partial, declared.digest)
-        row = await offload(self._store.job, client.job)
-        reason = await offload(admission.verdict, blob, declared, row.job)
-        receipt = pb.Receipt(
-            job=client.job,
-            client_id=client.client_id,
-            digest=declared.digest,
-            size=declared.size,
-            received_unix=self._clock(),
-            admitted=not reason,
-            reason=reason,
-        )
-
-        def note(status: pb.ClientStatus) -> None:
-            status.phase, status.last_seen_unix = pb.PHASE_CONTRIBUTED, receipt.received_unix
-            status.step = status.total_steps = declared.steps
-            status.loss = declared.train_loss
-
-        contribution = store.Contribution(
-            job=client.job, client_id=client.client_id, declaration=declared, receipt=receipt
-        )
-        kept = await offload(self._store.contribute, contribution, note)
-        self._blobs.discard(partial)
-        log.info("contribution", job=client.job, client=client.status.name, admitted=kept.admitted, reason=kept.reason)
-        return kept
+    async def _data(
+        self, first: pb.UploadRequest, rest: AsyncIterator[pb.UploadRequest], offset: int, size: int
+    ) -> AsyncIterator[bytes]:
+        """The stream's bytes, held against what was declared."""
+        message: pb.UploadRequest | None = first
+        start, count = offset, 0
+        while message is not None:
+            count += 1
+            if message.HasField("offset") and message.offset != offset:
+                raise Interrupted(f"a chunk for byte {message.offset} came where byte {offset} is due")
+            if len(message.data) > stream.MAX_CHUNK_BYTES or offset + len(message.data) > size:
+                raise UsageError(f"more bytes came than the {size} that were declared")
+            offset += len(message.data)
+            if count > SMALL_MESSAGES + (offset - start) // 1024:
+                raise UsageError("the upload comes in too many small pieces")
+            self.bytes_taken += len(message.data)
+            yield message.data
+            message = await self._turns.next(rest) if offset < size else await anext(rest, None)
+        if offset < size:
+            raise Interrupted(f"the upload ended at byte {offset} of {size}")
 
 
-def _largest_upload(job: pb.Job) -> int:
-    """Bytes of this job's adapter in float32, with room for the header."""
+def receipt(given: Contribution) -> pb.Receipt:
+    """The coordinator's word for a contribution that is committed."""
+    return pb.Receipt(
+        job=given.job,
+        client_id=given.client_id,
+        digest=given.digest,
+        size=given.size,
+        received_unix=given.received,
+    )
+
+
+def _check(declared: pb.Declaration, job: pb.Job) -> None:
+    if not stream.is_digest(declared.digest):
+        raise UsageError("the declared digest is not a SHA-256 in lower-case hex")
     rank = job.spec.lora.rank
     factors = sum(rank * (module.out_features + module.in_features) for module in job.modules)
-    return 4 * factors + 1024 * len(job.modules) + 65536
+    largest = 4 * factors + 1024 * len(job.modules) + 65536  # in float32, with room for the header
+    if not 0 < declared.size <= largest:
+        raise UsageError(f"an upload of {declared.size} bytes is declared; this job's adapters have at most {largest}")

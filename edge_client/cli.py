@@ -51,6 +51,9 @@ def join(
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Skip and count rows that cannot be used.")
     ] = False,
+    again: Annotated[
+        bool, typer.Option("--again", help="Train anew and replace what was sent, where the operator allows it.")
+    ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Stay until the result is published.")] = False,
     state: State = _DEFAULT_STATE,
     insecure: Insecure = False,
@@ -72,6 +75,7 @@ def join(
         backend=chosen,
         model=model,
         skip_bad_rows=skip_bad_rows,
+        again=again,
     )
 
     async def run() -> None:
@@ -126,6 +130,7 @@ def pull(
         str, typer.Option(help="A file or folder of the publication, or `all`. Left out: the smallest merged GGUF.")
     ] = "",
     to: Annotated[Path | None, typer.Option(help="Where to put it.", show_default="a folder of the job's name")] = None,
+    version: Annotated[int, typer.Option(help="Which one; 0: the newest.", min=0)] = 0,
     server: Server = "",
     state: State = _DEFAULT_STATE,
     insecure: Insecure = False,
@@ -137,10 +142,31 @@ def pull(
 
     async def run() -> None:
         async with _connected(server, state, screen, insecure, job) as remote:
-            await _pull(remote, job, artifact, folder, screen)
+            await _pull(remote, job, artifact, folder, screen, version)
 
     asyncio.run(run())
     screen.say("folder", folder=str(folder))
+
+
+@app.command(epilog="Example: edge-client leave clinic-notes")
+def leave(
+    job: Annotated[str, typer.Argument(help="The job's name.")],
+    server: Server = "",
+    state: State = _DEFAULT_STATE,
+    insecure: Insecure = False,
+    as_json: Json = False,
+) -> None:
+    """Take part no more: what was sent is left out of everything that is published from now on."""
+    screen = Screen(as_json)
+    joined = outbox.find(state, job).joined()
+    assert joined is not None, "find looks at joined jobs"
+
+    async def run() -> None:
+        async with _connected(server, state, screen, insecure, job) as remote:
+            await remote.withdraw(joined.lease)
+
+    asyncio.run(run())
+    screen.say("left", job=job)
 
 
 @app.command(epilog='Example: edge-client chat clinic-notes --prompt "Dear colleague,"')
@@ -207,7 +233,7 @@ async def _until_published(remote: Remote, job: str, screen: Screen) -> None:
         if status.state == pb.STATE_PUBLISHED:
             screen.say("published", job=job, version=status.publications[-1].version)
             return
-        if status.state in (pb.STATE_EXPIRED, pb.STATE_FAILED):
+        if status.state in (pb.STATE_EXPIRED, pb.STATE_FAILED, pb.STATE_CANCELLED):
             raise Refused(f"nothing will be published: {status.reason}")
         if state != shown:
             screen.say("waiting", state=state)
@@ -215,15 +241,19 @@ async def _until_published(remote: Remote, job: str, screen: Screen) -> None:
     raise Unreachable("the coordinator ended the conversation", hint="edge-client pull, later")
 
 
-async def _pull(remote: Remote, job: str, artifact: str, folder: Path, screen: Screen) -> list[Path]:
+async def _pull(remote: Remote, job: str, artifact: str, folder: Path, screen: Screen, version: int = 0) -> list[Path]:
     status = await remote.job(job)
     if not status.publications:
         state = pb.State.Name(status.state).removeprefix("STATE_").lower()
         raise Refused(
             f"{job} has published nothing yet; it is {state}" + (f" ({status.reason})" if status.reason else "")
         )
+    made = {publication.version: publication for publication in status.publications}
+    if version and version not in made:
+        there = ", ".join(str(number) for number in made)
+        raise UsageError(f"{job} has no version {version}", hint=f"--version with one of: {there}")
     fetched = []
-    for wanted in _select(status.publications[-1], artifact):
+    for wanted in _select(made[version or max(made)], artifact):
         file = local_path(folder, wanted)
         if not file.is_file() or await asyncio.to_thread(stream.digest, file) != wanted.digest:
             with screen.bar(wanted.name, wanted.size) as advance:

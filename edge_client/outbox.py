@@ -71,6 +71,14 @@ class Outbox:
         _write(self.folder / "trained.json", declaration)
         return declaration
 
+    def begin_again(self, sent: str) -> None:
+        """Set aside what was sent (its digest), so that another training can take its place. What was trained since and
+        has not been sent yet stays."""
+        done = self.trained()
+        if done is not None and done.digest == sent:
+            for file in (self.folder / "trained.json", self.adapter, self.folder / "receipt.json"):
+                file.unlink(missing_ok=True)
+
     def keep_receipt(self, receipt: pb.Receipt) -> pb.Receipt:
         _write(self.folder / "receipt.json", receipt)
         return receipt

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,7 +28,12 @@ _OPTIONS = [
 ]
 
 _GONE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED})
-_PASSING = _GONE | {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.RESOURCE_EXHAUSTED}
+_PASSING = _GONE | {
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
 
 OnBytes = Callable[[int], None]  # called with how many bytes of the file are across so far
 OnFirstUse = Callable[[str, str], None]  # called with the address and the fingerprint that is being pinned
@@ -39,6 +45,7 @@ class Remote:
     def __init__(self, server: str, channel: grpc.aio.Channel) -> None:
         self.server = server
         self._stub = rpc.FederationStub(channel)
+        self._threads = ThreadPoolExecutor(2, "files")
 
     async def join(self, request: pb.JoinRequest) -> pb.JoinReply:
         async with self._readable():
@@ -69,29 +76,39 @@ class Remote:
         """
         to.parent.mkdir(parents=True, exist_ok=True)
         partial = to.with_name(f".{to.name}.{artifact.digest[:12]}")  # what is here of another version does not help
-        offset = partial.stat().st_size if partial.exists() else 0
-        request = pb.DownloadRequest(job=job, digest=artifact.digest, offset=offset)
-        with partial.open("ab") as file:
+        sink = await asyncio.to_thread(stream.Sink, partial, tensors.sync)
+        try:
+            offset = partial.stat().st_size
             if offset < artifact.size:
                 async with self._readable():
-                    async for chunk in self._stub.Download(request):
-                        offset += len(chunk.data)
-                        if offset > artifact.size:
-                            break
-                        file.write(chunk.data)
-                        on_bytes(offset)
-            tensors.sync(file)
-        if offset < artifact.size:
+                    await stream.pour(self._pieces(job, artifact, offset, on_bytes), sink, self._threads)
+            found = await asyncio.to_thread(sink.digest)
+        finally:
+            await asyncio.to_thread(sink.close)
+        if (there := partial.stat().st_size) < artifact.size:
             raise Unreachable(
-                f"{artifact.name} broke off at byte {offset} of {artifact.size}", hint="run it again, to go on"
+                f"{artifact.name} broke off at byte {there} of {artifact.size}", hint="run it again, to go on"
             )
-        if await asyncio.to_thread(stream.digest, partial) != artifact.digest:
+        if found != artifact.digest:
             partial.unlink()
             raise BadData(
                 f"{artifact.name} came damaged: its SHA-256 is not the one that was announced", hint="run it again"
             )
         partial.replace(to)
         tensors.sync_folder(to.parent)
+
+    async def _pieces(self, job: str, artifact: pb.Artifact, offset: int, on_bytes: OnBytes) -> AsyncIterator[bytes]:
+        """An artifact's bytes as they come, and not one more than were announced."""
+        async for chunk in self._stub.Download(pb.DownloadRequest(job=job, digest=artifact.digest, offset=offset)):
+            offset += len(chunk.data)
+            if offset > artifact.size:
+                return
+            yield chunk.data
+            on_bytes(offset)
+
+    async def withdraw(self, lease: str) -> None:
+        async with self._readable():
+            await self._stub.Withdraw(pb.WithdrawRequest(lease=lease), timeout=CALL_SECONDS)
 
     async def upload(self, lease: str, declaration: pb.Declaration, file: Path, on_bytes: OnBytes) -> pb.Receipt:
         """Send the contribution from the offset that the coordinator has; returns the receipt.
@@ -109,7 +126,7 @@ class Remote:
         async def messages() -> AsyncIterator[pb.UploadRequest]:
             sent = opened.committed_offset
             yield pb.UploadRequest(lease=lease, offset=sent)
-            for data in stream.chunks(file, sent):
+            async for data in stream.chunks(file, sent, self._threads, lambda: stream.CHUNK_BYTES):
                 sent += len(data)
                 yield pb.UploadRequest(data=data)
                 on_bytes(sent)

@@ -34,6 +34,8 @@ SENTENCES = {
     "trained": "Trained {steps} steps in {seconds:.0f} s; loss {loss:.3f}",
     "retry": "{why}; trying again in {seconds:.0f} s",
     "receipt": "[green]Receipt[/green]: {size:,} bytes, sha256 {digest}",
+    "pending": "It has not been looked at yet; `coordinator show {job}`, over there, will say what is made of it.",
+    "left": "Left {job}. What was sent takes no part in what is published from now on; what is here stays.",
     "done": "You may close this now. The result will be there with:  edge-client pull {job}",
     "waiting": "Waiting for the publication ({state})",
     "published": "[green]Published[/green] v{version}. Take it with:  edge-client pull {job}",

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters import adapter
+from converters import adapter, checkpoint
 from converters.adapter import Adapter, Shape
 from converters.errors import BadData, OneroundError, Refused, Unreachable
 from edge_client import examples, outbox
@@ -29,6 +29,7 @@ from oneround import stream
 from oneround.v1 import federation_pb2 as pb
 
 HEARTBEAT_SECONDS = 2.0
+VERDICT_SECONDS = 30.0  # how long to wait for what the coordinator makes of a contribution
 LONGEST_PAUSE = 60.0  # seconds between two tries to send
 
 
@@ -43,6 +44,7 @@ class Taker:
     backend: Backend
     model: Path | None = None  # the base model's folder, if it is on this machine
     skip_bad_rows: bool = False
+    again: bool = False  # train anew, where the operator lets this machine send another contribution
 
 
 async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen) -> pb.Receipt:
@@ -69,8 +71,16 @@ async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen)
     box.keep_joined(remote.server, reply)
     screen.say("joined", job=reply.job.spec.name, server=remote.server, client=taker.name)
 
+    if reply.HasField("receipt") and not (taker.again and reply.may_replace):
+        if taker.again:
+            raise Refused(
+                f"this machine's contribution to {reply.job.spec.name!r} is in already",
+                hint=f"ask the operator for `coordinator replace {reply.job.spec.name} {taker.name}`",
+            )
+        _safe(box.keep_receipt(reply.receipt), screen)
+        return _judged(reply.receipt, reply.judgement, screen)
     if reply.HasField("receipt"):
-        return _safe(box.keep_receipt(reply.receipt), screen)
+        box.begin_again(reply.receipt.digest)
     pulse = Pulse(pb.HeartbeatRequest(lease=reply.lease))
     beating = asyncio.create_task(pulse.beat(remote))
     try:
@@ -80,10 +90,12 @@ async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen)
         else:
             screen.say("resumed", folder=str(box.folder))
         receipt = await _send(remote, reply, declaration, box, screen)
+        _safe(box.keep_receipt(receipt), screen)
+        judgement = await _verdict(remote, reply.lease)
     finally:
         beating.cancel()
         await asyncio.gather(beating, return_exceptions=True)
-    return _safe(box.keep_receipt(receipt), screen)
+    return _judged(receipt, judgement, screen)
 
 
 @dataclass
@@ -236,6 +248,8 @@ async def _train(
     described = {
         "job": job.spec.name,
         "base": job.base_fingerprint,
+        "tokenizer": checkpoint.tokenizer_digest(base),
+        "chat_template": checkpoint.chat_template_digest(base),
         "num_examples": str(declaration.num_examples),
         "num_tokens": str(declaration.num_tokens),
         "steps": str(declaration.steps),
@@ -262,10 +276,27 @@ async def _send(
             pause = min(2 * pause, LONGEST_PAUSE)
 
 
-def _safe(receipt: pb.Receipt, screen: Screen) -> pb.Receipt:
+def _safe(receipt: pb.Receipt, screen: Screen) -> None:
     screen.say("receipt", size=receipt.size, digest=receipt.digest)
-    if not receipt.admitted:
-        raise Refused(f"the contribution is stored, but takes no part in the average: {receipt.reason}")
+
+
+async def _verdict(remote: Remote, lease: str) -> pb.Judgement:
+    """What the coordinator makes of the contribution, if it says so soon. The receipt holds either way."""
+    with suppress(OneroundError):
+        for _ in range(int(VERDICT_SECONDS / 0.5)):
+            answer = await remote.heartbeat(pb.HeartbeatRequest(lease=lease))
+            if answer.judgement.verdict not in (pb.VERDICT_UNSPECIFIED, pb.VERDICT_PENDING):
+                return answer.judgement
+            await asyncio.sleep(0.5)
+    return pb.Judgement(verdict=pb.VERDICT_PENDING)
+
+
+def _judged(receipt: pb.Receipt, judgement: pb.Judgement, screen: Screen) -> pb.Receipt:
+    """Raises Refused when the contribution takes no part."""
+    if judgement.verdict == pb.VERDICT_QUARANTINED:
+        raise Refused(f"the contribution is stored, but takes no part in the average: {judgement.reason}")
+    if judgement.verdict in (pb.VERDICT_UNSPECIFIED, pb.VERDICT_PENDING):
+        screen.say("pending", job=receipt.job)
     screen.say("done", job=receipt.job)
     return receipt
 

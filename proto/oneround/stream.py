@@ -1,24 +1,115 @@
-"""How a file travels: in chunks from an offset, known by its SHA-256."""
+"""How a file travels: in chunks from an offset, known by its SHA-256; hashed and on its way to the disk as it comes."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from oneround.v1 import federation_pb2 as pb
 
 CHUNK_BYTES = 512 * 1024  # the throughput of Python's gRPC is flat from 256 KiB to 1 MiB
 MAX_CHUNK_BYTES = 1024 * 1024
 MAX_MESSAGE_BYTES = MAX_CHUNK_BYTES + 64 * 1024  # room for the fields around a chunk
+_HELD_BYTES = 4 * CHUNK_BYTES  # what may wait for the disk while more comes in
+_BEHIND_BYTES = 32 * 1024 * 1024  # written, not yet on the disk; then the disk is set to work
+
+_syncing = ThreadPoolExecutor(2, "sync")
 
 
-def chunks(path: Path, offset: int = 0) -> Iterator[bytes]:
-    """The file's bytes from `offset` to its end, at most CHUNK_BYTES at a time."""
-    with path.open("rb") as file:
+class Sink:
+    """A file that grows by what comes in. What was there when it was opened is the beginning of it.
+
+    `sync` puts what was written on the medium. Its methods block; one thread at a time calls them.
+    """
+
+    def __init__(self, path: Path, sync: Callable[[BinaryIO], None]) -> None:
+        self._sync = sync
+        self._hash = hashlib.sha256()
+        if path.exists():
+            with path.open("rb") as file:
+                while data := file.read(MAX_CHUNK_BYTES):
+                    self._hash.update(data)
+        self._file = path.open("ab", buffering=0)
+        self._behind: Future[None] | None = None
+        self._unsynced = 0
+
+    def write(self, pieces: Iterable[bytes]) -> None:
+        """Raises OSError when the disk takes no more; what was taken before stays."""
+        for data in pieces:
+            view = memoryview(data)
+            while view:  # an unbuffered file may take less than it is given
+                taken = self._file.write(view)
+                self._hash.update(view[:taken])
+                view = view[taken:]
+            self._unsynced += len(data)
+        if self._unsynced > _BEHIND_BYTES and (self._behind is None or self._behind.done()):
+            self._unsynced = 0
+            self._behind = _syncing.submit(self._write_out)
+
+    def digest(self) -> str:
+        """SHA-256 of all of it, once all of it is on the medium."""
+        self._settle()
+        self._sync(self._file)
+        return self._hash.hexdigest()
+
+    def close(self) -> None:
+        """Let go of the file; what was written stays, for another to go on."""
+        self._settle()
+        self._file.close()
+
+    def _settle(self) -> None:
+        if self._behind is not None:
+            self._behind.result()
+
+    def _write_out(self) -> None:
+        with suppress(OSError):  # a full disk; the sync at the end will say so
+            os.fsync(self._file.fileno())
+
+
+async def pour(source: AsyncIterator[bytes], sink: Sink, threads: Executor) -> None:
+    """Everything from a source into a sink: while the threads hash and write some of it, more is taken from the wire.
+
+    What came before an error of the source is in the sink when the error is raised.
+    """
+    loop = asyncio.get_running_loop()
+    writing: asyncio.Future[None] | None = None
+    held: list[bytes] = []
+    held_bytes = 0
+    try:
+        async for data in source:
+            held.append(data)
+            held_bytes += len(data)
+            if writing is None or writing.done() or held_bytes >= _HELD_BYTES:
+                if writing is not None:
+                    await writing
+                writing = loop.run_in_executor(threads, sink.write, held)
+                held, held_bytes = [], 0
+    finally:
+        if writing is not None:
+            await writing
+        if held:
+            await loop.run_in_executor(threads, sink.write, held)
+
+
+async def chunks(path: Path, offset: int, threads: Executor, size: Callable[[], int]) -> AsyncIterator[bytes]:
+    """A file's bytes from `offset` to its end. The next ones are read while the last are on their way; `size` says
+    how many bytes a chunk may have now."""
+    loop = asyncio.get_running_loop()
+    with path.open("rb", buffering=0) as file:
         file.seek(offset)
-        while data := file.read(CHUNK_BYTES):
-            yield data
+        reading = loop.run_in_executor(threads, file.read, size())
+        try:
+            while data := await reading:
+                reading = loop.run_in_executor(threads, file.read, size())
+                yield data
+        finally:
+            await asyncio.gather(reading, return_exceptions=True)  # it uses the file
 
 
 def digest(path: Path) -> str:

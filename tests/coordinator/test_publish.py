@@ -46,10 +46,16 @@ def order(base: Path, folder: Path, gguf: Path | None = None, **spec: Any) -> Or
     return Order(
         spec=job.parse({"name": "notes", "model": {"base": str(base)}, **spec}),
         version=1,
+        reason="all 2 contributions are in",
+        at_least=2,
+        set_aside=[],
         base_folder=base,
         base_gguf=gguf,
         base_fingerprint="0" * 64,
-        contributions=[Given(f"client-{n}", str(n) * 64, n * 20 + 10, file) for n, file in enumerate(files)],
+        contributions=[
+            Given(f"client-{n}", str(n) * 12, str(n) * 64, n * 20 + 10, float(n), False, file)
+            for n, file in enumerate(files)
+        ],
         folder=folder / "v1",
     )
 

@@ -14,7 +14,18 @@ from edge_client import remote as remotes
 from edge_client.identity import Pins
 from edge_client.remote import Remote
 from oneround.v1 import federation_pb2 as pb
-from tests.coordinator.test_server import ALICE, BOB, SPEC, join, nothing, running, trained, with_server, written
+from tests.coordinator.test_server import (
+    ALICE,
+    BOB,
+    SPEC,
+    join,
+    judged,
+    nothing,
+    running,
+    trained,
+    with_server,
+    written,
+)
 
 EVE = "e" * 32
 
@@ -28,20 +39,17 @@ async def contribute(remote: Remote, folder: Path) -> None:
         if client == EVE:
             scaled[reply.job.modules[0].name].b[0] = np.nan
         file, declaration = written(adapter.Adapter(scaled, made.metadata), folder, num_examples=10 + 20 * seed)
-        assert (await remote.upload(reply.lease, declaration, file, nothing)).admitted == (client != EVE)
+        await remote.upload(reply.lease, declaration, file, nothing)
+        verdict = (await judged(remote, reply.lease)).verdict
+        assert verdict == (pb.VERDICT_QUARANTINED if client == EVE else pb.VERDICT_ADMITTED)
 
 
 async def until(daemon: Daemon, *, stage: bool = False, state: pb.State = pb.STATE_PUBLISHED) -> pb.JobStatus:
-    """Run the daemon until it is at work on the publication, or the job is in a state; then stop it."""
-    running = asyncio.create_task(daemon.run())
-    try:
-        async for status in daemon.watch("notes"):
-            if (stage and status.stage) or status.state == state:
-                return status
-        raise AssertionError("watching never ends")
-    finally:
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
+    """Wait until the daemon is at work on the publication, or the job is in a state."""
+    async for status in daemon.statuses.watch("notes"):
+        if (stage and status.stage) or status.state == state:
+            return status
+    raise AssertionError("watching never ends")
 
 
 def test_an_interrupted_publication_is_made_again(tmp_path: Path) -> None:
@@ -60,9 +68,15 @@ def test_an_interrupted_publication_is_made_again(tmp_path: Path) -> None:
             status = await until(daemon)
         (publication,) = status.publications
         folder = Path(publication.folder)
-        assert {file.name for file in folder.parent.iterdir()} == {"v1", "v1.order.json"}, "nothing half-made is left"
+        assert {file.name for file in folder.parent.iterdir()} == {"v1"}, "nothing half-made is left"
         manifest = json.loads((folder / "manifest.json").read_text())
-        assert [given["num_examples"] for given in manifest["contributions"]] == [10, 30], "without the quarantined one"
+        assert [(given["num_examples"], given["verdict"]) for given in manifest["contributions"]] == [
+            (10, "admitted"),
+            (30, "admitted"),
+            (50, "quarantined"),
+        ]
+        assert [given["weight"] for given in manifest["contributions"]] == [0.25, 0.75, 0.0]
+        assert "NaN" in manifest["contributions"][2]["reason"]
         assert manifest["verification"]["notes-f16.gguf"]["passed"]
         assert {artifact.name for artifact in publication.artifacts} == {"manifest.json", *manifest["files"]}
         assert np.isfinite(llama.logits(llama.load(folder / "notes-f16.gguf"), [5, 6, 7])).all()
@@ -80,7 +94,7 @@ def test_a_failed_publication_says_why_and_can_be_tried_again(tmp_path: Path) ->
         base.write_bytes(whole[: len(whole) // 2])
         await daemon.close("notes")
         failed = await until(daemon, state=pb.STATE_FAILED)
-        assert "is not a sound GGUF file" in failed.reason and "coordinator close notes" in failed.reason
+        assert "is not a sound GGUF file" in failed.reason and "coordinator publish notes" in failed.reason
         assert (state / "publications" / "notes" / "v1.failed").is_dir(), "what was made is kept aside"
         base.write_bytes(whole)
         await daemon.close("notes")

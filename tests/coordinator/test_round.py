@@ -93,7 +93,8 @@ def test_versions_count_what_is_published() -> None:
         (PUBLISHING, 10, True),
         (PUBLISHED, 10, True),
         (PUBLISHED, DEADLINE, False),
-        (replace(PUBLISHED, closed=True), 10, False),
+        (replace(PUBLISHED, closed_at=9), 10, False),
+        (replace(PUBLISHED, closed_at=9), 8, True),
         (replace(OPEN, state=State.EXPIRED), 10, False),
         (replace(OPEN, state=State.CANCELLED), 10, False),
     ],
@@ -103,5 +104,15 @@ def test_contributions_are_taken_until_the_deadline(round: Round, now: float, ta
 
 
 def test_closing_by_hand_takes_nothing_more() -> None:
-    assert rounds.apply(PUBLISHED, CloseByHand(), 10).closed
-    assert rounds.apply(replace(OPEN, admitted=1), CloseByHand(), 10).closed
+    for round in (PUBLISHED, replace(OPEN, admitted=1), PUBLISHING, FAILED, OPEN):
+        assert not rounds.takes_contributions(rounds.apply(round, CloseByHand(), 10), 10)
+
+
+def test_what_came_in_time_is_looked_at_before_the_round_ends() -> None:
+    late = rounds.apply(replace(OPEN, admitted=1, pending=1), Tick(), DEADLINE)
+    assert late.state is State.OPEN
+    assert rounds.apply(replace(late, admitted=2, pending=0), Tick(), DEADLINE + 1).state is State.PUBLISHING
+    closed = rounds.apply(replace(OPEN, pending=1), CloseByHand(), 10)
+    assert closed.state is State.OPEN and not rounds.takes_contributions(closed, 11)
+    assert rounds.apply(replace(closed, pending=0), Tick(), 12).state is State.EXPIRED
+    assert rounds.apply(replace(closed, pending=0, admitted=1), Tick(), 12).state is State.PUBLISHING

@@ -34,8 +34,9 @@ SPEC = {
 
 @asynccontextmanager
 async def running(state: Path, clock: Callable[[], float] | None = None) -> AsyncIterator[tuple[Daemon, str]]:
-    """A daemon and its server on a free port; the daemon's loop, which publishes, does not run."""
+    """A daemon and its server on a free port."""
     daemon = Daemon(state, clock=clock) if clock else Daemon(state)
+    loop = asyncio.create_task(daemon.run())
     grpc_server, address = server.create(daemon, identity.load_or_create(state), "127.0.0.1:0", insecure=False)
     await grpc_server.start()
     control.announce(state, address, insecure=False)
@@ -43,6 +44,8 @@ async def running(state: Path, clock: Callable[[], float] | None = None) -> Asyn
         yield daemon, address
     finally:
         await grpc_server.stop(None)
+        loop.cancel()
+        await asyncio.gather(loop, return_exceptions=True)
         daemon.release()
 
 
@@ -72,7 +75,23 @@ def trained(reply: pb.JoinReply, seed: int = 0, **changes) -> Adapter:  # type: 
         name: LowRank(factors.a, rng.standard_normal(factors.b.shape).astype(np.float32))
         for name, factors in adapter.initial(shapes, 2, 0).modules.items()
     }
-    return Adapter(modules | changes, {"base": reply.job.base_fingerprint})
+    return Adapter(modules | changes, described(reply.job))
+
+
+def described(job: pb.Job, **changes: str) -> dict[str, str]:
+    """What a client writes beside its factors."""
+    over = {"base": job.base_fingerprint, "tokenizer": job.tokenizer, "chat_template": job.chat_template}
+    return over | changes
+
+
+async def judged(remote: Remote, lease: str) -> pb.Judgement:
+    """What is made of a contribution, once it is."""
+    for _ in range(600):
+        judgement = (await remote.heartbeat(pb.HeartbeatRequest(lease=lease))).judgement
+        if judgement.verdict not in (pb.VERDICT_UNSPECIFIED, pb.VERDICT_PENDING):
+            return judgement
+        await asyncio.sleep(0.05)
+    raise AssertionError("nobody looked at it")
 
 
 def written(made: Adapter, folder: Path, num_examples: int = 10) -> tuple[Path, pb.Declaration]:
@@ -92,13 +111,14 @@ def test_a_contribution_is_taken_once(tmp_path: Path) -> None:
         assert (await join(remote)).lease == reply.lease, "joining again renews"
         file, declaration = written(trained(reply), tmp_path)
         receipt = await remote.upload(reply.lease, declaration, file, nothing)
-        assert receipt.admitted and (receipt.digest, receipt.size) == (declaration.digest, declaration.size)
+        assert (receipt.digest, receipt.size) == (declaration.digest, declaration.size)
         assert await remote.upload(reply.lease, declaration, file, nothing) == receipt
         assert (await join(remote)).receipt == receipt
 
         other, another = written(trained(reply, seed=1), tmp_path)
         with pytest.raises(Refused, match="in already"):
             await remote.upload(reply.lease, another, other, nothing)
+        assert (await judged(remote, reply.lease)).verdict == pb.VERDICT_ADMITTED
         status = await daemon.status("notes")
         assert [client.contribution.declaration.digest for client in status.clients] == [declaration.digest]
 
@@ -125,7 +145,8 @@ def test_an_upload_that_breaks_off_goes_on_after_a_restart(tmp_path: Path) -> No
         opened = await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
         assert opened.committed_offset == sent
         seen: list[int] = []
-        assert (await remote.upload(reply.lease, declaration, file, seen.append)).admitted
+        await remote.upload(reply.lease, declaration, file, seen.append)
+        assert (await judged(remote, reply.lease)).verdict == pb.VERDICT_ADMITTED
         assert min(seen) > sent, "what was there is not sent again"
 
     with_server(tmp_path / "state", half)
@@ -140,7 +161,7 @@ def test_a_lying_digest_drops_what_came(tmp_path: Path) -> None:
         with pytest.raises(BadData, match="was declared"):
             await remote.upload(reply.lease, lie, file, nothing)
         assert not list((tmp_path / "state" / "uploads").glob("notes.a*"))
-        assert (await remote.upload(reply.lease, declaration, file, nothing)).admitted
+        assert (await remote.upload(reply.lease, declaration, file, nothing)).digest == declaration.digest
 
     with_server(tmp_path / "state", test)
 
@@ -156,27 +177,49 @@ def test_unsound_adapters_are_quarantined_and_the_round_goes_on(tmp_path: Path) 
         odd = {
             "1": (trained(reply, **{module.name: nan}), "NaN or Inf"),
             "2": (trained(reply, **{module.name: wide}), "the base has"),
-            "3": (trained(reply, **{module.name: ranks}), "has rank 3"),
+            "3": (trained(reply, **{module.name: ranks}), "has rank 3, the job asks for 2"),
             "4": (trained(reply, **{"model.lm_head": good}), "does not ask for"),
-            "5": (Adapter(trained(reply).modules, {"base": "0" * 64}), "trained over base"),
+            "5": (Adapter(trained(reply).modules, described(reply.job, base="0" * 64)), "trained over base"),
+            "7": (Adapter(trained(reply).modules, described(reply.job, tokenizer="0")), "another tokenizer"),
             "6": (Adapter({module.name: good}, trained(reply).metadata), "lacks"),
         }
         for client, (made, reason) in odd.items():
             mine = await join(remote, client * 32)
             file, declaration = written(made, tmp_path)
-            receipt = await remote.upload(mine.lease, declaration, file, nothing)
-            assert not receipt.admitted and reason in receipt.reason
+            await remote.upload(mine.lease, declaration, file, nothing)
+            found = await judged(remote, mine.lease)
+            assert found.verdict == pb.VERDICT_QUARANTINED and reason in found.reason
 
         mine = await join(remote, BOB)
         junk = tmp_path / "junk"
         junk.write_bytes(b"\xff" * 1000)
         declaration = pb.Declaration(digest=stream.digest(junk), size=1000, num_examples=1)
-        assert "not a safetensors file" in (await remote.upload(mine.lease, declaration, junk, nothing)).reason
+        await remote.upload(mine.lease, declaration, junk, nothing)
+        assert "not a safetensors file" in (await judged(remote, mine.lease)).reason
+
+        for client, changes, reason in [
+            ("8", {"num_examples": 0}, "no training examples"),
+            ("9", {"num_examples": 10**9}, "at most"),
+            ("c", {"num_examples": 1000, "steps": 3}, "have room for 24"),
+        ]:
+            mine = await join(remote, client * 32)
+            file, declaration = written(trained(reply), tmp_path)
+            declaration.MergeFrom(pb.Declaration(**changes))
+            await remote.upload(mine.lease, declaration, file, nothing)
+            assert reason in (await judged(remote, mine.lease)).reason
+
+        wide_file = tmp_path / "float32.safetensors"
+        adapter.write(trained(reply), wide_file, "float32")
+        mine = await join(remote, "d" * 32)
+        declaration = pb.Declaration(digest=stream.digest(wide_file), size=wide_file.stat().st_size, num_examples=1)
+        await remote.upload(mine.lease, declaration, wide_file, nothing)
+        assert "is in float32, the job asks for bfloat16" in (await judged(remote, mine.lease)).reason
 
         file, declaration = written(trained(reply), tmp_path)
-        assert (await remote.upload(reply.lease, declaration, file, nothing)).admitted
+        await remote.upload(reply.lease, declaration, file, nothing)
+        assert (await judged(remote, reply.lease)).verdict == pb.VERDICT_ADMITTED
         status = await daemon.status("notes")
-        assert sum(client.contribution.admitted for client in status.clients) == 1
+        assert (status.admitted, status.contributed) == (1, 13)
         assert status.state == pb.STATE_OPEN
 
     with_server(tmp_path / "state", test)
@@ -225,7 +268,7 @@ def test_one_stream_at_a_time(tmp_path: Path) -> None:
         with pytest.raises(grpc.aio.AioRpcError, match="another stream"):
             await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=other))
         go_on.set()
-        assert (await first).admitted
+        assert (await first).digest == declaration.digest
 
     async def _receipt(call: Awaitable[pb.Receipt]) -> pb.Receipt:
         return await call
@@ -309,11 +352,9 @@ def test_silent_clients_sleep_and_the_deadline_closes(tmp_path: Path) -> None:
         assert (client.phase, client.step, client.loss) == (pb.PHASE_TRAINING, 3, 1.5)
 
         now[0] += 86400
-        loop = asyncio.create_task(daemon.run())
         async for status in remote.watch("notes"):
             if status.state == pb.STATE_EXPIRED:
                 break
-        loop.cancel()
         answer = await remote.heartbeat(pb.HeartbeatRequest(lease=reply.lease))
         assert (answer.directive, "expired" in answer.reason) == (pb.DIRECTIVE_STOP, True)
         with pytest.raises(Refused, match="no more contributions"):

@@ -1,0 +1,59 @@
+"""From a checked spec to an open round: the base found and fingerprinted, the initial adapter made, the row written."""
+
+from __future__ import annotations
+
+import secrets
+from pathlib import Path
+
+from converters import adapter, architectures, checkpoint
+from coordinator import base
+from coordinator import job as jobs
+from coordinator.blobs import Blobs
+from coordinator.round import State
+from coordinator.schema import Job
+from coordinator.store import Store
+from oneround.v1 import federation_pb2 as pb
+
+
+def open_round(spec: pb.JobSpec, state: Path, blobs: Blobs, known: Store, now: float) -> None:
+    """Prepare a job and write it down. Takes minutes for a large base, which is read, and turned into a GGUF once.
+
+    Raises:
+        BadModel: the base is not there, or of a family for which there is no way to a GGUF.
+    """
+    prepared = base.prepare(spec.model, state / "bases")
+    if prepared.revision:
+        spec.model.revision = prepared.revision
+    shapes = architectures.adapted(prepared.base, spec.lora.target_modules)
+    base.gguf(spec.model, prepared, state / "bases")
+
+    initial = blobs.uploads / f"{spec.name}.initial"
+    adapter.write(adapter.initial(shapes, spec.lora.rank, spec.train.seed), initial)
+    size = initial.stat().st_size
+    with blobs.changing:
+        announced = pb.Job(
+            spec=spec,
+            modules=[
+                pb.Module(name=name, out_features=s.out, in_features=s.into) for name, s in sorted(shapes.items())
+            ],
+            initial=pb.Artifact(name="initial.safetensors", digest=blobs.adopt(initial), size=size),
+            base_files=prepared.files,
+            base_fingerprint=prepared.fingerprint,
+            deadline_unix=now + jobs.seconds(spec.round.deadline),
+            id=secrets.token_hex(16),
+            tokenizer=checkpoint.tokenizer_digest(prepared.folder),
+            chat_template=checkpoint.chat_template_digest(prepared.folder),
+        )
+        known.add_job(
+            Job(
+                name=spec.name,
+                job=announced,
+                base_folder=str(prepared.folder),
+                opened=now,
+                state=State.OPEN.value,
+                reason="",
+                closed_at=None,
+                tried_at=0.0,
+                deleted=False,
+            )
+        )
