@@ -1,6 +1,6 @@
 """A copy of everything that is known, taken while the daemon runs, and brought back.
 
-    FOLDER/coordinator.sqlite   every row, as of one moment; written last and in one piece, so a folder that has it is whole
+    FOLDER/coordinator.sqlite   every row, as of one moment; written last, so a folder that has it is whole
     FOLDER/blobs/DIGEST         contributions and initial adapters
     FOLDER/publications/        every version
     FOLDER/key.pem, …           the coordinator's identity, without which clients would not know it again

@@ -26,6 +26,7 @@ from converters import command
 from converters.errors import NotEnough, Unreachable, UsageError
 from coordinator import backup as backups
 from coordinator import control, identity, server, tables
+from coordinator import diff as diffs
 from coordinator import job as jobs_
 from coordinator import metrics as metering
 from coordinator.daemon import Daemon
@@ -243,8 +244,6 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """What differs between two versions: who took part, how it was averaged, how far the adapter moved, its scores."""
-    from coordinator import diff as diffs
-
     status = asyncio.run(control.show(state, job))
     folders = {publication.version: Path(publication.folder) for publication in status.publications}
     for version in (old, new):

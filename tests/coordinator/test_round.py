@@ -8,8 +8,8 @@ from coordinator import round as rounds
 from coordinator.round import (
     CancelByHand,
     CloseByHand,
-    Published,
     PublishByHand,
+    Published,
     PublishingFailed,
     Round,
     Rules,
@@ -59,7 +59,7 @@ def with_rules(round: Round, **changes: float | None) -> Round:
         # The publisher.
         (PUBLISHING, Published(), 10, State.PUBLISHED, ""),
         (PUBLISHING, PublishingFailed("no room"), 10, State.FAILED, "no room"),
-        (replace(PUBLISHING, version=1), PublishingFailed("no"), 10, State.PUBLISHED, "version 2 could not be made: no"),
+        (replace(PUBLISHING, version=1), PublishingFailed("no"), 10, State.PUBLISHED, "version 2 could not be made"),
         (PUBLISHED, PublishingFailed("late word"), 10, State.PUBLISHED, ""),
         (replace(OPEN, state=State.CANCELLED), Published(), 10, State.CANCELLED, ""),
         # What comes in after a publication.
@@ -67,8 +67,8 @@ def with_rules(round: Round, **changes: float | None) -> Round:
         (with_rules(PUBLISHED, renew_every=60), Tick(), 2000, State.PUBLISHED, ""),
         (with_rules(replace(PUBLISHED, fresh=1), renew_every=60), Tick(), 559, State.PUBLISHED, ""),
         (with_rules(replace(PUBLISHED, fresh=2), renew_every=60), Tick(), 560, State.PUBLISHING, "2 contributions"),
-        (with_rules(replace(PUBLISHED, fresh=1), renew_every=999), Tick(), DEADLINE, State.PUBLISHING, "1 contribution"),
-        (with_rules(replace(FAILED, fresh=1), renew_every=60), Tick(), 560, State.PUBLISHING, "1 contribution"),
+        (with_rules(replace(PUBLISHED, fresh=1), renew_every=999), Tick(), DEADLINE, State.PUBLISHING, "1 contrib"),
+        (with_rules(replace(FAILED, fresh=1), renew_every=60), Tick(), 560, State.PUBLISHING, "1 contrib"),
         (with_rules(replace(FAILED, fresh=1, admitted=1), renew_every=60), Tick(), 560, State.FAILED, ""),
     ],
 )  # fmt: skip

@@ -81,7 +81,7 @@ def test_running_it_again_gives_the_same_receipt_and_trains_once(tmp_path: Path)
         async with running(tmp_path / "one") as (daemon, address):
             await daemon.submit(job.parse(SPEC))
             receipt = await take_part(address, who)
-            assert receipt.admitted and await take_part(address, who) == receipt
+            assert receipt.digest and await take_part(address, who) == receipt
         assert backend.runs == 1
 
     asyncio.run(test())
@@ -93,7 +93,7 @@ def test_a_job_of_the_same_name_elsewhere_is_another_job(tmp_path: Path) -> None
         for coordinator in ("one", "two"):
             async with running(tmp_path / coordinator) as (daemon, address):
                 await daemon.submit(job.parse(SPEC))
-                assert (await take_part(address, who)).admitted
+                assert (await take_part(address, who)).digest
         assert backend.runs == 2, "an adapter of one job is never sent to another"
 
     asyncio.run(test())
@@ -106,7 +106,7 @@ def test_a_trained_adapter_waits_for_its_receipt(tmp_path: Path) -> None:
             await daemon.submit(job.parse(SPEC))
             with pytest.raises(RuntimeError):
                 await take_part(address, who, RuntimeError("the machine goes down"))
-            assert (await take_part(address, who, Unreachable("the coordinator is away for a moment"))).admitted
+            assert (await take_part(address, who, Unreachable("the coordinator is away for a moment"))).digest
         assert backend.runs == 1
 
     asyncio.run(test())
@@ -119,8 +119,8 @@ def test_a_closed_round_stops_training(tmp_path: Path) -> None:
             await daemon.submit(job.parse(SPEC))
 
             async def close() -> None:
-                async for status in daemon.watch("notes"):
-                    if status.clients:
+                async for status in daemon.statuses.watch("notes"):
+                    if status.joined:
                         break
                 await daemon.close("notes")
 

@@ -621,8 +621,9 @@ class Job(_message.Message):
     id: _builtins.str
     """32 random hex digits: a job made anew under the same name is another one."""
     tokenizer: _builtins.str
-    """SHA-256 of the tokenizer's file, and of the chat template; empty where the base has none."""
+    """SHA-256 of the tokenizer's file, in hex; empty where the base has none."""
     chat_template: _builtins.str
+    """SHA-256 of the chat template, in hex; empty where the base has none."""
     @_builtins.property
     def spec(self) -> Global___JobSpec:
         """What the operator submitted, defaults filled in."""
