@@ -1,18 +1,21 @@
 """How contributions compare with each other, before they are averaged.
 
-Factors are read module by module and no ΔW is formed: beyond a few clients' factors of one module, memory is
-(clients × modules) floats for norms and (clients × jurors) for cosines.
+No ΔW is formed. Each core holds a few clients' factors of one module; all else is (clients × modules) floats for norms
+and (clients × jurors) for cosines.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from converters.adapter import Adapter, LowRank
 from oneround.v1 import federation_pb2 as pb
@@ -27,6 +30,7 @@ _FLOOR = 0.05  # two honest clients' norms differ by some per cent from the orde
 _NORMS_AGREE, _SAME = 1e-3, 0.9999  # of a duplicate's modules, relatively; its cosine
 _JURORS = 128  # members that everybody is held against pair by pair
 _PANEL = 128  # columns of B that go into one product
+_WORKERS = min(os.cpu_count() or 1, 8)
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,11 @@ class Finding:
 def judge(members: Sequence[Member], rules: pb.AdmissionSpec) -> list[Finding]:
     """Compare contributions, which come in order of arrival and adapt the same modules; a finding each, in that order.
 
-    1. A zero update, and one that an earlier member has sent, are quarantined in cohorts of any size. What follows
-       needs four others at the least; `cosine` is reported from two on.
-    2. Norms: a module far above the cohort's median (`outlier`, in robust standard deviations of log ‖ΔW‖, and at least
-       ten times the median) quarantines its member; less far (`clip`) it is scaled down. Modules that at most half of
-       the members have changed have no median; what is done to them shows in the norm over all.
+    1. A zero update, and one that an earlier member has sent, are quarantined in cohorts of any size. The rest begins
+       with four members left; `cosine` is reported from two on.
+    2. Norms: a module far above the cohort's median (`outlier`, in robust standard deviations of log ‖ΔW‖, and more
+       than ten times the median) quarantines its member; less far (`clip`) it is scaled down. A module that at most
+       half of the members have changed has no median; what is done to it shows in the norm over all.
     3. Direction: the cosine to the mean of the others, all with equal weight, since num_examples is only declared.
 
     One attacker must not drag honest members below `min_cosine`, so that mean is over a yardstick: as long as somebody
@@ -73,7 +77,9 @@ def judge(members: Sequence[Member], rules: pb.AdmissionSpec) -> list[Finding]:
 
     An operator's admission changes nobody else's finding: whether it is a good yardstick is judged as for any other.
     """
-    modules = sorted(members[0].adapter.modules) if members else []
+    if not members:
+        return []
+    modules = sorted(members[0].adapter.modules)
     norms = _norms(members, modules)  # (clients, modules)
     totals: Floats = np.sqrt(np.square(norms).sum(1))
     scale = np.ones_like(norms)
@@ -130,10 +136,18 @@ def _stacked(updates: Sequence[LowRank], batch: Indices) -> tuple[Indices, Float
 
 def _norms(members: Sequence[Member], modules: Sequence[str]) -> Floats:
     """‖ΔW‖ (clients, modules)."""
-    squares = np.zeros((len(members), len(modules)))
-    for k, module in enumerate(modules):
-        squares[:, k] = [inner([member.adapter.modules[module]])[0, 0] for member in members]
-    return np.sqrt(np.maximum(squares, 0.0))
+
+    def of(module: str) -> Floats:
+        return np.array([inner([member.adapter.modules[module]])[0, 0] for member in members])
+
+    squares = np.stack(list(_in_parallel(of, modules)), axis=1)
+    return np.sqrt(np.maximum(squares, 0.0, out=squares), out=squares)
+
+
+def _in_parallel(work: Callable[[str], Floats], modules: Sequence[str]) -> Iterator[Floats]:
+    """Modules side by side, results in order. Threads within a product would wait for each other on a busy machine."""
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(_WORKERS) as pool:
+        yield from pool.map(work, modules)
 
 
 def _nothing_or_again(members: Sequence[Member], modules: Sequence[str], norms: Floats) -> list[str]:
@@ -205,13 +219,16 @@ def _directions(
     lot = np.random.default_rng(int.from_bytes(hashlib.sha256(np.sort(lengths).tobytes()).digest()))
     jury = lot.permutation(sorted(live.tolist(), key=lambda i: members[i].id))[:_JURORS]
     others = np.setdiff1d(np.arange(len(members)), jury)
-    pairs = np.zeros((len(members), len(jury)))  # ⟨ΔWᵢ, ΔWⱼ⟩
-    for k, module in enumerate(modules):
-        updates = [member.adapter.modules[module] for member in members]
-        jurors = [updates[j] for j in jury]
-        pairs[jury] += inner(jurors) * scale[jury, k, None] * scale[jury, k]
-        pairs[others] += inner([updates[i] for i in others], jurors) * scale[others, k, None] * scale[jury, k]
 
+    def products(module: str) -> Floats:
+        updates = [member.adapter.modules[module] for member in members]
+        jurors, found = [updates[j] for j in jury], np.empty((len(members), len(jury)))
+        found[jury], found[others] = inner(jurors), inner([updates[i] for i in others], jurors)
+        return found
+
+    pairs = np.zeros((len(members), len(jury)))  # ⟨ΔWᵢ, ΔWⱼ⟩
+    for k, found in enumerate(_in_parallel(products, modules)):
+        pairs += found * scale[:, k, None] * scale[jury, k]
     inside = _yardstick(pairs, lengths, jury, least)
     return _cosines(pairs[:, inside].sum(1), lengths, jury[inside])
 
