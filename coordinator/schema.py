@@ -6,11 +6,11 @@ need stands in columns.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from google.protobuf import json_format
 from google.protobuf.message import Message
-from sqlalchemy import BigInteger, Dialect, ForeignKeyConstraint, Index, Text
+from sqlalchemy import BigInteger, Dialect, Double, ForeignKeyConstraint, Index, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
@@ -37,7 +37,7 @@ class Proto(TypeDecorator[Any]):
 
 
 class Base(DeclarativeBase):
-    pass
+    type_annotation_map: ClassVar[dict[Any, Any]] = {float: Double}  # times since the epoch need all of it
 
 
 class Job(Base):

@@ -1,6 +1,7 @@
 """The daemon behind a real gRPC server with TLS: what survives, and what is refused."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -33,9 +34,11 @@ SPEC = {
 
 
 @asynccontextmanager
-async def running(state: Path, clock: Callable[[], float] | None = None) -> AsyncIterator[tuple[Daemon, str]]:
+async def running(
+    state: Path, clock: Callable[[], float] = time.time, database: str = ""
+) -> AsyncIterator[tuple[Daemon, str]]:
     """A daemon and its server on a free port."""
-    daemon = Daemon(state, clock=clock) if clock else Daemon(state)
+    daemon = Daemon(state, database, clock=clock)
     loop = asyncio.create_task(daemon.run())
     grpc_server, address = server.create(daemon, identity.load_or_create(state), "127.0.0.1:0", insecure=False)
     await grpc_server.start()

@@ -1,0 +1,182 @@
+"""The schema's history, a backup and its return, and PostgreSQL in SQLite's place."""
+
+import asyncio
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import text
+
+from converters.adapter import Adapter, LowRank
+from converters.errors import BadData, Unreachable, UsageError
+from coordinator import backup, job, migrations
+from coordinator.daemon import Daemon
+from coordinator.database import engine
+from coordinator.schema import Base
+from coordinator.store import Store
+from edge_client.remote import Remote
+from oneround.v1 import federation_pb2 as pb
+from tests.coordinator.test_server import ALICE, BOB, SPEC, join, judged, nothing, trained, with_server, written
+from tests.coordinator.test_versions import version
+
+
+def difference(url: str) -> list[object]:
+    """Between what the migrations make and what schema.py says."""
+    opened = engine(url)
+    with opened.execution_options(writes=True).begin() as connection:
+        migrations.upgrade(connection)
+        migrations.upgrade(connection)  # nothing more to do
+        found = compare_metadata(MigrationContext.configure(connection), Base.metadata)
+    opened.dispose()
+    return found
+
+
+def test_the_migrations_make_the_schema(tmp_path: Path) -> None:
+    assert difference(f"sqlite:///{tmp_path}/new.sqlite") == []
+
+
+def test_a_database_of_another_kind_is_left_alone(tmp_path: Path) -> None:
+    newer, other = f"sqlite:///{tmp_path}/newer.sqlite", f"sqlite:///{tmp_path}/other.sqlite"
+    Store(newer).close()
+    for url, statement, says in [
+        (newer, "UPDATE alembic_version SET version_num = '9999'", "schema 9999"),
+        (other, "CREATE TABLE jobs (name TEXT)", "not a coordinator's"),
+    ]:
+        opened = engine(url)
+        with opened.execution_options(writes=True).begin() as connection:
+            connection.execute(text(statement))
+        opened.dispose()
+        with pytest.raises(UsageError, match=says):
+            Store(url)
+
+
+async def two_contribute(remote: Remote, folder: Path) -> None:
+    """Alice and Bob; the round publishes when the operator closes it."""
+    for seed, client in enumerate((ALICE, BOB)):
+        reply = await join(remote, client)
+        made = trained(reply, seed)
+        small = {name: LowRank(factors.a, factors.b * np.float32(0.05)) for name, factors in made.modules.items()}
+        file, declaration = written(Adapter(small, made.metadata), folder / client[0])
+        await remote.upload(reply.lease, declaration, file, nothing)
+        await judged(remote, reply.lease)
+
+
+def test_a_backup_of_a_running_daemon_comes_back(tmp_path: Path) -> None:
+    state, kept, again = tmp_path / "state", tmp_path / "kept", tmp_path / "again"
+
+    async def before(daemon: Daemon, remote: Remote) -> None:
+        await two_contribute(remote, tmp_path)
+        early = await asyncio.to_thread(backup.backup, state, kept)
+        assert (early.jobs, early.files) == (1, 1 + 2 + 3), "the initial adapter, the contributions, the identity"
+        await daemon.close("notes")
+        await version(daemon, 1, "notes")
+        late = await asyncio.to_thread(backup.backup, state, kept)
+        published = [file for file in (state / "publications" / "notes" / "v1").rglob("*") if file.is_file()]
+        assert late.files == len(published) + 3, "what was there is not copied again"
+
+    async def after(daemon: Daemon, remote: Remote) -> None:
+        status = await daemon.status("notes")
+        assert (status.admitted, status.state) == (2, pb.STATE_PUBLISHED)
+        (publication,) = status.publications
+        assert publication.folder == str(again / "publications" / "notes" / "v1")
+        for artifact in publication.artifacts:
+            await remote.download("notes", artifact, tmp_path / "pulled" / artifact.name, nothing)
+        await daemon.publish(pb.PublishRequest(job="notes"))  # the contributions are there too
+        await version(daemon, 2, "notes")
+
+    with_server(state, before)
+    with pytest.raises(UsageError, match="already"):
+        backup.restore(kept, state)
+    backup.restore(kept, again)
+    assert (again / "key.pem").read_bytes() == (state / "key.pem").read_bytes(), "clients know it again"
+    assert (again / "key.pem").stat().st_mode & 0o077 == 0 and kept.stat().st_mode & 0o077 == 0
+    with_server(again, after)
+
+
+def test_a_backup_that_is_not_whole(tmp_path: Path) -> None:
+    state, kept = tmp_path / "state", tmp_path / "kept"
+
+    async def contribute(_: Daemon, remote: Remote) -> None:
+        await two_contribute(remote, tmp_path)
+
+    with pytest.raises(UsageError, match="no coordinator has run"):
+        backup.backup(tmp_path / "nothing", kept)
+    with pytest.raises(UsageError, match="not a whole backup"):
+        backup.restore(tmp_path, tmp_path / "new")
+    with_server(state, contribute)
+    backup.backup(state, kept)
+    blob = max((kept / "blobs").iterdir(), key=lambda file: file.stat().st_size)
+    blob.write_bytes(b"\0" * blob.stat().st_size)
+    with pytest.raises(BadData, match="missing or damaged"):
+        backup.restore(kept, tmp_path / "new")
+    assert not (tmp_path / "new" / "coordinator.sqlite").exists()
+
+
+@pytest.fixture
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of its own, of Debian's PostgreSQL, ended when the test is; its URL."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not found:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    bin_, folder = found[-1].parent, Path("/tmp") / tmp_path_factory.mktemp("pg").name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    as_user: list[str] = []
+    if Path("/proc/self").owner() == "root":  # which PostgreSQL refuses to run as
+        shutil.chown(folder, "postgres")
+        as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+    data = folder / "data"
+    subprocess.run(
+        [*as_user, bin_ / "initdb", "-D", data, "-U", "oneround", "-A", "trust"], check=True, capture_output=True
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*as_user, bin_ / "postgres", "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", folder]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(100):
+            ready = subprocess.run([bin_ / "pg_isready", "-h", "127.0.0.1", "-p", str(port)], capture_output=True)
+            if ready.returncode == 0:
+                break
+            subprocess.run(["sleep", "0.1"], check=True)
+        yield f"postgresql+psycopg://oneround@127.0.0.1:{port}/postgres"
+    finally:
+        server.terminate()
+        server.wait(30)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.postgres
+def test_postgresql(tmp_path: Path, postgres: str) -> None:
+    assert difference(postgres) == []
+    state, kept, again = tmp_path / "state", tmp_path / "kept", tmp_path / "again"
+
+    async def before(daemon: Daemon, remote: Remote) -> None:
+        await two_contribute(remote, tmp_path)
+        await daemon.submit(job.parse(SPEC))  # again, which changes nothing
+        await daemon.close("notes")
+        await version(daemon, 1, "notes")
+        await asyncio.to_thread(backup.backup, state, kept, postgres)
+
+    async def after(daemon: Daemon, remote: Remote) -> None:
+        assert (await daemon.status("notes")).admitted == 2
+        await daemon.publish(pb.PublishRequest(job="notes"))
+        await version(daemon, 2, "notes")
+        await daemon.delete("notes")
+
+    with_server(state, before, database=postgres)
+    assert not (state / "coordinator.sqlite").exists()
+    backup.restore(kept, again)  # from PostgreSQL into SQLite
+    with_server(again, after)
+    with_server(state, after, database=postgres)
+    backup.restore(kept, tmp_path / "third", postgres)  # and back, now that it is empty
+    with_server(tmp_path / "third", after, database=postgres)
+    with pytest.raises(Unreachable, match="does not answer"):
+        Store(postgres.replace("@127.0.0.1:", "@127.0.0.1:1"))
