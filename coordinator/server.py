@@ -84,10 +84,10 @@ async def _answered(context: Context, method: str) -> AsyncIterator[None]:
         try:
             yield
         except OneroundError as error:
-            call.status = error.status
-            log.info("refused", method=method, status=error.status, reason=str(error), peer=context.peer())
-            trailing = (("hint-bin", error.hint.encode()),) if error.hint else ()
-            await context.abort(grpc.StatusCode[error.status], str(error), trailing_metadata=trailing)
+            call.status, said = error.status, _short(str(error))
+            log.info("refused", method=method, status=error.status, reason=said, peer=context.peer())
+            trailing = (("hint-bin", _short(error.hint).encode()),) if error.hint else ()
+            await context.abort(grpc.StatusCode[error.status], said, trailing_metadata=trailing)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EMFILE):
                 call.status = "INTERNAL"
@@ -106,6 +106,11 @@ async def _answered(context: Context, method: str) -> AsyncIterator[None]:
             call.status = "INTERNAL"
             log.exception("fault", method=method)
             await context.abort(grpc.StatusCode.INTERNAL, "a fault in the coordinator; its log has the details")
+
+
+def _short(text: str) -> str:
+    """What fits into a status: errors quote what a peer said, and gRPC drops trailers over 8 KiB."""
+    return text if len(text) <= 500 else f"{text[:500]} …"
 
 
 class Federation(rpc.FederationServicer):
@@ -131,6 +136,8 @@ class Federation(rpc.FederationServicer):
     async def Download(self, request: pb.DownloadRequest, context: Context) -> AsyncIterator[pb.Chunk]:
         async with _answered(context, "Download"):
             file = await self._daemon.file(request.job, request.digest)
+            if request.offset > file.stat().st_size:
+                raise UsageError(f"byte {request.offset} is past the end of this file")
             self._downloads += 1
             try:
                 async for data in stream.chunks(file, request.offset, self._threads, self._chunk_bytes):

@@ -70,7 +70,7 @@ class Statuses:
                 shown.contribution.CopyFrom(_shown(contribution))
                 if shown.phase != pb.PHASE_WITHDRAWN:
                     shown.phase = pb.PHASE_CONTRIBUTED
-                shown.step = shown.total_steps = contribution.declaration.steps
+                shown.step = shown.total_steps = min(contribution.declaration.steps, (1 << 32) - 1)
                 shown.loss = contribution.declaration.train_loss
             status.clients.append(shown)
         return status

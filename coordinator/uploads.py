@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import shutil
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from pathlib import Path
 import structlog
 
 from converters import tensors
-from converters.errors import BadData, Interrupted, NotEnough, Refused, UsageError
+from converters.errors import BadData, Interrupted, NotEnough, NotFound, Refused, UsageError
 from coordinator import job as jobs
 from coordinator import round as rounds
 from coordinator import store
@@ -117,8 +118,14 @@ class Uploads:
     def _commit(self, partial: Path, contribution: Contribution) -> Contribution:
         """The bytes get their place before the row that stands for them; a crash between leaves the upload whole."""
         with self._blobs.changing:
+            if not partial.exists():
+                raise NotFound(f"job {contribution.job!r} was deleted, or this client has withdrawn")
             self._blobs.put(partial, contribution.digest)
-            return self._store.contribute(contribution)
+            try:
+                return self._store.contribute(contribution)
+            except NotFound:
+                self._blobs.drop({contribution.digest} - self._store.digests())
+                raise
 
     def _only_stream(self, lease: Lease) -> None:
         """A stream that broke is noticed within a minute; until then another try has to wait."""
@@ -181,6 +188,8 @@ def receipt(given: Contribution) -> pb.Receipt:
 def _check(declared: pb.Declaration, job: pb.Job) -> None:
     if not stream.is_digest(declared.digest):
         raise UsageError("the declared digest is not a SHA-256 in lower-case hex")
+    if declared.steps >= 1 << 32 or not math.isfinite(declared.train_loss):
+        raise UsageError("the declared steps or loss cannot be")
     rank = job.spec.lora.rank
     factors = sum(rank * (module.out_features + module.in_features) for module in job.modules)
     largest = 4 * factors + 1024 * len(job.modules) + 65536  # in float32, with room for the header
