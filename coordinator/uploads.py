@@ -14,8 +14,8 @@ import structlog
 from converters import tensors
 from converters.errors import BadData, Interrupted, NotEnough, NotFound, Refused, UsageError
 from coordinator import job as jobs
+from coordinator import metrics, store
 from coordinator import round as rounds
-from coordinator import store
 from coordinator.blobs import Blobs
 from coordinator.leases import Lease
 from coordinator.schema import Contribution
@@ -42,7 +42,6 @@ class Uploads:
         self._turns = Turns()
         self._first = Turns(64, patience=5.0, idle=10.0)  # of strangers, who are not to keep the others waiting
         self._threads = ThreadPoolExecutor(4, "upload")
-        self.bytes_taken = 0
 
     async def open(self, lease: Lease, declared: pb.Declaration) -> pb.OpenUploadReply:
         """How much of the declared contribution is here; its receipt when all of it is.
@@ -167,7 +166,7 @@ class Uploads:
             offset += len(message.data)
             if count > SMALL_MESSAGES + (offset - start) // 1024:
                 raise UsageError("the upload comes in too many small pieces")
-            self.bytes_taken += len(message.data)
+            metrics.TAKEN.inc(len(message.data))
             yield message.data
             message = await self._turns.next(rest) if offset < size else await anext(rest, None)
         if offset < size:
