@@ -345,6 +345,7 @@ def _check_address(listen: str, hint: str) -> None:
 
 
 def _log_to_stderr() -> None:
+    logging.getLogger("grpc").setLevel(logging.CRITICAL)  # a traceback whenever somebody hangs up
     lines = structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"], bool_as_flag=False)
     structlog.configure(
         processors=[

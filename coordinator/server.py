@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -58,7 +59,7 @@ def create(
     Raises:
         UsageError: the address cannot be bound.
     """
-    server = grpc.aio.server(options=_OPTIONS)
+    server = grpc.aio.server(options=_OPTIONS, interceptors=[_Decoding()])
     rpc.add_FederationServicer_to_server(Federation(daemon), server)
     rpc.add_AdminServicer_to_server(Admin(daemon, identity.admin_token), server)
     health_pb2_grpc.add_HealthServicer_to_server(healthy or health.aio.HealthServicer(), server)
@@ -77,11 +78,32 @@ def create(
     return server, f"{host}:{port}"
 
 
+class _Decoding(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Bytes that are no message become None, which every call refuses and which ends a stream; gRPC by itself would
+    answer UNKNOWN, and log a page for each."""
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        handler = await continuation(details)
+        if handler is None:
+            return None
+        parse = handler.request_deserializer
+
+        def parsed(data: bytes) -> Any:
+            try:
+                return parse(data)
+            except DecodeError:
+                return None
+
+        return handler._replace(request_deserializer=parsed)
+
+
 @asynccontextmanager
-async def _answered(context: Context, method: str) -> AsyncIterator[None]:
+async def _answered(context: Context, method: str, request: object) -> AsyncIterator[None]:
     """Turn our errors into statuses; anything else is our fault, logged, and INTERNAL."""
     with metrics.timed(method) as call:
         try:
+            if request is None:
+                raise UsageError("these bytes are no message of this protocol")
             yield
         except OneroundError as error:
             call.status, said = error.status, _short(str(error))
@@ -122,19 +144,19 @@ class Federation(rpc.FederationServicer):
         self._downloads = 0
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsReply:
-        async with _answered(context, "ListJobs"):
+        async with _answered(context, "ListJobs", request):
             return pb.ListJobsReply(jobs=await self._daemon.all())
 
     async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinReply:
-        async with _answered(context, "Join"):
+        async with _answered(context, "Join", request):
             return await self._daemon.join(request)
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatReply:
-        async with _answered(context, "Heartbeat"):
+        async with _answered(context, "Heartbeat", request):
             return await self._daemon.heartbeat(request)
 
     async def Download(self, request: pb.DownloadRequest, context: Context) -> AsyncIterator[pb.Chunk]:
-        async with _answered(context, "Download"):
+        async with _answered(context, "Download", request):
             file = await self._daemon.file(request.job, request.digest)
             if request.offset > file.stat().st_size:
                 raise UsageError(f"byte {request.offset} is past the end of this file")
@@ -151,20 +173,20 @@ class Federation(rpc.FederationServicer):
         return max(16 * 1024, min(stream.CHUNK_BYTES, DOWNLOADING_BYTES // max(self._downloads, 1)))
 
     async def OpenUpload(self, request: pb.OpenUploadRequest, context: Context) -> pb.OpenUploadReply:
-        async with _answered(context, "OpenUpload"):
+        async with _answered(context, "OpenUpload", request):
             return await self._daemon.open_upload(request)
 
     async def Upload(self, request_iterator: AsyncIterator[pb.UploadRequest], context: Context) -> pb.Receipt:
-        async with _answered(context, "Upload"):
+        async with _answered(context, "Upload", request_iterator):
             return await self._daemon.upload(aiter(request_iterator))
 
     async def Withdraw(self, request: pb.WithdrawRequest, context: Context) -> pb.WithdrawReply:
-        async with _answered(context, "Withdraw"):
+        async with _answered(context, "Withdraw", request):
             await self._daemon.withdraw(request.lease)
             return pb.WithdrawReply()
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.JobStatus]:
-        async with _answered(context, "Watch"):
+        async with _answered(context, "Watch", request):
             async for status in self._daemon.statuses.watch(request.job):
                 yield status
 
@@ -177,39 +199,39 @@ class Admin(rpc.AdminServicer):
         self._token = f"Bearer {token}"
 
     @asynccontextmanager
-    async def _authorised(self, context: Context, method: str) -> AsyncIterator[None]:
+    async def _authorised(self, context: Context, method: str, request: object) -> AsyncIterator[None]:
         given = dict(context.invocation_metadata() or ()).get("authorization", "")
         if not hmac.compare_digest(str(given).encode(), self._token.encode()):
             log.warning("admin_refused", method=method, peer=context.peer())
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this call needs the coordinator's admin token")
-        async with _answered(context, method):
+        async with _answered(context, method, request):
             yield
 
     async def Submit(self, request: pb.SubmitRequest, context: Context) -> pb.JobStatus:
-        async with self._authorised(context, "Submit"):
+        async with self._authorised(context, "Submit", request):
             return await self._daemon.submit(request.spec)
 
     async def Show(self, request: pb.ShowRequest, context: Context) -> pb.JobStatus:
-        async with self._authorised(context, "Show"):
+        async with self._authorised(context, "Show", request):
             return await self._daemon.status(request.job)
 
     async def Close(self, request: pb.CloseRequest, context: Context) -> pb.JobStatus:
-        async with self._authorised(context, "Close"):
+        async with self._authorised(context, "Close", request):
             return await self._daemon.close(request.job)
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.JobStatus:
-        async with self._authorised(context, "Cancel"):
+        async with self._authorised(context, "Cancel", request):
             return await self._daemon.cancel(request.job)
 
     async def Delete(self, request: pb.DeleteRequest, context: Context) -> pb.DeleteReply:
-        async with self._authorised(context, "Delete"):
+        async with self._authorised(context, "Delete", request):
             await self._daemon.delete(request.job)
             return pb.DeleteReply()
 
     async def Publish(self, request: pb.PublishRequest, context: Context) -> pb.JobStatus:
-        async with self._authorised(context, "Publish"):
+        async with self._authorised(context, "Publish", request):
             return await self._daemon.publish(request)
 
     async def Judge(self, request: pb.JudgeRequest, context: Context) -> pb.JobStatus:
-        async with self._authorised(context, "Judge"):
+        async with self._authorised(context, "Judge", request):
             return await self._daemon.judge(request)
