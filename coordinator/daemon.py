@@ -20,10 +20,10 @@ from coordinator import opening, publisher, store
 from coordinator import round as rounds
 from coordinator.blobs import Blobs
 from coordinator.examiner import Examiner
-from coordinator.leases import Lease, Leases, public_id
+from coordinator.leases import Lease, Leases, judgement, public_id
 from coordinator.round import Round, State
 from coordinator.schema import Client, Contribution
-from coordinator.status import Statuses, judgement
+from coordinator.status import Statuses
 from coordinator.store import Store
 from coordinator.uploads import Uploads, receipt
 from oneround.v1 import federation_pb2 as pb
@@ -184,6 +184,7 @@ class Daemon:
         decision, why = decisions[request.decision], _printable(request.why, 500)
         kept = await offload(self._store.judge, request.job, client.client_id, decision, why)
         log.info("judged", job=request.job, client=client.name, decision=decision, why=why)
+        self.leases.judged(kept)
         if decision != "replace" and kept.considered == 0:
             await self._renew(request.job, kept.reason)
         await self.statuses.changed(request.job)
@@ -218,7 +219,7 @@ class Daemon:
         known_as = _printable(request.client_name) or public_id(request.client_id)
         row = store.client(name, request.client_id, known_as, machine, self._clock())
         client = await offload(self._store.join, row)
-        self.leases.heard(self.leases.hold(client, contributed=given is not None))
+        self.leases.heard(self.leases.hold(client, given))
         self._rounds[name] = round
         log.info("joined", job=name, client=client.name, backend=machine.backend)
         await self.statuses.changed(name)
@@ -236,9 +237,11 @@ class Daemon:
         reply = pb.HeartbeatReply(directive=pb.DIRECTIVE_CONTINUE)
         client = lease.client
         if lease.contributed:
-            given = await offload(self._store.contribution, client.job, client.client_id)
-            if given is not None:
-                reply.judgement.CopyFrom(judgement(given))
+            if lease.judgement is None:
+                given = await offload(self._store.contribution, client.job, client.client_id)
+                assert given is not None, "contributions do not go while their job is there"
+                lease.judgement = judgement(given)
+            reply.judgement.CopyFrom(lease.judgement)
             return reply
         round = self._rounds.get(client.job)
         if round is None:
@@ -275,6 +278,7 @@ class Daemon:
         lease = await self._lease(first.lease)
         self.leases.heard(lease)
         given = await self.uploads.take(lease, first, messages)
+        self.leases.judged(given)
         log.info("contribution", job=given.job, client=lease.client.name, digest=given.digest, size=given.size)
         self.leases.heard(lease)
         self._examiner.look()
@@ -326,7 +330,7 @@ class Daemon:
         if lease is None:
             client = await offload(self._store.client, token)
             given = await offload(self._store.contribution, client.job, client.client_id)
-            lease = self.leases.hold(client, contributed=given is not None)
+            lease = self.leases.hold(client, given)
         return lease
 
     async def _only_open(self) -> str:
@@ -345,8 +349,10 @@ class Daemon:
         )
 
     async def _judged(self, given: Contribution) -> None:
+        """The loop advances the round; a thousand that come at once are not worth a thousand looks at it."""
         log.info("judged", job=given.job, client=public_id(given.client_id), verdict=given.verdict, reason=given.reason)
-        await self._advance(given.job, rounds.Tick())
+        self.leases.judged(given)
+        await self.statuses.changed(given.job)
 
     async def _advance(self, name: str, event: rounds.Event, request: pb.PublishRequest | None = None) -> Round:
         before, after = await offload(self._store.advance, name, event, self._clock(), request)
@@ -392,6 +398,7 @@ class Daemon:
             await self._advance(name, rounds.PublishingFailed(f"{error}; {hint}"))
             return
         self._rounds[name] = after
+        self.leases.judged_anew(name)
         log.info("published", job=name, version=made.publication.version)
         await self.statuses.stage(name, "")
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from converters.errors import UsageError
-from coordinator.schema import Client
+from coordinator.schema import Client, Contribution
 from coordinator.store import Store
 from oneround.v1 import federation_pb2 as pb
 
@@ -25,6 +25,7 @@ class Lease:
     beat: pb.HeartbeatRequest = field(default_factory=pb.HeartbeatRequest)
     uploading: bool = False  # a stream of it is open
     contributed: bool = False
+    judgement: pb.Judgement | None = None  # of its contribution; None: to be looked up
     unwritten: bool = False
 
 
@@ -35,13 +36,14 @@ class Leases:
         self._store = known
         self._clock = clock
         self._leases: dict[str, Lease] = {}
+        self._by_client: dict[tuple[str, str], Lease] = {}
 
     def get(self, token: str) -> Lease | None:
         """A lease that is in memory."""
         return self._leases.get(token)
 
-    def hold(self, client: Client, *, contributed: bool) -> Lease:
-        """Take a client's row into memory, or renew what is there by it."""
+    def hold(self, client: Client, given: Contribution | None) -> Lease:
+        """Take a client's row and what it gave into memory, or renew what is there by it."""
         beat = pb.HeartbeatRequest(
             step=client.step,
             total_steps=client.total_steps,
@@ -49,8 +51,22 @@ class Leases:
             tokens_per_second=client.tokens_per_second,
         )
         lease = self._leases.setdefault(client.lease, Lease(client, client.last_seen, beat))
-        lease.client, lease.contributed = client, lease.contributed or contributed
+        lease.client, lease.contributed = client, lease.contributed or given is not None
+        self._by_client[client.job, client.client_id] = lease
+        if given is not None:
+            self.judged(given)
         return lease
+
+    def judged(self, given: Contribution) -> None:
+        """What is made of a contribution has changed."""
+        if lease := self._by_client.get((given.job, given.client_id)):
+            lease.judgement = judgement(given)
+
+    def judged_anew(self, job: str) -> None:
+        """A cohort was judged: what is made of a job's contributions has to be looked up."""
+        for lease in self._leases.values():
+            if lease.client.job == job:
+                lease.judgement = None
 
     def heard(self, lease: Lease, beat: pb.HeartbeatRequest | None = None) -> None:
         """A client gave a sign of life, and may have said how far it is.
@@ -85,7 +101,8 @@ class Leases:
     def forget(self, job: str) -> None:
         """A job is gone."""
         for token in [token for token, lease in self._leases.items() if lease.client.job == job]:
-            del self._leases[token]
+            client = self._leases.pop(token).client
+            del self._by_client[client.job, client.client_id]
 
     def statuses(self, clients: Iterator[Client]) -> Iterator[tuple[Client, pb.ClientStatus]]:
         """What operators see of clients, whether they were heard of lately or not."""
@@ -106,6 +123,12 @@ class Leases:
                     last_seen_unix=lease.last_seen,
                 ),
             )
+
+
+def judgement(given: Contribution) -> pb.Judgement:
+    """A contribution's verdict, as it goes over the wire."""
+    verdict = pb.Verdict.Value(f"VERDICT_{given.verdict.upper()}")
+    return pb.Judgement(verdict=verdict, reason=given.reason, by_hand=bool(given.by_hand))
 
 
 def phase(lease: Lease, now: float) -> pb.Phase.ValueType:

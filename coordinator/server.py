@@ -78,7 +78,7 @@ def create(
     return server, f"{host}:{port}"
 
 
-class _Decoding(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class _Decoding(grpc.aio.ServerInterceptor):
     """Bytes that are no message become None, which every call refuses and which ends a stream; gRPC by itself would
     answer UNKNOWN, and log a page for each."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from coordinator import publisher
 from coordinator import round as rounds
-from coordinator.leases import Leases
+from coordinator.leases import Leases, judgement
 from coordinator.schema import Contribution
 from coordinator.store import Store
 from oneround.v1 import federation_pb2 as pb
@@ -91,12 +91,6 @@ class Statuses:
                     continue
             yield status
             last = status
-
-
-def judgement(given: Contribution) -> pb.Judgement:
-    """A contribution's verdict, as it goes over the wire."""
-    verdict = pb.Verdict.Value(f"VERDICT_{given.verdict.upper()}")
-    return pb.Judgement(verdict=verdict, reason=given.reason, by_hand=bool(given.by_hand))
 
 
 def _shown(given: Contribution) -> pb.Contribution:

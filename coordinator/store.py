@@ -6,13 +6,14 @@ import secrets
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import (
     URL,
     and_,
     bindparam,
+    case,
     delete,
     func,
     not_,
@@ -60,6 +61,7 @@ class Announced:
     job: pb.Job
     base_folder: str
     opened: float
+    rules: Rules
 
 
 @dataclass(frozen=True)
@@ -305,7 +307,7 @@ class Store:
             row = session.get_one(Contribution, (contribution.job, contribution.client_id, contribution.revision))
             if row.standing != "pending":
                 return row
-            round = self._round(session, row.job)
+            round = self._round(session, row.job, counted=False)
             row.standing = "sound"
             verdict, reason = "admitted", ""
             if unsound:
@@ -396,35 +398,30 @@ class Store:
         found = self._announced.get(name)
         if found is None:
             row = _job(session, name)
-            found = self._announced[name] = Announced(row.job, row.base_folder, row.opened)
+            found = self._announced[name] = Announced(row.job, row.base_folder, row.opened, _rules(row.job))
         return found
 
-    def _round(self, session: Session, name: str) -> Round:
-        job = _job(session, name)
-        said = self._known(session, name).job.spec.round
-        given = select(func.count()).where(Contribution.job == name)
-        quorum = select(Contribution.received).where(Contribution.job == name, _TAKES_PART)
-        version = select(func.max(Publication.version)).where(
-            Publication.job == name, Publication.publication.is_not(None)
+    def _round(self, session: Session, name: str, *, counted: bool = True) -> Round:
+        """A job's round; without `counted` only what says whether contributions are taken."""
+        job, rules = _job(session, name), self._known(session, name).rules
+        bare = Round(rules, State(job.state), job.reason, job.closed_at, tried_at=job.tried_at)
+        if not counted:
+            return bare
+        pending, admitted, fresh = session.execute(
+            select(
+                func.count(case((Contribution.standing == "pending", 1))),
+                func.count(case((_TAKES_PART, 1))),
+                func.count(case((_FRESH, 1))),
+            ).where(Contribution.job == name)
+        ).one()
+        quorum_at = None
+        if rules.grace is not None and admitted >= rules.min_clients:
+            received = select(Contribution.received).where(Contribution.job == name, _TAKES_PART)
+            quorum_at = session.scalar(received.order_by(Contribution.received).offset(rules.min_clients - 1).limit(1))
+        version = session.scalar(
+            select(func.max(Publication.version)).where(Publication.job == name, Publication.publication.is_not(None))
         )
-        return Round(
-            rules=Rules(
-                min_clients=said.min_clients,
-                target_clients=said.target_clients,
-                deadline=self._known(session, name).job.deadline_unix,
-                grace=jobs.seconds(said.grace) if said.grace else None,
-                renew_every=jobs.seconds(said.renew_every) if said.renew_every else None,
-            ),
-            state=State(job.state),
-            reason=job.reason,
-            closed_at=job.closed_at,
-            pending=session.scalar(given.where(Contribution.standing == "pending")) or 0,
-            admitted=session.scalar(given.where(_TAKES_PART)) or 0,
-            fresh=session.scalar(given.where(_FRESH)) or 0,
-            quorum_at=session.scalar(quorum.order_by(Contribution.received).offset(said.min_clients - 1).limit(1)),
-            version=session.scalar(version) or 0,
-            tried_at=job.tried_at,
-        )
+        return replace(bare, pending=pending, admitted=admitted, fresh=fresh, quorum_at=quorum_at, version=version or 0)
 
     def _set_round(self, session: Session, name: str, round: Round) -> None:
         job = _job(session, name)
@@ -492,6 +489,17 @@ def conflict(given: Contribution) -> Conflict:
     return Conflict(
         f"this client's contribution to {given.job!r} is in already, and it is another one",
         hint=f"ask the operator for `coordinator replace {given.job} CLIENT`",
+    )
+
+
+def _rules(job: pb.Job) -> Rules:
+    said = job.spec.round
+    return Rules(
+        min_clients=said.min_clients,
+        target_clients=said.target_clients,
+        deadline=job.deadline_unix,
+        grace=jobs.seconds(said.grace) if said.grace else None,
+        renew_every=jobs.seconds(said.renew_every) if said.renew_every else None,
     )
 
 
