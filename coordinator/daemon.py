@@ -274,10 +274,16 @@ class Daemon:
 
     async def upload(self, messages: AsyncIterator[pb.UploadRequest]) -> pb.Receipt:
         """Take a contribution's bytes; the receipt once they are safe. It is judged after that."""
-        first = await self.uploads.first(messages)
-        lease = await self._lease(first.lease)
-        self.leases.heard(lease)
-        given = await self.uploads.take(lease, first, messages)
+        rest = self.uploads.stream(messages)
+        try:
+            first = await rest.next()
+            if first is None:
+                raise UsageError("an empty upload: the first message names the lease")
+            lease = await self._lease(first.lease)
+            self.leases.heard(lease)
+            given = await self.uploads.take(lease, first, rest)
+        finally:
+            rest.close()
         self.leases.judged(given)
         log.info("contribution", job=given.job, client=lease.client.name, digest=given.digest, size=given.size)
         self.leases.heard(lease)

@@ -1,15 +1,16 @@
-"""Many streams, little memory: only so many wait for their next message at a time.
+"""Many streams, little memory: only so many messages are on their way at a time, from the wire to the disk.
 
 A stream that waits for a message lets gRPC take all of it from the wire into memory; one that does not is held back by
-flow control. Without turns, five hundred uploads at once would hold five hundred chunks, and everything else that
-clients say would queue behind them.
+flow control. Without turns, five hundred uploads at once would hold five hundred chunks and more, and everything else
+that clients say would queue behind them.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from converters.errors import Interrupted
 
@@ -30,7 +31,7 @@ class Turns:
         self._idle = idle
 
     async def next(self, messages: AsyncIterator[Message]) -> Message | None:
-        """A stream's next message, or None at its end.
+        """A stream's next message, or None at its end. The message keeps its turn until `done`.
 
         Raises:
             Interrupted: it is too slow; what came so far stays, and the stream may be taken up again.
@@ -41,6 +42,7 @@ class Turns:
         finally:
             self._waiting -= 1
         reading = asyncio.ensure_future(anext(messages, None))
+        message: Message | None = None
         try:
             waited = 0.0
             while not reading.done():
@@ -48,7 +50,48 @@ class Turns:
                 waited += self._patience
                 if not reading.done() and (self._waiting or waited >= self._idle):
                     raise Interrupted("nothing came for a while, and an upload must not keep others out; go on later")
-            return reading.result()
+            message = reading.result()
         finally:
             reading.cancel()
-            self._free.release()
+            if message is None:
+                self._free.release()
+        return message
+
+    def done(self) -> None:
+        """A message is out of memory."""
+        self._free.release()
+
+
+class Stream(Generic[Message]):
+    """One stream's messages, each in its turn. The first one, which says whose it is, is a stranger's and waits apart,
+    so that strangers keep none but each other waiting."""
+
+    def __init__(self, messages: AsyncIterator[Message], strangers: Turns, known: Turns) -> None:
+        self._messages = messages
+        self._turns = strangers
+        self._known = known
+        self._held: deque[Turns] = deque()
+
+    async def next(self) -> Message | None:
+        """The next message, or None at the end; raises Interrupted when the stream is too slow."""
+        message = await self._turns.next(self._messages)
+        if message is not None:
+            self._held.append(self._turns)
+            self._turns = self._known
+        return message
+
+    async def ends(self) -> bool:
+        """Whether nothing more comes within a second."""
+        reading = asyncio.ensure_future(anext(self._messages, None))
+        done, _ = await asyncio.wait({reading}, timeout=1.0)
+        reading.cancel()
+        return not done or reading.result() is None
+
+    def written(self, messages: int) -> None:
+        """So many, the oldest, are out of memory."""
+        for _ in range(messages):
+            self._held.popleft().done()
+
+    def close(self) -> None:
+        """Give back every turn."""
+        self.written(len(self._held))

@@ -20,7 +20,7 @@ from coordinator.blobs import Blobs
 from coordinator.leases import Lease
 from coordinator.schema import Contribution
 from coordinator.store import Store
-from coordinator.turns import Turns
+from coordinator.turns import Stream, Turns
 from oneround import stream
 from oneround.v1 import federation_pb2 as pb
 
@@ -40,7 +40,7 @@ class Uploads:
         self._clock = clock
         self._streams = 0
         self._turns = Turns()
-        self._first = Turns(64, patience=5.0, idle=10.0)  # of strangers, who are not to keep the others waiting
+        self._strangers = Turns(32, patience=5.0, idle=10.0)
         self._threads = ThreadPoolExecutor(4, "upload")
 
     async def open(self, lease: Lease, declared: pb.Declaration) -> pb.OpenUploadReply:
@@ -74,7 +74,7 @@ class Uploads:
         client.declaration = declared
         return pb.OpenUploadReply(committed_offset=committed)
 
-    async def take(self, lease: Lease, first: pb.UploadRequest, rest: AsyncIterator[pb.UploadRequest]) -> Contribution:
+    async def take(self, lease: Lease, first: pb.UploadRequest, rest: Stream[pb.UploadRequest]) -> Contribution:
         """Take a contribution's bytes from the committed offset, and commit it once they are safe.
 
         Raises:
@@ -103,16 +103,9 @@ class Uploads:
             lease.uploading = False
             self._streams -= 1
 
-    async def first(self, messages: AsyncIterator[pb.UploadRequest]) -> pb.UploadRequest:
-        """The message that names the lease.
-
-        Raises:
-            UsageError: there is none.
-        """
-        message = await self._first.next(messages)
-        if message is None:
-            raise UsageError("an empty upload: the first message names the lease")
-        return message
+    def stream(self, messages: AsyncIterator[pb.UploadRequest]) -> Stream[pb.UploadRequest]:
+        """A stream of chunks, which waits for its turns."""
+        return Stream(messages, self._strangers, self._turns)
 
     def _commit(self, partial: Path, contribution: Contribution) -> Contribution:
         """The bytes get their place before the row that stands for them; a crash between leaves the upload whole."""
@@ -132,7 +125,7 @@ class Uploads:
             raise Interrupted("another stream of this client is still open")
 
     async def _receive(
-        self, declared: pb.Declaration, partial: Path, first: pb.UploadRequest, rest: AsyncIterator[pb.UploadRequest]
+        self, declared: pb.Declaration, partial: Path, first: pb.UploadRequest, rest: Stream[pb.UploadRequest]
     ) -> None:
         offset = self._blobs.committed(partial)
         if first.offset != offset:
@@ -140,7 +133,8 @@ class Uploads:
         loop = asyncio.get_running_loop()
         sink = await loop.run_in_executor(self._threads, stream.Sink, partial, tensors.sync)
         try:
-            await stream.pour(self._data(first, rest, offset, declared.size), sink, self._threads)
+            data = self._data(first, rest, offset, declared.size)
+            await stream.pour(data, sink, self._threads, rest.written)
             found = await loop.run_in_executor(self._threads, sink.digest)
         finally:
             await loop.run_in_executor(self._threads, sink.close)
@@ -152,7 +146,7 @@ class Uploads:
             )
 
     async def _data(
-        self, first: pb.UploadRequest, rest: AsyncIterator[pb.UploadRequest], offset: int, size: int
+        self, first: pb.UploadRequest, rest: Stream[pb.UploadRequest], offset: int, size: int
     ) -> AsyncIterator[bytes]:
         """The stream's bytes, held against what was declared."""
         message: pb.UploadRequest | None = first
@@ -168,9 +162,12 @@ class Uploads:
                 raise UsageError("the upload comes in too many small pieces")
             metrics.TAKEN.inc(len(message.data))
             yield message.data
-            message = await self._turns.next(rest) if offset < size else await anext(rest, None)
-        if offset < size:
-            raise Interrupted(f"the upload ended at byte {offset} of {size}")
+            if offset == size:
+                if not await rest.ends():
+                    raise UsageError(f"more bytes came than the {size} that were declared")
+                return
+            message = await rest.next()
+        raise Interrupted(f"the upload ended at byte {offset} of {size}")
 
 
 def receipt(given: Contribution) -> pb.Receipt:

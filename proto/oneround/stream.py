@@ -16,7 +16,7 @@ from oneround.v1 import federation_pb2 as pb
 CHUNK_BYTES = 512 * 1024  # the throughput of Python's gRPC is flat from 256 KiB to 1 MiB
 MAX_CHUNK_BYTES = 1024 * 1024
 MAX_MESSAGE_BYTES = MAX_CHUNK_BYTES + 64 * 1024  # room for the fields around a chunk
-_HELD_BYTES = 4 * CHUNK_BYTES  # what may wait for the disk while more comes in
+_HELD_PIECES = 4  # may wait for the disk while more comes in
 _BEHIND_BYTES = 32 * 1024 * 1024  # written, not yet on the disk; then the disk is set to work
 
 _syncing = ThreadPoolExecutor(2, "sync")
@@ -76,29 +76,38 @@ class Sink:
                 os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-async def pour(source: AsyncIterator[bytes], sink: Sink, threads: Executor) -> None:
+async def pour(
+    source: AsyncIterator[bytes], sink: Sink, threads: Executor, written: Callable[[int], None] = lambda pieces: None
+) -> None:
     """Everything from a source into a sink: while the threads hash and write some of it, more is taken from the wire.
 
-    What came before an error of the source is in the sink when the error is raised.
+    `written` is called with how many pieces have been. What came before an error of the source is in the sink when the
+    error is raised.
     """
-    loop = asyncio.get_running_loop()
-    writing: asyncio.Future[None] | None = None
     held: list[bytes] = []
-    held_bytes = 0
+    writing: asyncio.Task[None] | None = None
+
+    async def write() -> None:
+        while held:
+            pieces = held[:]
+            held.clear()
+            try:
+                await asyncio.get_running_loop().run_in_executor(threads, sink.write, pieces)
+            finally:
+                written(len(pieces))
+
     try:
         async for data in source:
             held.append(data)
-            held_bytes += len(data)
-            if writing is None or writing.done() or held_bytes >= _HELD_BYTES:
+            if writing is None or writing.done():
                 if writing is not None:
-                    await writing
-                writing = loop.run_in_executor(threads, sink.write, held)
-                held, held_bytes = [], 0
+                    writing.result()
+                writing = asyncio.create_task(write())
+            elif len(held) >= _HELD_PIECES:
+                await writing
     finally:
         if writing is not None:
             await writing
-        if held:
-            await loop.run_in_executor(threads, sink.write, held)
 
 
 async def chunks(path: Path, offset: int, threads: Executor, size: Callable[[], int]) -> AsyncIterator[bytes]:
