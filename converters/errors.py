@@ -19,6 +19,8 @@ Each class has an exit code for the command line and the name of a gRPC status f
 
 from __future__ import annotations
 
+import errno
+
 
 class OneroundError(Exception):
     """What happened and why, in a sentence; `hint` is what to do or run next."""
@@ -77,6 +79,9 @@ class LayoutMismatch(BadAdapter):
 
 class BadModel(BadData):
     pass
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # an OSError that means NotEnough
 
 
 class NotEnough(OneroundError):

@@ -6,7 +6,6 @@ so the views are made here, over one read-only map of the file.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import mmap
@@ -22,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from converters.errors import BadData, NotEnough
+from converters.errors import FULL, BadData, NotEnough
 
 Array = NDArray[np.generic]
 
@@ -175,7 +174,7 @@ def placed(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in FULL:
             raise NotEnough(f"there is no room on the disk for {path}") from error
         raise
     sync_folder(path.parent)

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import re
-import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import sqlalchemy
 import structlog
 
 from converters import llama
-from converters.errors import BadModel, Conflict, NotEnough, NotFound, OneroundError, Refused, UsageError
+from converters.errors import BadModel, Conflict, NotFound, OneroundError, Refused, UsageError
 from coordinator import job as jobs
-from coordinator import opening, publisher, store
+from coordinator import opening, publisher, store, sweeping
 from coordinator import round as rounds
 from coordinator.blobs import Blobs
 from coordinator.examiner import Examiner
 from coordinator.leases import Lease, Leases, judgement, public_id
+from coordinator.publishing import Publishing
 from coordinator.round import Round, State
 from coordinator.schema import Client, Contribution
 from coordinator.status import Statuses
@@ -30,7 +32,7 @@ from oneround.v1 import federation_pb2 as pb
 
 TICK = 0.5  # seconds between looks at the clock
 WRITE_DOWN = 5.0  # seconds between two writings of what heartbeats said
-RETRY = 30.0  # seconds until a publication is tried again for which there was no room
+THREADS = 3  # that talk to the database; more would only keep each other, and the event loop, waiting
 LONGEST_NAME = 64  # of a client, in letters
 
 log = structlog.get_logger()
@@ -47,16 +49,18 @@ class Daemon:
         self._clock = clock
         self._blobs = Blobs(state, blobs)
         self._store = Store(database or sqlalchemy.URL.create("sqlite", database=str(state / "coordinator.sqlite")))
-        self._publishers: dict[str, asyncio.Task[None]] = {}
         self._rounds: dict[str, Round] = {}  # as last seen by the loop or an event
         self.leases = Leases(self._store, clock)
         self.uploads = Uploads(self._store, self._blobs, clock)
         self._examiner = Examiner(self._store, self._blobs, clock)
         self.statuses = Statuses(self._store, self.leases, state / "publications", clock)
-        self._sweep()
+        self._publishing = Publishing(state, self._store, self._blobs, self.statuses, clock)
+        self._slow = ThreadPoolExecutor(1, "slow")  # reading a large base keeps nobody else waiting
+        sweeping.sweep(state, self._store, self._blobs)
 
     async def run(self) -> None:
         """Judge what comes in, close rounds in time and publish what is closed, until cancelled."""
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "short"))
         background = [asyncio.create_task(self._examiner.run(self._judged)), asyncio.create_task(self._keep_notes())]
         try:
             while not any(task.done() for task in background):
@@ -64,7 +68,7 @@ class Daemon:
                     for name, round in (await offload(self._store.rounds)).items():
                         self._rounds[name] = round
                         if round.state is State.PUBLISHING:
-                            self._start_publisher(name)
+                            self._publishing.start(name, self._published, self._failed)
                         elif rounds.apply(round, rounds.Tick(), self._clock()) != round:
                             await self._advance(name, rounds.Tick())
                 except OneroundError as error:  # a full disk, a database that is away: it passes
@@ -74,10 +78,10 @@ class Daemon:
                 if task.done():
                     task.result()  # a fault of ours; let it be seen
         finally:
-            ending = [*background, *self._publishers.values()]
-            for task in ending:
+            for task in background:
                 task.cancel()
-            await asyncio.gather(*ending, return_exceptions=True)
+            await asyncio.gather(*background, return_exceptions=True)
+            await self._publishing.end()
             with suppress(OneroundError):
                 await offload(self.leases.write_down)
 
@@ -112,7 +116,8 @@ class Daemon:
             return await self.status(spec.name)
         if spec.name in await offload(self._store.deleted):
             raise Refused(f"the last job {spec.name!r} is still being deleted", hint="try again in a moment")
-        await offload(opening.open_round, spec, self._state, self._blobs, self._store, self._clock())
+        opens = partial(opening.open_round, spec, self._state, self._blobs, self._store, self._clock())
+        await asyncio.get_running_loop().run_in_executor(self._slow, opens)
         log.info("job_opened", job=spec.name, base=spec.model.base)
         await self.statuses.changed(spec.name)
         return await self.status(spec.name)
@@ -134,7 +139,7 @@ class Daemon:
                 f"job {name!r} is {after.state}, and cannot be cancelled any more",
                 hint=f"coordinator close {name}, to take nothing more",
             )
-        await self._stop_publisher(name)
+        await self._publishing.stop(name)
         return await self.status(name)
 
     async def delete(self, name: str) -> None:
@@ -147,7 +152,7 @@ class Daemon:
         self._rounds.pop(name, None)
         self.leases.forget(name)
         await self.statuses.changed(name)
-        await offload(self._finish_deletion, name)
+        await offload(sweeping.delete, self._state, self._store, self._blobs, name)
         log.info("job_deleted", job=name)
 
     async def publish(self, request: pb.PublishRequest) -> pb.JobStatus:
@@ -367,76 +372,15 @@ class Daemon:
             log.info("round", job=name, state=after.state.value, reason=after.reason)
         await self.statuses.changed(name)
         if after.state is State.PUBLISHING:
-            self._start_publisher(name)
+            self._publishing.start(name, self._published, self._failed)
         return after
 
-    def _start_publisher(self, name: str) -> None:
-        if name not in self._publishers:
-            task = asyncio.create_task(self._publish(name))
-            self._publishers[name] = task
-            task.add_done_callback(lambda _: self._publishers.pop(name, None))
-
-    async def _stop_publisher(self, name: str) -> None:
-        if task := self._publishers.get(name):
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-            await offload(publisher.clear, self._state, name, await offload(self._store.versions, name))
-
-    async def _publish(self, name: str) -> None:
-        async def on_stage(stage: str) -> None:
-            log.info("publishing", job=name, stage=stage)
-            await self.statuses.stage(name, stage)
-
-        try:
-            made = await publisher.run(self._state, self._store, self._blobs, name, on_stage)
-            made.publication.published_unix = self._clock()
-            _, after = await offload(self._store.publish, name, made.publication, made.findings, self._clock())
-        except NotEnough as error:
-            log.error("publishing_waits", job=name, reason=str(error))
-            await self.statuses.stage(name, f"waiting for room: {error}")
-            await asyncio.sleep(RETRY)
-            return  # the loop starts it again
-        except Exception as error:
-            # Whatever it is, the operator is told and the round stops trying, or it would try for ever.
-            log.error("publishing_failed", job=name, reason=str(error), exc_info=not isinstance(error, OneroundError))
-            hint = f"`coordinator publish {name}` tries again"
-            await self.statuses.stage(name, "")
-            await self._advance(name, rounds.PublishingFailed(f"{error}; {hint}"))
-            return
-        self._rounds[name] = after
+    async def _published(self, name: str, round: Round) -> None:
+        self._rounds[name] = round
         self.leases.judged_anew(name)
-        log.info("published", job=name, version=made.publication.version)
-        await self.statuses.stage(name, "")
 
-    # What a crash leaves behind
-
-    def _sweep(self) -> None:
-        """Finish deletions, and drop what nothing stands for: an upload or a blob whose row was never committed, and
-        what a half-made publication left."""
-        for name in self._store.deleted():
-            self._finish_deletion(name)
-        uploads = [
-            self._blobs.partial(name, client.client_id)
-            for name in self._store.names()
-            for client in self._store.clients(name)
-            if client.declaration is not None and not client.withdrawn
-        ]
-        orphans = self._blobs.sweep(self._store.digests(), uploads)
-        for name in self._store.names():
-            orphans += publisher.clear(self._state, name, self._store.versions(name))
-        for left_over in self._state.rglob(".*.partial"):
-            left_over.unlink()
-            orphans.append(left_over.name)
-        if orphans:
-            log.info("swept", files=len(orphans))
-
-    def _finish_deletion(self, name: str) -> None:
-        shutil.rmtree(self._state / "publications" / name, ignore_errors=True)
-        self._blobs.discard_all(name)
-        with self._blobs.changing:
-            before = self._store.digests()
-            self._store.forget(name)
-            self._blobs.drop(before - self._store.digests())
+    async def _failed(self, name: str, reason: str) -> None:
+        await self._advance(name, rounds.PublishingFailed(reason))
 
 
 def _named(wanted: str, clients: Sequence[Client]) -> Client:

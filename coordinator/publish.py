@@ -24,7 +24,7 @@ from google.protobuf import json_format
 from converters import adapter, architectures, gguf_adapter, gguf_file, gguf_merge, gguf_quantize, mlx, peft, tensors
 from converters.adapter import Adapter, LowRank, Made
 from converters.architectures import Base
-from converters.errors import BadModel, OneroundError
+from converters.errors import FULL, BadModel, NotEnough, OneroundError
 from converters.gguf_quantize import Quantised
 from coordinator import aggregate, card, cohort, verify
 from coordinator.aggregate import Contribution
@@ -303,6 +303,10 @@ def main() -> int:
     except OneroundError as error:
         print(json.dumps({"failed": str(error)}), flush=True)
         return error.exit_code
+    except OSError as error:
+        traceback.print_exc()
+        print(json.dumps({"failed": str(error)}), flush=True)
+        return NotEnough.exit_code if error.errno in FULL else 1
     except Exception as error:  # a fault of ours: the operator gets a sentence, the log gets the rest
         traceback.print_exc()
         print(json.dumps({"failed": f"{type(error).__name__}: {error}"}), flush=True)

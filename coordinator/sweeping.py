@@ -1,0 +1,46 @@
+"""What a crash leaves behind, and what a deleted job does: files that no row stands for, and how they go."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import structlog
+
+from coordinator import publisher
+from coordinator.blobs import Blobs
+from coordinator.store import Store
+
+log = structlog.get_logger()
+
+
+def sweep(state: Path, known: Store, blobs: Blobs) -> None:
+    """Finish deletions, and drop what nothing stands for: an upload or a blob whose row was never committed, and what
+    a half-made publication left. Only before anything else is at work."""
+    for name in known.deleted():
+        delete(state, known, blobs, name)
+    names = known.names()
+    uploads = [
+        blobs.partial(name, client.client_id)
+        for name in names
+        for client in known.clients(name)
+        if client.declaration is not None and not client.withdrawn
+    ]
+    orphans = blobs.sweep(known.digests(), uploads)
+    for name in names:
+        orphans += publisher.clear(state, name, known.versions(name))
+    for left_over in state.rglob(".*.partial"):
+        left_over.unlink()
+        orphans.append(left_over.name)
+    if orphans:
+        log.info("swept", files=len(orphans))
+
+
+def delete(state: Path, known: Store, blobs: Blobs, name: str) -> None:
+    """Drop the files and the rows of a job that is marked as deleted; killed at any instant, it can be done again."""
+    shutil.rmtree(state / "publications" / name, ignore_errors=True)
+    blobs.discard_all(name)
+    with blobs.changing:
+        before = known.digests()
+        known.forget(name)
+        blobs.drop(before - known.digests())
