@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -67,17 +67,27 @@ class Blobs:
         file.unlink()
         return digest
 
-    def partial(self, job: str, client_id: str) -> Path:
-        """Where a client's upload grows. Job names and client ids are checked where they come in."""
-        return self.uploads / f"{job}.{client_id}"
+    def partial(self, job: str, client_id: str, digest: str) -> Path:
+        """Where an upload grows: what is there of another digest does not continue it. All three are checked where they
+        come in."""
+        return self.uploads / f"{job}.{client_id}.{digest}"
+
+    def partials(self) -> Iterator[tuple[Path, str, str, str]]:
+        """Every partial upload, with its job, client and digest."""
+        for file in self.uploads.iterdir():
+            job, _, rest = file.name.rpartition(".")
+            job, _, client_id = job.rpartition(".")
+            yield file, job, client_id, rest
 
     def committed(self, partial: Path) -> int:
         """How many bytes of an upload are here."""
         return partial.stat().st_size if partial.exists() else 0
 
-    def discard(self, partial: Path) -> None:
-        """Drop a partial upload that is committed, or that another one replaces."""
-        partial.unlink(missing_ok=True)
+    def discard(self, job: str, client_id: str, *, but: str = "") -> None:
+        """Drop a client's partial uploads: committed, given up, or replaced by that of another digest."""
+        for partial in self.uploads.glob(f"{job}.{client_id}.*"):
+            if partial.name.rpartition(".")[2] != but:
+                partial.unlink(missing_ok=True)
 
     def drop(self, digests: Iterable[str]) -> None:
         """Drop blobs that no row stands for."""
@@ -87,8 +97,8 @@ class Blobs:
 
     def discard_all(self, job: str) -> None:
         """Drop every partial upload of a job."""
-        for upload in self.uploads.glob(f"{job}.*"):
-            if len(upload.name) == len(job) + 33:
+        for upload, of, _, _ in self.partials():
+            if of == job:
                 upload.unlink(missing_ok=True)
 
     def sweep(self, digests: Collection[str], uploads: Collection[Path]) -> list[str]:

@@ -151,6 +151,7 @@ class Daemon:
         await offload(self._store.mark_deleted, name)
         self._rounds.pop(name, None)
         self.leases.forget(name)
+        self.uploads.forget(name)
         await self.statuses.changed(name)
         await offload(sweeping.delete, self._state, self._store, self._blobs, name)
         log.info("job_deleted", job=name)
@@ -210,7 +211,7 @@ class Daemon:
         name = request.job or await self._only_open()
         job = (await offload(self._store.announced, name)).job
         given = await offload(self._store.contribution, name, request.client_id)
-        round = await offload(self._store.round, name)
+        round = await self._round(name)
         if given is None and not rounds.takes_contributions(round, self._clock()):
             raise Refused(
                 f"job {name!r} takes no more contributions: it is {round.state} ({round.reason})",
@@ -225,7 +226,6 @@ class Daemon:
         row = store.client(name, request.client_id, known_as, machine, self._clock())
         client = await offload(self._store.join, row)
         self.leases.heard(self.leases.hold(client, given))
-        self._rounds[name] = round
         log.info("joined", job=name, client=client.name, backend=machine.backend)
         await self.statuses.changed(name)
         reply = pb.JoinReply(lease=client.lease, job=job)
@@ -248,9 +248,7 @@ class Daemon:
                 lease.judgement = judgement(given)
             reply.judgement.CopyFrom(lease.judgement)
             return reply
-        round = self._rounds.get(client.job)
-        if round is None:
-            round = self._rounds[client.job] = await offload(self._store.round, client.job)
+        round = await self._round(client.job)
         if client.withdrawn or not rounds.takes_contributions(round, self._clock()):
             why = "this client has withdrawn" if client.withdrawn else f"the round is {round.state}: {round.reason}"
             return pb.HeartbeatReply(directive=pb.DIRECTIVE_STOP, reason=why)
@@ -265,7 +263,7 @@ class Daemon:
         given = await offload(self._store.contribution, client.job, client.client_id)
         await offload(self._store.withdraw, client)
         client.withdrawn = True
-        self._blobs.discard(self._blobs.partial(client.job, client.client_id))
+        self._blobs.discard(client.job, client.client_id)
         log.info("withdrawn", job=client.job, client=client.name)
         if given is not None:
             await self._renew(client.job, f"{client.name} has withdrawn")
@@ -275,7 +273,7 @@ class Daemon:
         """How much of the declared contribution is here; its receipt when all of it is."""
         lease = await self._lease(request.lease)
         self.leases.heard(lease)
-        return await self.uploads.open(lease, request.declaration)
+        return await self.uploads.open(lease, request.declaration, await self._round(lease.client.job))
 
     async def upload(self, messages: AsyncIterator[pb.UploadRequest]) -> pb.Receipt:
         """Take a contribution's bytes; the receipt once they are safe. It is judged after that."""
@@ -335,6 +333,12 @@ class Daemon:
         return [self.statuses.whole(name) for name in self._store.names()]
 
     # The round
+
+    async def _round(self, name: str) -> Round:
+        """A job's round as the loop or the last event left it, half a second ago at most."""
+        if name not in self._rounds:
+            self._rounds[name] = await offload(self._store.round, name)
+        return self._rounds[name]
 
     async def _lease(self, token: str) -> Lease:
         lease = self.leases.get(token)

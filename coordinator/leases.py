@@ -24,6 +24,7 @@ class Lease:
     last_seen: float
     beat: pb.HeartbeatRequest = field(default_factory=pb.HeartbeatRequest)
     uploading: bool = False  # a stream of it is open
+    declaration: pb.Declaration | None = None  # of what it will send
     contributed: bool = False
     judgement: pb.Judgement | None = None  # of its contribution; None: to be looked up
     unwritten: bool = False

@@ -74,9 +74,6 @@ class Client(Base):
     total_steps: Mapped[int] = mapped_column(BigInteger)
     loss: Mapped[float]
     tokens_per_second: Mapped[float]
-    # What it declared it will send; set by OpenUpload.
-    declaration: Mapped[pb.Declaration | None] = mapped_column(Proto(pb.Declaration))
-    declared_size: Mapped[int] = mapped_column(BigInteger)
 
 
 class Contribution(Base):

@@ -135,6 +135,21 @@ def _short(text: str) -> str:
     return text if len(text) <= 500 else f"{text[:500]} …"
 
 
+class _Messages(AsyncIterator[pb.UploadRequest]):
+    """A stream's messages. gRPC's own iterator, like any generator, keeps the last one in memory until it is asked for
+    the next; with hundreds of streams that wait for their turn, that is all the memory there is."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    async def __anext__(self) -> pb.UploadRequest:
+        message: Any = await self._context.read()
+        if message is None or message is grpc.aio.EOF:
+            raise StopAsyncIteration
+        assert isinstance(message, pb.UploadRequest), "what is none was made None"
+        return message
+
+
 class Federation(rpc.FederationServicer):
     """What clients call."""
 
@@ -178,7 +193,7 @@ class Federation(rpc.FederationServicer):
 
     async def Upload(self, request_iterator: AsyncIterator[pb.UploadRequest], context: Context) -> pb.Receipt:
         async with _answered(context, "Upload", request_iterator):
-            return await self._daemon.upload(aiter(request_iterator))
+            return await self._daemon.upload(_Messages(context))
 
     async def Withdraw(self, request: pb.WithdrawRequest, context: Context) -> pb.WithdrawReply:
         async with _answered(context, "Withdraw", request):

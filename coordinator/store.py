@@ -246,19 +246,6 @@ class Store:
             with self._writes() as session:
                 session.connection().execute(query, rows)
 
-    def declare(self, client: Client, declaration: pb.Declaration, quota: int) -> None:
-        """Note what a client will send.
-
-        Raises:
-            NotEnough: with it, all that the job's clients declare is over the quota, in bytes.
-        """
-        with self._writes() as session:
-            row = session.get_one(Client, (client.job, client.client_id))
-            declared = session.scalar(select(func.sum(Client.declared_size)).where(Client.job == client.job)) or 0
-            if declared - row.declared_size + declaration.size > quota:
-                raise NotEnough(f"the uploads of job {client.job!r} have reached its quota; see upload.quota")
-            row.declaration, row.declared_size = declaration, declaration.size
-
     def withdraw(self, client: Client) -> None:
         """A client leaves; what it contributed takes no part in the versions to come."""
         with self._writes() as session:
@@ -294,6 +281,11 @@ class Store:
         with self._reads() as session:
             query = select(Contribution).where(Contribution.job == job, not_(Contribution.replaced))
             return session.scalars(query.order_by(Contribution.received, Contribution.client_id)).all()
+
+    def bytes_of(self, job: str) -> int:
+        """Of all contributions to a job, replaced ones too."""
+        with self._reads() as session:
+            return session.scalar(select(func.sum(Contribution.size)).where(Contribution.job == job)) or 0
 
     def pending(self) -> Sequence[Contribution]:
         """Those that nobody has looked at yet, oldest first."""
@@ -460,7 +452,6 @@ def client(job: str, client_id: str, name: str, machine: pb.Machine, now: float)
         total_steps=0,
         loss=0.0,
         tokens_per_second=0.0,
-        declared_size=0,
     )
 
 

@@ -20,12 +20,13 @@ def sweep(state: Path, known: Store, blobs: Blobs) -> None:
     for name in known.deleted():
         delete(state, known, blobs, name)
     names = known.names()
-    uploads = [
-        blobs.partial(name, client.client_id)
+    awaited = {
+        (name, client.client_id)
         for name in names
         for client in known.clients(name)
-        if client.declaration is not None and not client.withdrawn
-    ]
+        if not client.withdrawn and _may_send(known, name, client.client_id)
+    }
+    uploads = [file for file, job, client_id, _ in blobs.partials() if (job, client_id) in awaited]
     orphans = blobs.sweep(known.digests(), uploads)
     for name in names:
         orphans += publisher.clear(state, name, known.versions(name))
@@ -34,6 +35,11 @@ def sweep(state: Path, known: Store, blobs: Blobs) -> None:
         orphans.append(left_over.name)
     if orphans:
         log.info("swept", files=len(orphans))
+
+
+def _may_send(known: Store, job: str, client_id: str) -> bool:
+    given = known.contribution(job, client_id)
+    return given is None or given.may_replace
 
 
 def delete(state: Path, known: Store, blobs: Blobs, name: str) -> None:

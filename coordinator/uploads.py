@@ -18,7 +18,8 @@ from coordinator import metrics, store
 from coordinator import round as rounds
 from coordinator.blobs import Blobs
 from coordinator.leases import Lease
-from coordinator.schema import Contribution
+from coordinator.round import Round
+from coordinator.schema import Client, Contribution
 from coordinator.store import Store
 from coordinator.turns import Stream, Turns
 from oneround import stream
@@ -39,11 +40,12 @@ class Uploads:
         self._blobs = blobs
         self._clock = clock
         self._streams = 0
+        self._claims: dict[str, dict[str, int]] = {}  # bytes by job and client
         self._turns = Turns()
         self._strangers = Turns(32, patience=5.0, idle=10.0)
         self._threads = ThreadPoolExecutor(4, "upload")
 
-    async def open(self, lease: Lease, declared: pb.Declaration) -> pb.OpenUploadReply:
+    async def open(self, lease: Lease, declared: pb.Declaration, round: Round) -> pb.OpenUploadReply:
         """How much of the declared contribution is here; its receipt when all of it is.
 
         Raises:
@@ -52,26 +54,23 @@ class Uploads:
         """
         client = lease.client
         job = self._store.announced(client.job).job
-        given = await offload(self._store.contribution, client.job, client.client_id)
-        partial = self._blobs.partial(client.job, client.client_id)
-        if given is not None and (given.digest == declared.digest or not given.may_replace):
-            if given.digest != declared.digest:
-                raise store.conflict(given)
-            self._blobs.discard(partial)  # left over if the daemon died right after the commit
+        given = await self._given(lease)
+        if given is not None and given.digest == declared.digest:
             return pb.OpenUploadReply(committed_offset=given.size, receipt=receipt(given))
-        round = await offload(self._store.round, client.job)
+        if given is not None and not given.may_replace:
+            raise store.conflict(given)
         if not rounds.takes_contributions(round, self._clock()):
             raise Refused(f"job {client.job!r} takes no more contributions: it is {round.state} ({round.reason})")
         _check(declared, job)
-        if client.declaration is not None and client.declaration.digest != declared.digest:
+        if lease.declaration is not None and lease.declaration.digest != declared.digest:
             self._only_stream(lease)
-            self._blobs.discard(partial)  # another training run's: what is here of the last one does not continue it
-        committed = self._blobs.committed(partial)
+        self._blobs.discard(client.job, client.client_id, but=declared.digest)
+        committed = self._blobs.committed(self._blobs.partial(client.job, client.client_id, declared.digest))
         disk = shutil.disk_usage(self._blobs.uploads)
         if disk.free - disk.total // 100 < declared.size - committed:
             raise NotEnough("the coordinator's disk has no room for this upload")
-        await offload(self._store.declare, client, declared, jobs.size(job.spec.upload.quota))
-        client.declaration = declared
+        await self._claim(client, declared.size, jobs.size(job.spec.upload.quota))
+        lease.declaration = declared
         return pb.OpenUploadReply(committed_offset=committed)
 
     async def take(self, lease: Lease, first: pb.UploadRequest, rest: Stream[pb.UploadRequest]) -> Contribution:
@@ -81,11 +80,11 @@ class Uploads:
             Interrupted: the stream broke off, is too slow, or does not begin where it should; it may be taken up again.
             BadData: the bytes are not those that were declared; they are dropped.
         """
-        client = lease.client
-        given = await offload(self._store.contribution, client.job, client.client_id)
+        client, declared = lease.client, lease.declaration
+        given = await self._given(lease)
         if given is not None and not given.may_replace:
             return given
-        if client.declaration is None:
+        if declared is None:
             raise Refused("nothing is declared; call OpenUpload first")
         self._only_stream(lease)
         if self._streams >= MAX_STREAMS:
@@ -93,15 +92,37 @@ class Uploads:
         self._streams += 1
         lease.uploading = True
         try:
-            partial = self._blobs.partial(client.job, client.client_id)
-            await self._receive(client.declaration, partial, first, rest)
-            kept = await offload(self._commit, partial, store.contribution(client, client.declaration, self._clock()))
+            partial = self._blobs.partial(client.job, client.client_id, declared.digest)
+            await self._receive(declared, partial, first, rest)
+            kept = await offload(self._commit, partial, store.contribution(client, declared, self._clock()))
             lease.contributed = True
-            self._blobs.discard(partial)
             return kept
         finally:
             lease.uploading = False
             self._streams -= 1
+
+    def forget(self, job: str) -> None:
+        """A job is gone."""
+        self._claims.pop(job, None)
+
+    async def _given(self, lease: Lease) -> Contribution | None:
+        """What is in of a client. The daemon alone writes, so what a lease does not know of is not there."""
+        if not lease.contributed:
+            return None
+        return await offload(self._store.contribution, lease.client.job, lease.client.client_id)
+
+    async def _claim(self, client: Client, size: int, quota: int) -> None:
+        """Keep so many bytes of the job's quota for a client.
+
+        Raises:
+            NotEnough: with them, all that is in or declared is over it.
+        """
+        if client.job not in self._claims:
+            self._claims[client.job] = {"": await offload(self._store.bytes_of, client.job)}  # what is in
+        claims = self._claims[client.job]
+        if sum(claims.values()) - claims.get(client.client_id, 0) + size > quota:
+            raise NotEnough(f"the uploads of job {client.job!r} have reached its quota; see upload.quota")
+        claims[client.client_id] = size
 
     def stream(self, messages: AsyncIterator[pb.UploadRequest]) -> Stream[pb.UploadRequest]:
         """A stream of chunks, which waits for its turns."""
@@ -114,10 +135,12 @@ class Uploads:
                 raise NotFound(f"job {contribution.job!r} was deleted, or this client has withdrawn")
             self._blobs.put(partial, contribution.digest)
             try:
-                return self._store.contribute(contribution)
+                kept = self._store.contribute(contribution)
             except NotFound:
                 self._blobs.drop({contribution.digest} - self._store.digests())
                 raise
+            self._blobs.discard(contribution.job, contribution.client_id)
+            return kept
 
     def _only_stream(self, lease: Lease) -> None:
         """A stream that broke is noticed within a minute; until then another try has to wait."""
@@ -139,7 +162,7 @@ class Uploads:
         finally:
             await loop.run_in_executor(self._threads, sink.close)
         if found != declared.digest:
-            self._blobs.discard(partial)
+            self._blobs.discard(*partial.name.rsplit(".", 2)[:2])
             raise BadData(
                 f"the upload's SHA-256 is {found}, and {declared.digest} was declared; what came in was dropped",
                 hint="edge-client join again, which sends it from the start",
@@ -161,7 +184,9 @@ class Uploads:
             if count > SMALL_MESSAGES + (offset - start) // 1024:
                 raise UsageError("the upload comes in too many small pieces")
             metrics.TAKEN.inc(len(message.data))
-            yield message.data
+            data, message = message.data, None
+            yield data
+            del data  # what waits for its turn holds nothing
             if offset == size:
                 if not await rest.ends():
                     raise UsageError(f"more bytes came than the {size} that were declared")

@@ -94,11 +94,14 @@ async def pour(
             try:
                 await asyncio.get_running_loop().run_in_executor(threads, sink.write, pieces)
             finally:
-                written(len(pieces))
+                count = len(pieces)
+                del pieces
+                written(count)
 
     try:
         async for data in source:
             held.append(data)
+            del data
             if writing is None or writing.done():
                 if writing is not None:
                     writing.result()

@@ -260,7 +260,7 @@ def test_one_stream_at_a_time(tmp_path: Path) -> None:
             yield pb.UploadRequest(data=file.read_bytes()[1000:])
 
         first = asyncio.create_task(_receipt(remote._stub.Upload(messages())))
-        partial = tmp_path / "state" / "uploads" / f"notes.{ALICE}"
+        partial = tmp_path / "state" / "uploads" / f"notes.{ALICE}.{declaration.digest}"
         for _ in range(1000):  # until the coordinator has taken the stream
             if partial.exists():
                 break

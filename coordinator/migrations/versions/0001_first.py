@@ -33,8 +33,6 @@ def upgrade() -> None:
         sa.Column("total_steps", sa.BigInteger, nullable=False),
         sa.Column("loss", sa.Double, nullable=False),
         sa.Column("tokens_per_second", sa.Double, nullable=False),
-        sa.Column("declaration", sa.Text),
-        sa.Column("declared_size", sa.BigInteger, nullable=False),
     )
     op.create_table(
         "contributions",
