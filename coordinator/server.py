@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import hmac
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
@@ -29,7 +30,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", stream.MAX_MESSAGE_BYTES),
-    ("grpc.so_reuseport", 0),  # a second daemon on the same port must fail, not share it
+    ("grpc.so_reuseport", 1),
     ("grpc.keepalive_time_ms", 30_000),  # find out that a laptop's lid was closed
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
@@ -40,6 +41,7 @@ _OPTIONS = [
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 64 * 1024),
 ]
+ACCEPTORS = 8
 DOWNLOADING_BYTES = 8 * 1024 * 1024  # of all downloads together, read from the disk and not yet sent
 
 
@@ -51,7 +53,7 @@ def create(
     insecure: bool,
     healthy: health.aio.HealthServicer | None = None,
     reflect: bool = False,
-) -> tuple[grpc.aio.Server, str]:
+) -> tuple[Server, str]:
     """A server that is not yet started, and the address that it is bound to.
 
     `healthy` answers health checks; with `reflect`, tools may ask for the services.
@@ -59,23 +61,67 @@ def create(
     Raises:
         UsageError: the address cannot be bound.
     """
-    server = grpc.aio.server(options=_OPTIONS, interceptors=[_Decoding()])
-    rpc.add_FederationServicer_to_server(Federation(daemon), server)
-    rpc.add_AdminServicer_to_server(Admin(daemon, identity.admin_token), server)
-    health_pb2_grpc.add_HealthServicer_to_server(healthy or health.aio.HealthServicer(), server)
-    if reflect:
-        names = [service.full_name for service in pb.DESCRIPTOR.services_by_name.values()]
-        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
-    host, _, _ = listen.rpartition(":")
+    _nobody_listens(listen)
+    servicers = Federation(daemon), Admin(daemon, identity.admin_token), healthy or health.aio.HealthServicer()
+    credentials = None if insecure else grpc.ssl_server_credentials([(identity.key, identity.certificate)])
+    acceptors: list[grpc.aio.Server] = []
+    host, _, port = listen.rpartition(":")
     try:
-        if insecure:
-            port = server.add_insecure_port(listen)
-        else:
-            credentials = grpc.ssl_server_credentials([(identity.key, identity.certificate)])
-            port = server.add_secure_port(listen, credentials)
+        for _ in range(ACCEPTORS):
+            acceptor = grpc.aio.server(options=_OPTIONS, interceptors=[_Decoding()])
+            rpc.add_FederationServicer_to_server(servicers[0], acceptor)
+            rpc.add_AdminServicer_to_server(servicers[1], acceptor)
+            health_pb2_grpc.add_HealthServicer_to_server(servicers[2], acceptor)
+            if reflect:
+                names = [service.full_name for service in pb.DESCRIPTOR.services_by_name.values()]
+                reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], acceptor)
+            address = f"{host}:{port}"
+            if credentials is None:
+                port = str(acceptor.add_insecure_port(address))
+            else:
+                port = str(acceptor.add_secure_port(address, credentials))
+            acceptors.append(acceptor)
     except RuntimeError as error:
-        raise UsageError(f"cannot listen on {listen}: is another daemon there?", hint="--listen HOST:PORT") from error
-    return server, f"{host}:{port}"
+        raise _taken(listen) from error
+    return Server(acceptors), f"{host}:{port}"
+
+
+class Server:
+    """Several gRPC servers on one port, of which the system gives each connection to one.
+
+    One of them takes up one new call with every turn of the event loop. Among hundreds of uploads that is some dozens a
+    second, and a thousand clients' heartbeats would wait for many seconds.
+    """
+
+    def __init__(self, acceptors: Sequence[grpc.aio.Server]) -> None:
+        self._acceptors = acceptors
+
+    async def start(self) -> None:
+        await asyncio.gather(*(acceptor.start() for acceptor in self._acceptors))
+
+    async def stop(self, grace: float | None) -> None:
+        """Take no new calls; those that are open get so many seconds."""
+        await asyncio.gather(*(acceptor.stop(grace) for acceptor in self._acceptors))
+
+
+def _nobody_listens(address: str) -> None:
+    """Our own servers share a port, so the system would let a second daemon share it too.
+
+    Raises:
+        UsageError: somebody listens there, or it cannot be bound.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what ended a moment ago is no matter
+            probe.bind(where)
+    except OSError as error:
+        raise _taken(address) from error
+
+
+def _taken(address: str) -> UsageError:
+    return UsageError(f"cannot listen on {address}: is another daemon there?", hint="--listen HOST:PORT")
 
 
 class _Decoding(grpc.aio.ServerInterceptor):
