@@ -55,6 +55,7 @@ class Daemon:
         self._examiner = Examiner(self._store, self._blobs, clock)
         self.statuses = Statuses(self._store, self.leases, state / "publications", clock)
         self._publishing = Publishing(state, self._store, self._blobs, self.statuses, clock)
+        self._submitting = asyncio.Lock()
         self._slow = ThreadPoolExecutor(1, "slow")  # reading a large base keeps nobody else waiting
         sweeping.sweep(state, self._store, self._blobs)
 
@@ -107,6 +108,10 @@ class Daemon:
         """
         spec = jobs.check(spec)
         llama.require()
+        async with self._submitting:
+            return await self._submit(spec)
+
+    async def _submit(self, spec: pb.JobSpec) -> pb.JobStatus:
         if spec.name in await offload(self._store.names):
             known = self._store.announced(spec.name).job.spec
             if known.model.base == spec.model.base:

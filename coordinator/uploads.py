@@ -62,9 +62,9 @@ class Uploads:
         if not rounds.takes_contributions(round, self._clock()):
             raise Refused(f"job {client.job!r} takes no more contributions: it is {round.state} ({round.reason})")
         _check(declared, job)
-        if lease.declaration is not None and lease.declaration.digest != declared.digest:
+        if lease.declaration is None or lease.declaration.digest != declared.digest:
             self._only_stream(lease)
-        self._blobs.discard(client.job, client.client_id, but=declared.digest)
+            await offload(self._discard_others, client, declared.digest)
         committed = self._blobs.committed(self._blobs.partial(client.job, client.client_id, declared.digest))
         disk = shutil.disk_usage(self._blobs.uploads)
         if disk.free - disk.total // 100 < declared.size - committed:
@@ -118,7 +118,8 @@ class Uploads:
             NotEnough: with them, all that is in or declared is over it.
         """
         if client.job not in self._claims:
-            self._claims[client.job] = {"": await offload(self._store.bytes_of, client.job)}  # what is in
+            there = await offload(self._store.bytes_of, client.job)
+            self._claims.setdefault(client.job, {"": there})  # what is in; another one may have asked meanwhile
         claims = self._claims[client.job]
         if sum(claims.values()) - claims.get(client.client_id, 0) + size > quota:
             raise NotEnough(f"the uploads of job {client.job!r} have reached its quota; see upload.quota")
@@ -141,6 +142,9 @@ class Uploads:
                 raise
             self._blobs.discard(contribution.job, contribution.client_id)
             return kept
+
+    def _discard_others(self, client: Client, digest: str) -> None:
+        self._blobs.discard(client.job, client.client_id, but=digest)
 
     def _only_stream(self, lease: Lease) -> None:
         """A stream that broke is noticed within a minute; until then another try has to wait."""
