@@ -10,6 +10,7 @@ they are. Uploads grow on this machine's disk either way.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import threading
 from collections.abc import Collection, Iterable, Iterator
@@ -35,6 +36,10 @@ class Blobs:
         self.changing = threading.RLock()
         self._fs.makedirs(self._root, exist_ok=True)
         self.uploads.mkdir(parents=True, exist_ok=True)
+        self._growing: dict[tuple[str, str], set[str]] = {}  # digests of partial uploads, by job and client
+        for file in self.uploads.iterdir():
+            if found := re.fullmatch(r"(.+)\.([0-9a-f]{32})\.([0-9a-f]{64})", file.name):
+                self._growing.setdefault((found[1], found[2]), set()).add(found[3])
 
     def path(self, digest: str) -> Path:
         """A blob as a file on this machine, which nobody changes."""
@@ -70,14 +75,14 @@ class Blobs:
     def partial(self, job: str, client_id: str, digest: str) -> Path:
         """Where an upload grows: what is there of another digest does not continue it. All three are checked where they
         come in."""
+        self._growing.setdefault((job, client_id), set()).add(digest)
         return self.uploads / f"{job}.{client_id}.{digest}"
 
-    def partials(self) -> Iterator[tuple[Path, str, str, str]]:
-        """Every partial upload, with its job, client and digest."""
-        for file in self.uploads.iterdir():
-            job, _, rest = file.name.rpartition(".")
-            job, _, client_id = job.rpartition(".")
-            yield file, job, client_id, rest
+    def partials(self) -> Iterator[tuple[Path, str, str]]:
+        """Every partial upload, with its job and client."""
+        for (job, client_id), digests in list(self._growing.items()):
+            for digest in list(digests):
+                yield self.uploads / f"{job}.{client_id}.{digest}", job, client_id
 
     def committed(self, partial: Path) -> int:
         """How many bytes of an upload are here."""
@@ -85,9 +90,12 @@ class Blobs:
 
     def discard(self, job: str, client_id: str, *, but: str = "") -> None:
         """Drop a client's partial uploads: committed, given up, or replaced by that of another digest."""
-        for partial in self.uploads.glob(f"{job}.{client_id}.*"):
-            if partial.name.rpartition(".")[2] != but:
-                partial.unlink(missing_ok=True)
+        digests = self._growing.get((job, client_id), set())
+        for digest in digests - {but}:
+            (self.uploads / f"{job}.{client_id}.{digest}").unlink(missing_ok=True)
+        digests &= {but}
+        if not digests:
+            self._growing.pop((job, client_id), None)
 
     def drop(self, digests: Iterable[str]) -> None:
         """Drop blobs that no row stands for."""
@@ -97,9 +105,9 @@ class Blobs:
 
     def discard_all(self, job: str) -> None:
         """Drop every partial upload of a job."""
-        for upload, of, _, _ in self.partials():
+        for _, of, client_id in list(self.partials()):
             if of == job:
-                upload.unlink(missing_ok=True)
+                self.discard(job, client_id)
 
     def sweep(self, digests: Collection[str], uploads: Collection[Path]) -> list[str]:
         """Drop every blob and every upload that nothing stands for, before anything else is at work; returns names."""

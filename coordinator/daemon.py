@@ -244,7 +244,7 @@ class Daemon:
         """Note how training goes; say whether to go on."""
         lease = await self._lease(beat.lease)
         self.leases.heard(lease, beat)
-        reply = pb.HeartbeatReply(directive=pb.DIRECTIVE_CONTINUE)
+        reply = pb.HeartbeatReply(directive=pb.DIRECTIVE_CONTINUE, next_seconds=self.leases.pace)
         client = lease.client
         if lease.contributed:
             if lease.judgement is None:

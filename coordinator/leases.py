@@ -14,6 +14,7 @@ from coordinator.store import Store
 from oneround.v1 import federation_pb2 as pb
 
 ASLEEP_AFTER = 60.0  # seconds without a word from a client that is training
+BEATS_A_SECOND = 50  # of all clients together
 
 
 @dataclass
@@ -81,6 +82,11 @@ class Leases:
                 raise UsageError("a heartbeat says a loss or a speed that cannot be")
             lease.beat = beat
         lease.last_seen, lease.unwritten = self._clock(), True
+
+    @property
+    def pace(self) -> float:
+        """Seconds between two heartbeats of a client: two, or more where there are more than a hundred."""
+        return min(max(2.0, len(self._leases) / BEATS_A_SECOND), ASLEEP_AFTER / 3)
 
     def write_down(self) -> None:
         """Put what was heard into the store; blocks."""

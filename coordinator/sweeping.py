@@ -26,7 +26,7 @@ def sweep(state: Path, known: Store, blobs: Blobs) -> None:
         for client in known.clients(name)
         if not client.withdrawn and _may_send(known, name, client.client_id)
     }
-    uploads = [file for file, job, client_id, _ in blobs.partials() if (job, client_id) in awaited]
+    uploads = [file for file, job, client_id in blobs.partials() if (job, client_id) in awaited]
     orphans = blobs.sweep(known.digests(), uploads)
     for name in names:
         orphans += publisher.clear(state, name, known.versions(name))

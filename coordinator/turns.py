@@ -16,7 +16,7 @@ from converters.errors import Interrupted
 
 Message = TypeVar("Message")
 
-TURNS = 24  # chunks of up to 1 MiB
+TURNS = 8  # chunks of up to 1 MiB
 PATIENCE = 10.0  # seconds for a message while others wait: half a megabyte at 400 kbit/s
 IDLE = 60.0  # seconds for a message while nobody else waits
 

@@ -64,7 +64,7 @@ class Uploads:
         _check(declared, job)
         if lease.declaration is None or lease.declaration.digest != declared.digest:
             self._only_stream(lease)
-            await offload(self._discard_others, client, declared.digest)
+            self._blobs.discard(client.job, client.client_id, but=declared.digest)
         committed = self._blobs.committed(self._blobs.partial(client.job, client.client_id, declared.digest))
         disk = shutil.disk_usage(self._blobs.uploads)
         if disk.free - disk.total // 100 < declared.size - committed:
@@ -142,9 +142,6 @@ class Uploads:
                 raise
             self._blobs.discard(contribution.job, contribution.client_id)
             return kept
-
-    def _discard_others(self, client: Client, digest: str) -> None:
-        self._blobs.discard(client.job, client.client_id, but=digest)
 
     def _only_stream(self, lease: Lease) -> None:
         """A stream that broke is noticed within a minute; until then another try has to wait."""

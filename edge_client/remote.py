@@ -35,6 +35,8 @@ _PASSING = _GONE | {
     grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 
+_files = ThreadPoolExecutor(2, "files")  # read, hash and write what travels
+
 OnBytes = Callable[[int], None]  # called with how many bytes of the file are across so far
 OnFirstUse = Callable[[str, str], None]  # called with the address and the fingerprint that is being pinned
 
@@ -45,7 +47,6 @@ class Remote:
     def __init__(self, server: str, channel: grpc.aio.Channel) -> None:
         self.server = server
         self._stub = rpc.FederationStub(channel)
-        self._threads = ThreadPoolExecutor(2, "files")
 
     async def join(self, request: pb.JoinRequest) -> pb.JoinReply:
         async with self._readable():
@@ -81,7 +82,7 @@ class Remote:
             offset = partial.stat().st_size
             if offset < artifact.size:
                 async with self._readable():
-                    await stream.pour(self._pieces(job, artifact, offset, on_bytes), sink, self._threads)
+                    await stream.pour(self._pieces(job, artifact, offset, on_bytes), sink, _files)
             found = await asyncio.to_thread(sink.digest)
         finally:
             await asyncio.to_thread(sink.close)
@@ -126,7 +127,7 @@ class Remote:
         async def messages() -> AsyncIterator[pb.UploadRequest]:
             sent = opened.committed_offset
             yield pb.UploadRequest(lease=lease, offset=sent)
-            async for data in stream.chunks(file, sent, self._threads, lambda: stream.CHUNK_BYTES):
+            async for data in stream.chunks(file, sent, _files, lambda: stream.CHUNK_BYTES):
                 sent += len(data)
                 yield pb.UploadRequest(data=data)
                 on_bytes(sent)

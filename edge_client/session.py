@@ -107,12 +107,14 @@ class Pulse:
 
     async def beat(self, remote: Remote) -> None:
         """Tell until cancelled. A coordinator that does not answer, or has troubles, is no reason to stop training."""
+        pause = HEARTBEAT_SECONDS
         while True:
             with suppress(OneroundError):
                 answer = await remote.heartbeat(self.now)
+                pause = min(max(HEARTBEAT_SECONDS, answer.next_seconds), LONGEST_PAUSE)
                 if answer.directive == pb.DIRECTIVE_STOP:
                     self.stop = answer.reason
-            await asyncio.sleep(HEARTBEAT_SECONDS)
+            await asyncio.sleep(pause)
 
 
 def check(job: pb.Job) -> None:

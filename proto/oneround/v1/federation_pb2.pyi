@@ -847,10 +847,13 @@ class HeartbeatReply(_message.Message):
     DIRECTIVE_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     JUDGEMENT_FIELD_NUMBER: _builtins.int
+    NEXT_SECONDS_FIELD_NUMBER: _builtins.int
     directive: Global___Directive.ValueType
     """Go on, or stop."""
     reason: _builtins.str
     """Why to stop, in a sentence."""
+    next_seconds: _builtins.float
+    """How long to wait before the next one, in seconds: the more clients, the longer."""
     @_builtins.property
     def judgement(self) -> Global___Judgement:
         """Set once this client's contribution has been judged."""
@@ -861,10 +864,11 @@ class HeartbeatReply(_message.Message):
         directive: Global___Directive.ValueType | None = ...,
         reason: _builtins.str | None = ...,
         judgement: Global___Judgement | None = ...,
+        next_seconds: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "judgement", b"judgement", "reason", b"reason"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "judgement", b"judgement", "next_seconds", b"next_seconds", "reason", b"reason"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "judgement", b"judgement", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["directive", b"directive", "judgement", b"judgement", "next_seconds", b"next_seconds", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
