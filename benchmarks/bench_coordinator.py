@@ -309,7 +309,15 @@ def _together(
     workers = []
     for nth in range(arguments.processes):
         mine = {number: sendables[number] for number in range(nth, len(sendables), arguments.processes)}
-        plan = Plan(running.address, running.certificate, JOB, mine, arguments.join_seconds, BEAT_SECONDS)
+        plan = Plan(
+            running.address,
+            running.certificate,
+            JOB,
+            mine,
+            arguments.join_seconds,
+            arguments.send_seconds,
+            BEAT_SECONDS,
+        )
         report, theirs = SPAWN.Pipe(duplex=False)
         workers.append(SPAWN.Process(target=crowd.process, args=(plan, together, theirs), daemon=True))
         workers[-1].start()
@@ -756,6 +764,7 @@ def main() -> None:
     parser.add_argument("--adapter-mb", type=float, default=1.0)
     parser.add_argument("--processes", type=int, default=4, help="processes that the crowd is spread over")
     parser.add_argument("--join-seconds", type=float, default=15.0, help="the time within which the crowd arrives")
+    parser.add_argument("--send-seconds", type=float, default=5.0, help="the time within which it begins to send")
     parser.add_argument("--upload-mb", type=float, default=512.0)
     parser.add_argument("--repeats", type=int, default=5, help="of upload and download")
     parser.add_argument("--json", type=Path, help="also write the document there")

@@ -106,6 +106,7 @@ class Plan:
     job: str
     sendables: dict[int, Sendable]  # by the client's number
     join_seconds: float  # clients arrive at random within this time
+    send_seconds: float  # and begin to send within this
     beat_seconds: float
 
 
@@ -188,6 +189,7 @@ class Client:
 
     async def send(self) -> None:
         """Upload until there is a receipt; breaks are resumed, as edge_client does."""
+        await asyncio.sleep(random.uniform(0, self._plan.send_seconds))
         pause, ends = 1.0, time.monotonic() + PATIENCE
         while time.monotonic() < ends:
             try:

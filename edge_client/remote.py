@@ -127,7 +127,7 @@ class Remote:
         async def messages() -> AsyncIterator[pb.UploadRequest]:
             sent = opened.committed_offset
             yield pb.UploadRequest(lease=lease, offset=sent)
-            async for data in stream.chunks(file, sent, _files, lambda: stream.CHUNK_BYTES):
+            for data in stream.pieces(file, sent):
                 sent += len(data)
                 yield pb.UploadRequest(data=data)
                 on_bytes(sent)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -111,6 +111,15 @@ async def pour(
     finally:
         if writing is not None:
             await writing
+
+
+def pieces(path: Path, offset: int) -> Iterator[bytes]:
+    """A file's bytes from `offset` to its end, for one who has nothing else to do: a thread for the reading would cost
+    more than the reading."""
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while data := file.read(CHUNK_BYTES):
+            yield data
 
 
 async def chunks(path: Path, offset: int, threads: Executor, size: Callable[[], int]) -> AsyncIterator[bytes]:
