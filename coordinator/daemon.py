@@ -268,7 +268,7 @@ class Daemon:
         given = await offload(self._store.contribution, client.job, client.client_id)
         await offload(self._store.withdraw, client)
         client.withdrawn = True
-        self._blobs.discard(client.job, client.client_id)
+        self.uploads.release(client)
         log.info("withdrawn", job=client.job, client=client.name)
         if given is not None:
             await self._renew(client.job, f"{client.name} has withdrawn")

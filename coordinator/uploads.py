@@ -101,6 +101,11 @@ class Uploads:
             lease.uploading = False
             self._streams -= 1
 
+    def release(self, client: Client) -> None:
+        """A client will send nothing, or nothing more: its claim and what is here of its upload go."""
+        self._claims.get(client.job, {}).pop(client.client_id, None)
+        self._blobs.discard(client.job, client.client_id)
+
     def forget(self, job: str) -> None:
         """A job is gone."""
         self._claims.pop(job, None)
@@ -119,7 +124,12 @@ class Uploads:
         """
         if client.job not in self._claims:
             there = await offload(self._store.bytes_of, client.job)
-            self._claims.setdefault(client.job, {"": there})  # what is in; another one may have asked meanwhile
+            before = {
+                client_id: self._blobs.committed(file)
+                for file, job, client_id in self._blobs.partials()
+                if job == client.job
+            }
+            self._claims.setdefault(client.job, before | {"": there})  # unless another one has asked meanwhile
         claims = self._claims[client.job]
         if sum(claims.values()) - claims.get(client.client_id, 0) + size > quota:
             raise NotEnough(f"the uploads of job {client.job!r} have reached its quota; see upload.quota")
