@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]
 Indices = NDArray[np.intp]
 Verdict = Literal["admitted", "clipped", "quarantined"]
 
-_COHORT = 4  # fewer have no median to speak of, and no majority
+COHORT = 4  # fewer have no median to speak of, and no majority
 _FAR = 10.0  # an outlier is at least so many medians large, however close together the others lie
 _FLOOR = 0.05  # two honest clients' norms differ by some per cent from the order of batches alone; also, no 0 / 0
 _NORMS_AGREE, _SAME = 1e-3, 0.9999  # of a duplicate's modules, relatively; its cosine
@@ -85,7 +85,7 @@ def judge(members: Sequence[Member], rules: pb.AdmissionSpec) -> list[Finding]:
     scale = np.ones_like(norms)
     reasons = _nothing_or_again(members, modules, norms)
     live = np.flatnonzero([not reason for reason in reasons])
-    if cohort := len(live) >= _COHORT:
+    if cohort := len(live) >= COHORT:
         for i, reason in _outliers(norms[live], modules, rules.outlier).items():
             reasons[live[i]] = reason
         live = np.flatnonzero([not reason for reason in reasons])

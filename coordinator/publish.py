@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Given:
     num_examples: int
     received: float
     by_hand: bool  # admitted by the operator
+    earlier: str  # why an earlier cohort set it aside; empty if none did
     file: Path
 
 
@@ -135,17 +136,25 @@ class Judged:
         }
 
 
-def _judged(order: Order) -> list[Judged]:
+def judged(order: Order) -> list[Judged]:
     """The cohort, in the order of the contributions."""
     arrived = sorted(order.contributions, key=lambda given: (given.received, given.id))
     members = [
         Member(given.id, given.client, adapter.read(given.file), given.num_examples, given.by_hand) for given in arrived
     ]
+    small = len(members) < cohort.COHORT
     found = {
-        given.id: Judged(given, finding, _scaled(member.adapter, finding))
+        given.id: Judged(given, _upheld(given, finding) if small else finding, _scaled(member.adapter, finding))
         for given, member, finding in zip(arrived, members, cohort.judge(members, order.spec.admission), strict=True)
     }
     return [found[given.id] for given in order.contributions]
+
+
+def _upheld(given: Given, finding: Finding) -> Finding:
+    """In a cohort that is too small to tell, what a larger one found holds."""
+    if not given.earlier or given.by_hand or finding.verdict == "quarantined":
+        return finding
+    return replace(finding, verdict="quarantined", reason=given.earlier)
 
 
 def _scaled(whole: Adapter, finding: Finding) -> Adapter:
@@ -159,7 +168,7 @@ def _scaled(whole: Adapter, finding: Finding) -> Adapter:
 def _make(order: Order, work: Path, report: Report) -> None:
     base = architectures.describe(order.base_folder, order.base_gguf)
     report("comparing the contributions")
-    judged_all = _judged(order)
+    judged_all = judged(order)
     taking = [judged for judged in judged_all if judged.finding.verdict != "quarantined"]
     if len(taking) < order.at_least:
         reasons = "; ".join(f"{one.given.client}: {one.finding.reason}" for one in judged_all if one not in taking)

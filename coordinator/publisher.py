@@ -135,6 +135,7 @@ def _order(state: Path, known: Store, blobs: Blobs, name: str) -> tuple[Order, d
                 num_examples=given.declaration.num_examples,
                 received=given.received,
                 by_hand=given.by_hand == "admit",
+                earlier=given.reason if given.verdict == "quarantined" else "",
                 file=blobs.path(given.digest),
             )
             for given in candidates

@@ -64,10 +64,11 @@ def job(status: pb.JobStatus) -> RenderableType:
     else:
         parts.append(Text("  no client has joined yet"))
     for publication in status.publications:
-        how = f"{publication.contributions} contributions by {publication.aggregate.method}"
+        how = f"{publication.contributions} contributions, {publication.aggregate.method}"
         parts.append(Text(f"Published v{publication.version}: {how} ({publication.reason})"))
         parts.append(Text(f"  in {publication.folder}"))
-        parts.extend(Text(f"  {file.name}  {size(file.size)}") for file in publication.artifacts)
+        if publication == status.publications[-1]:
+            parts.extend(Text(f"  {file.name}  {size(file.size)}") for file in publication.artifacts)
         parts.extend(
             Text(f"  {file.name} is withheld, in {publication.folder}.withheld: {file.reason}")
             for file in publication.withheld

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from converters import adapter, architectures, gguf_base, gguf_file, gguf_quanti
 from converters.adapter import Adapter, LowRank
 from converters.errors import BadModel
 from coordinator import job, verify
-from coordinator.publish import Given, Order, publish
+from coordinator.publish import Given, Order, judged, publish
 from tests.converters import tiny
 
 BASE = Path(__file__).parents[2] / "benchmarks" / "base"
@@ -53,7 +54,7 @@ def order(base: Path, folder: Path, gguf: Path | None = None, **spec: Any) -> Or
         base_gguf=gguf,
         base_fingerprint="0" * 64,
         contributions=[
-            Given(f"client-{n}", str(n) * 12, str(n) * 64, n * 20 + 10, float(n), False, file)
+            Given(f"client-{n}", str(n) * 12, str(n) * 64, n * 20 + 10, float(n), False, "", file)
             for n, file in enumerate(files)
         ],
         folder=folder / "v1",
@@ -225,3 +226,12 @@ def test_a_base_in_parts(base: Path, tmp_path: Path) -> None:
     shutil.copyfile(parts[0], lone / parts[0].name)
     with pytest.raises(BadModel, match=f"one of {len(parts)} parts"):
         gguf_file.read(lone / parts[0].name)
+
+
+def test_what_a_larger_cohort_found_holds_in_one_that_is_too_small_to_tell(tmp_path: Path) -> None:
+    wanted = order(BASE, tmp_path)
+    first, second = wanted.contributions
+    for by_hand, verdict in ((False, "quarantined"), (True, "admitted")):
+        doubted = replace(second, earlier="its cosine was -0.5", by_hand=by_hand)
+        found = judged(replace(wanted, contributions=[first, doubted]))
+        assert [one.finding.verdict for one in found] == ["admitted", verdict]

@@ -90,6 +90,7 @@ def test_versions_of_a_job(tmp_path: Path) -> None:
         await daemon.judge(decide("client-b", pb.DECISION_EXCLUDE, "wrong folder"))
         third = await version(daemon, 3)
         assert manifest(third)["client-b"]["reason"] == "excluded by the operator: wrong folder"
+        assert manifest(third)["client-d"]["verdict"] == "quarantined"
         await daemon.judge(decide(shown["client-d"].id, pb.DECISION_ADMIT, "it is meant"))
         fourth = await version(daemon, 4)
         assert manifest(fourth)["client-d"]["verdict"] == "admitted"
