@@ -37,11 +37,11 @@ _OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.max_concurrent_streams", 64),  # of one connection
     ("grpc.max_metadata_size", 16 * 1024),
-    # What waits on a stream for its turn is 64 KiB, not a window that grows with the link; see turns.py.
+    # What waits on a stream for its turn is 4 KiB, not a window that grows with the link; see turns.py.
     ("grpc.http2.bdp_probe", 0),
-    ("grpc.http2.lookahead_bytes", 16 * 1024),
-    # A connection keeps what it last read into for as long as it is open.
-    ("grpc.experimental.tcp_max_read_buffer_size", 16 * 1024),
+    ("grpc.http2.lookahead_bytes", 4 * 1024),
+    # A connection keeps what it last read into for as long as it is open: two pieces of 8 KiB, and from 12 KiB on 64 KiB.
+    ("grpc.experimental.tcp_max_read_buffer_size", 12 * 1024 - 1),
 ]
 ACCEPTORS = 16
 DOWNLOADING_BYTES = 8 * 1024 * 1024  # of all downloads together, read from the disk and not yet sent
