@@ -17,7 +17,7 @@ import structlog
 from converters import llama
 from converters.errors import BadModel, Conflict, NotFound, OneroundError, Refused, UsageError
 from coordinator import job as jobs
-from coordinator import opening, publisher, store, sweeping
+from coordinator import opening, publisher, sweeping
 from coordinator import round as rounds
 from coordinator.blobs import Blobs
 from coordinator.examiner import Examiner
@@ -228,7 +228,7 @@ class Daemon:
             device=_printable(request.machine.device),
         )
         known_as = _printable(request.client_name) or public_id(request.client_id)
-        row = store.client(name, request.client_id, known_as, machine, self._clock())
+        row = Client.joining(name, request.client_id, known_as, machine, self._clock())
         client = await offload(self._store.join, row)
         self.leases.heard(self.leases.hold(client, given))
         log.info("joined", job=name, client=client.name, backend=machine.backend)

@@ -2,9 +2,63 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from converters.errors import NotEnough, Unreachable
+
+
+class Database:
+    """Transactions. Rows that come out of them are detached: reading them is free, changing them does nothing.
+
+    One thread writes at a time, since SQLite lets no more, and waiting for a lock here is fairer than asking it again.
+    """
+
+    def __init__(self, url: str | URL) -> None:
+        self._engine = engine(url)
+        self._for_writing = self._engine.execution_options(writes=True)
+        self._writer = threading.Lock()
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextmanager
+    def writes(self) -> Iterator[Session]:
+        """A transaction that is committed, and on the disk, when its block is left without an error.
+
+        Raises:
+            NotEnough: the file cannot be used, as on a full disk.
+            Unreachable: the server does not answer.
+        """
+        with (
+            self._readable(),
+            self._writer,
+            Session(self._for_writing, expire_on_commit=False) as session,
+            session.begin(),
+        ):
+            yield session
+
+    @contextmanager
+    def reads(self) -> Iterator[Session]:
+        """A transaction that sees one moment; raises as `writes` does."""
+        with self._readable(), Session(self._engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except OperationalError as error:
+            why = str(error.orig).splitlines()[0]
+            if self._engine.dialect.name == "sqlite":
+                raise NotEnough(f"the coordinator cannot use its database: {why}") from error
+            raise Unreachable(f"the coordinator's database does not answer: {why}") from error
 
 
 def engine(url: str | URL) -> Engine:

@@ -75,6 +75,23 @@ class Client(Base):
     loss: Mapped[float]
     tokens_per_second: Mapped[float]
 
+    @classmethod
+    def joining(cls, job: str, client_id: str, name: str, machine: pb.Machine, now: float) -> Client:
+        """One who joins now, and has no lease yet."""
+        return cls(
+            job=job,
+            client_id=client_id,
+            lease="",
+            name=name,
+            machine=machine,
+            withdrawn=False,
+            last_seen=now,
+            step=0,
+            total_steps=0,
+            loss=0.0,
+            tokens_per_second=0.0,
+        )
+
 
 class Contribution(Base):
     """What a client sent. Its bytes never change; a replacement is another row, with the next revision."""
@@ -102,6 +119,26 @@ class Contribution(Base):
     may_replace: Mapped[bool]
     # The newest version whose making has taken note of all of this; 0: none.
     considered: Mapped[int]
+
+    @classmethod
+    def sent(cls, client: Client, declaration: pb.Declaration, now: float) -> Contribution:
+        """One that nobody has looked at yet."""
+        return cls(
+            job=client.job,
+            client_id=client.client_id,
+            revision=1,
+            replaced=False,
+            digest=declaration.digest,
+            size=declaration.size,
+            received=now,
+            declaration=declaration,
+            standing="pending",
+            verdict="pending",
+            reason="",
+            by_hand="",
+            may_replace=False,
+            considered=0,
+        )
 
 
 class Publication(Base):

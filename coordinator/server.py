@@ -40,7 +40,7 @@ _OPTIONS = [
     # What waits on a stream for its turn is 4 KiB, not a window that grows with the link; see turns.py.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 4 * 1024),
-    # A connection keeps what it last read into for as long as it is open: two pieces of 8 KiB, and from 12 KiB on 64 KiB.
+    # A connection keeps what it last read into for as long as it is open: pieces of 8 KiB, but from 12 KiB on 64 KiB.
     ("grpc.experimental.tcp_max_read_buffer_size", 12 * 1024 - 1),
 ]
 ACCEPTORS = 16

@@ -12,9 +12,9 @@ from pathlib import Path
 import structlog
 
 from converters import tensors
-from converters.errors import BadData, Interrupted, NotEnough, NotFound, Refused, UsageError
+from converters.errors import BadData, Conflict, Interrupted, NotEnough, NotFound, Refused, UsageError
 from coordinator import job as jobs
-from coordinator import metrics, store
+from coordinator import metrics
 from coordinator import round as rounds
 from coordinator.blobs import Blobs
 from coordinator.leases import Lease
@@ -58,7 +58,7 @@ class Uploads:
         if given is not None and given.digest == declared.digest:
             return pb.OpenUploadReply(committed_offset=given.size, receipt=receipt(given))
         if given is not None and not given.may_replace:
-            raise store.conflict(given)
+            raise _conflict(given)
         if not rounds.takes_contributions(round, self._clock()):
             raise Refused(f"job {client.job!r} takes no more contributions: it is {round.state} ({round.reason})")
         _check(declared, job)
@@ -94,7 +94,7 @@ class Uploads:
         try:
             partial = self._blobs.partial(client.job, client.client_id, declared.digest)
             await self._receive(declared, partial, first, rest)
-            kept = await offload(self._commit, partial, store.contribution(client, declared, self._clock()))
+            kept = await offload(self._commit, partial, Contribution.sent(client, declared, self._clock()))
             lease.contributed = True
             return kept
         finally:
@@ -214,6 +214,14 @@ def receipt(given: Contribution) -> pb.Receipt:
         digest=given.digest,
         size=given.size,
         received_unix=given.received,
+    )
+
+
+def _conflict(given: Contribution) -> Conflict:
+    """What a client hears that sends another contribution than the one that is in."""
+    return Conflict(
+        f"this client's contribution to {given.job!r} is in already, and it is another one",
+        hint=f"ask the operator for `coordinator replace {given.job} CLIENT`",
     )
 
 
