@@ -30,219 +30,25 @@ import multiprocessing
 import os
 import platform
 import shutil
-import signal
-import statistics
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import crowd
-import grpc
-import ml_dtypes
-import numpy as np
 import psutil
-from bench_publish import SHAPE
+import transfers
 from crowd import Plan, Sendable, Tally
+from served import JOB, ROOT, Daemon, Found, Memory, Others, daemon, fetched, joined, judged, make_base, rank_for, say
 
-from converters import adapter, architectures, tensors
-from converters.tensors import Later
-from coordinator import control, identity
+from coordinator import control
 from edge_client.remote import Remote
-from oneround import stream
 from oneround.v1 import federation_pb2 as pb
-from oneround.v1 import federation_pb2_grpc as rpc
 
-ROOT = Path(__file__).parent
-SERVE = [str(Path(sys.executable).with_name("coordinator")), "serve", "--listen", "127.0.0.1:0"]
-JOB = "bench"
 BEAT_SECONDS = 2.0  # as edge_client does
 SPAWN = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
-Found = dict[str, Any]
-
-
-# ---- the daemon ----
-
-
-@dataclass(frozen=True)
-class Daemon:
-    """A daemon that runs."""
-
-    state: Path
-    pid: int
-    address: str
-    certificate: bytes
-
-    def cpu_seconds(self) -> float:
-        used = psutil.Process(self.pid).cpu_times()
-        return float(used.user + used.system)
-
-    @asynccontextmanager
-    async def remote(self) -> AsyncIterator[Remote]:
-        async with crowd.channel(self.address, self.certificate) as channel:
-            yield Remote(self.address, channel)
-
-
-@contextmanager
-def daemon(state: Path, job: dict[str, dict[str, Any]]) -> Iterator[Daemon]:
-    """`coordinator serve` over a fresh folder with one job open; stopped in the end."""
-    shutil.rmtree(state, ignore_errors=True)
-    state.mkdir(parents=True)
-    file = state.with_suffix(".toml")
-    file.write_text(_toml(job))
-    with state.with_suffix(".log").open("w") as log:
-        process = subprocess.Popen([*SERVE, "--state", str(state), "--job", str(file)], stdout=log, stderr=log)
-        try:
-            while not (state / "daemon.json").exists():
-                if process.poll() is not None:
-                    sys.exit(f"the coordinator did not start; see {log.name}")
-                time.sleep(0.1)
-            address = json.loads((state / "daemon.json").read_text())["address"]
-            yield Daemon(state, process.pid, address, (state / "certificate.pem").read_bytes())
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def _toml(job: dict[str, dict[str, Any]]) -> str:
-    lines = [f'name = "{JOB}"']
-    for table, keys in job.items():
-        lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]
-    return "\n".join(lines) + "\n"
-
-
-class Memory:
-    """The largest resident set of a process from now on, and of its children together, in MB."""
-
-    def __init__(self, pid: int) -> None:
-        self._process = psutil.Process(pid)
-        with suppress(OSError):  # Linux keeps the peak itself, and lets it start anew
-            Path(f"/proc/{pid}/clear_refs").write_text("5")
-        self.idle = self.peak = self.now()
-        self.children = 0.0
-        self._over = threading.Event()
-        self._sampler = threading.Thread(target=self._sample, daemon=True)
-        self._sampler.start()
-
-    def now(self) -> float:
-        return float(self._process.memory_info().rss / 1e6)
-
-    def stop(self) -> Found:
-        self._over.set()
-        self._sampler.join()
-        with suppress(OSError):
-            status = Path(f"/proc/{self._process.pid}/status").read_text()
-            self.peak = max(self.peak, int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6)
-        return {
-            "idle_mb": round(self.idle, 1),
-            "peak_mb": round(self.peak, 1),
-            "growth_mb": round(self.peak - self.idle, 1),
-            "children_peak_mb": round(self.children, 1),
-        }
-
-    def _sample(self) -> None:
-        while not self._over.wait(0.25):
-            self.peak = max(self.peak, self.now())
-            together = 0.0
-            for child in self._process.children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    together += child.memory_info().rss / 1e6
-            self.children = max(self.children, together)
-
-
-class Others:
-    """What share of the processors' time, from now on, went to anything but this benchmark: a figure's trouble."""
-
-    def __init__(self) -> None:
-        self._started, self._busy, self._ours = time.monotonic(), _busy_seconds(), _our_seconds()
-
-    def share(self) -> float:
-        whole = (time.monotonic() - self._started) * (os.cpu_count() or 1)
-        return round((_busy_seconds() - self._busy - (_our_seconds() - self._ours)) / whole, 3)
-
-
-def _busy_seconds() -> float:
-    times = psutil.cpu_times()
-    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
-
-
-def _our_seconds() -> float:
-    """Of this process and everything that it started, ended or not."""
-    used = 0.0
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        with suppress(psutil.NoSuchProcess):
-            used += sum(process.cpu_times()[:4])  # user and system, its own and its ended children's
-    return used
-
-
-# ---- what is worked on ----
-
-
-def make_base(folder: Path) -> Path:
-    """A checkpoint of TinyLlama-1.1B's shape in bfloat16; random weights, since time does not depend on them."""
-    if (folder / "model.safetensors").exists():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "rms_norm_eps": 1e-5}
-    (folder / "config.json").write_text(json.dumps(config | SHAPE))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(ROOT / "base" / name, folder / name)
-    tensors.write(folder / "model.safetensors", dict(_weights()), {"format": "pt"})
-    return folder
-
-
-def _weights() -> Iterator[tuple[str, Later]]:
-    hidden, inner, vocabulary = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["vocab_size"]
-    narrow = hidden // SHAPE["num_attention_heads"] * SHAPE["num_key_value_heads"]
-    rng = np.random.default_rng(0)
-    dtype = np.dtype(ml_dtypes.bfloat16)
-
-    def matrix(out: int, into: int) -> Later:
-        return Later(dtype, (out, into), lambda: (rng.standard_normal((out, into), np.float32) * 0.02).astype(dtype))
-
-    def norm() -> Later:
-        return Later(dtype, (hidden,), lambda: np.ones(hidden, dtype))
-
-    yield "model.embed_tokens.weight", matrix(vocabulary, hidden)
-    yield "lm_head.weight", matrix(vocabulary, hidden)
-    yield "model.norm.weight", norm()
-    for layer in range(SHAPE["num_hidden_layers"]):
-        block = f"model.layers.{layer}"
-        for name, out in (("q", hidden), ("k", narrow), ("v", narrow), ("o", hidden)):
-            yield f"{block}.self_attn.{name}_proj.weight", matrix(out, hidden)
-        yield f"{block}.mlp.gate_proj.weight", matrix(inner, hidden)
-        yield f"{block}.mlp.up_proj.weight", matrix(inner, hidden)
-        yield f"{block}.mlp.down_proj.weight", matrix(hidden, inner)
-        yield f"{block}.input_layernorm.weight", norm()
-        yield f"{block}.post_attention_layernorm.weight", norm()
-
-
-def rank_for(base: Path, megabytes: float, dtype: str) -> int:
-    """The rank at which an adapter of all linear layers has about this size."""
-    each = sum(out + into for out, into in architectures.describe(base).linears.values())
-    return max(1, round(megabytes * 1e6 / (each * adapter.WIRE_DTYPES[dtype].itemsize)))
-
-
-async def joined(remote: Remote, number: int) -> pb.JoinReply:
-    request = pb.JoinRequest(job=JOB, client_id=crowd.client_id(number), client_name=crowd.client_name(number))
-    return await remote.join(request)
-
-
-async def fetched(remote: Remote, job: pb.Job, to: Path) -> Path:
-    """The initial adapter."""
-    await remote.download(job.spec.name, job.initial, to, lambda _: None)
-    return to
 
 
 # ---- a crowd ----
@@ -265,7 +71,7 @@ def one_crowd(arguments: argparse.Namespace, clients: int, megabytes: float) -> 
         "round": {"min_clients": clients + 1, "target_clients": 0, "deadline": "24h", "max_clients": clients + 1},
         "upload": {"dtype": "bfloat16", "quota": "200GB"},
     }
-    _say(f"crowd of {clients}, {megabytes} MB each")
+    say(f"crowd of {clients}, {megabytes} MB each")
     with daemon(work / "state", job) as running:
         sendables = asyncio.run(_warm_up(running, clients, work))
         memory, others = Memory(running.pid), Others()
@@ -284,7 +90,7 @@ def one_crowd(arguments: argparse.Namespace, clients: int, megabytes: float) -> 
             **memory.stop(),
         }
     shutil.rmtree(work)
-    _say(json.dumps(found))
+    say(json.dumps(found))
     return found
 
 
@@ -383,238 +189,6 @@ def _verdicts(shown: pb.JobStatus) -> Found:
     return {**counted, "pending": len(verdicts) - sum(counted.values())}
 
 
-# ---- one large file, in and out ----
-
-
-def run_transfers(arguments: argparse.Namespace, wanted: Sequence[str]) -> Found:
-    """Uploads and downloads of one large file, each repeat beside the raw stream and the disk."""
-    base, work = make_base(arguments.work / "base"), arguments.work / "transfers"
-    job = {
-        "model": {"base": str(base)},
-        "lora": {"rank": rank_for(base, arguments.upload_mb, "float32"), "target_modules": ["all-linear"]},
-        "round": {"min_clients": 1000, "target_clients": 0, "deadline": "24h"},
-        "upload": {"dtype": "float32", "quota": "200GB"},
-    }
-    with daemon(work / "state", job) as running:
-        found = asyncio.run(_transfers(arguments, running, work, wanted))
-    shutil.rmtree(work)
-    return found
-
-
-async def _transfers(arguments: argparse.Namespace, running: Daemon, work: Path, wanted: Sequence[str]) -> Found:
-    async with running.remote() as remote:
-        reply = await joined(remote, 0)
-        initial = await fetched(remote, reply.job, work / "initial.safetensors")
-        (sent,) = crowd.write_adapters(reply.job, initial, work / "adapters", range(1))
-        with raw_server(work, sent.size) as (address, certificate):
-            async with crowd.channel(address, certificate) as channel:
-                raw, scratch = rpc.FederationStub(channel), work / "scratch"
-                found: Found = {}
-                if "upload" in wanted:
-                    out = Upload(remote, sent)
-                    found["upload"] = await beside(arguments, running, scratch, out, lambda: raw_upload(raw, out.size))
-                if "download" in wanted:
-                    into = Download(remote, reply.job, work / "downloaded.safetensors")
-                    found["download"] = await beside(arguments, running, scratch, into, lambda: raw_download(raw))
-    return found
-
-
-async def beside(
-    arguments: argparse.Namespace, running: Daemon, scratch: Path, ours: Upload | Download, raw: Callable[[], Any]
-) -> Found:
-    """Our seconds, the raw stream's and the disk's, interleaved so that a slow minute slows all; rates in MB/s.
-
-    A virtual machine's host takes free memory back within seconds, and finding it again for the page cache takes longer
-    than writing. So each of the three begins right after a file has been written and dropped.
-    """
-    runs: list[Found] = []
-    others = Others()
-    await raw()  # connects, and both ends have seen such a stream
-    for _ in range(arguments.repeats):
-        synced_write(scratch, 2 * ours.size)
-        started = time.perf_counter()
-        await raw()
-        streamed = time.perf_counter() - started
-        synced_write(scratch, 2 * ours.size)
-        written = synced_write(scratch, ours.size)
-        await ours.prepare()
-        synced_write(scratch, 2 * ours.size)
-        runs.append({"raw_stream": streamed, "synced_write": written, **await timed(running, ours)})
-        _say(json.dumps({key: round(value, 3) for key, value in runs[-1].items()}))
-    middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-    best = {key: min(run[key] for run in runs) for key in runs[0]}
-    return {
-        "mb": round(ours.size / 1e6, 1),
-        "repeats": len(runs),
-        "used_by_others": others.share(),
-        "share_of_limit": _share(middle),
-        "share_of_limit_of_the_fastest": _share(best),
-        "mb_per_second": {key: round(ours.size / 1e6 / middle[key]) for key in ("raw_stream", "synced_write", "ours")},
-        "seconds": {key: round(value, 3) for key, value in middle.items()},
-        "all_seconds": {key: [round(run[key], 3) for run in runs] for key in runs[0]},
-    }
-
-
-def _share(seconds: Found) -> float:
-    return round(float(max(seconds["raw_stream"], seconds["synced_write"]) / seconds["ours"]), 3)
-
-
-async def timed(running: Daemon, ours: Upload | Download) -> Found:
-    used, started, last = running.cpu_seconds(), time.perf_counter(), [0.0]
-
-    def on_bytes(_: int) -> None:
-        last[0] = time.perf_counter()
-
-    await ours.run(on_bytes)
-    ended, used = time.perf_counter(), running.cpu_seconds() - used
-    await ours.settle()
-    return {"ours": ended - started, "ours_after_last_chunk": ended - last[0], "daemon_cpu": used}
-
-
-class Upload:
-    """Each run sends a file that the daemon has not seen, as a client that has sent nothing yet."""
-
-    def __init__(self, remote: Remote, sent: Sendable) -> None:
-        self._remote, self._sent, self._number, self._lease = remote, sent, 0, ""
-        self.size = sent.size
-
-    async def prepare(self) -> None:
-        self._number += 1
-        self._lease = (await joined(self._remote, self._number)).lease
-        self._sent = changed(self._sent.file, self._number)
-
-    async def run(self, on_bytes: Callable[[int], None]) -> None:
-        receipt = await self._remote.upload(self._lease, self._sent.declaration, self._sent.file, on_bytes)
-        if (receipt.digest, receipt.size) != (self._sent.digest, self._sent.size):
-            sys.exit("the receipt is for other bytes")
-
-    async def settle(self) -> None:
-        """Looking at what came is not to fall into the next run."""
-        await judged(self._remote, self._lease)
-
-
-class Download:
-    """Each run fetches the initial adapter anew."""
-
-    def __init__(self, remote: Remote, job: pb.Job, to: Path) -> None:
-        self._remote, self._job, self._to = remote, job, to
-        self.size = job.initial.size
-
-    async def prepare(self) -> None:
-        self._to.unlink(missing_ok=True)
-
-    async def run(self, on_bytes: Callable[[int], None]) -> None:
-        await self._remote.download(JOB, self._job.initial, self._to, on_bytes)
-
-    async def settle(self) -> None:
-        pass
-
-
-def changed(file: Path, number: int) -> Sendable:
-    """The file with another last value, so another digest; synced and in the page cache."""
-    with file.open("rb+") as opened:
-        opened.seek(-4, os.SEEK_END)
-        opened.write(np.float32(number / 1000).tobytes())
-        os.fsync(opened.fileno())
-    return crowd.describe(file)
-
-
-async def judged(remote: Remote, lease: str) -> None:
-    """Returns when the daemon has looked at this client's contribution."""
-    for _ in range(1200):
-        answer = await remote.heartbeat(pb.HeartbeatRequest(lease=lease))
-        if answer.HasField("judgement") and answer.judgement.verdict != pb.VERDICT_PENDING:
-            if answer.judgement.verdict == pb.VERDICT_QUARANTINED:
-                sys.exit(f"a contribution of ours is set aside: {answer.judgement.reason}")
-            return
-        await asyncio.sleep(0.1)
-    _say("a contribution is not judged after two minutes")
-
-
-def synced_write(file: Path, size: int) -> float:
-    """Seconds to write so many bytes, synced."""
-    data = memoryview(os.urandom(stream.CHUNK_BYTES))
-    started = time.perf_counter()
-    with file.open("wb") as opened:
-        for _ in range(size // len(data)):
-            opened.write(data)
-        opened.write(data[: size % len(data)])
-        opened.flush()
-        os.fsync(opened.fileno())
-    seconds = time.perf_counter() - started
-    file.unlink()
-    return seconds
-
-
-# ---- the raw stream: the same messages and TLS, nothing kept ----
-
-
-class Raw(rpc.FederationServicer):
-    """Takes what comes and forgets it; sends as many bytes as a file would have."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    async def Upload(self, request_iterator: AsyncIterator[pb.UploadRequest], context: Any) -> pb.Receipt:
-        size = 0
-        async for message in request_iterator:
-            size += len(message.data)
-        return pb.Receipt(size=size)
-
-    async def Download(self, request: pb.DownloadRequest, context: Any) -> AsyncIterator[pb.Chunk]:
-        for data in pieces(self._size):
-            yield pb.Chunk(data=data)
-
-
-def pieces(size: int) -> Iterator[bytes]:
-    """Chunks as a file of this size gives them, from memory."""
-    data = os.urandom(stream.CHUNK_BYTES)
-    for _ in range(size // len(data)):
-        yield data
-    if size % len(data):
-        yield data[: size % len(data)]
-
-
-async def raw_upload(stub: Any, size: int) -> None:
-    async def messages() -> AsyncIterator[pb.UploadRequest]:
-        for data in pieces(size):
-            yield pb.UploadRequest(data=data)
-
-    assert (await stub.Upload(messages())).size == size
-
-
-async def raw_download(stub: Any) -> None:
-    async for _ in stub.Download(pb.DownloadRequest()):
-        pass
-
-
-@contextmanager
-def raw_server(work: Path, size: int) -> Iterator[tuple[str, bytes]]:
-    """The raw stream's other end, in a process of its own; gives its address and certificate."""
-    ours, theirs = SPAWN.Pipe(duplex=False)
-    server = SPAWN.Process(target=serve_raw, args=(work / "raw", size, theirs), daemon=True)
-    server.start()
-    try:
-        yield ours.recv(), identity.load_or_create(work / "raw").certificate
-    finally:
-        server.terminate()
-        server.join()
-
-
-def serve_raw(folder: Path, size: int, address: Connection) -> None:
-    async def serve() -> None:
-        who = identity.load_or_create(folder)
-        server = grpc.aio.server(options=[("grpc.max_receive_message_length", stream.MAX_MESSAGE_BYTES)])
-        rpc.add_FederationServicer_to_server(Raw(size), server)
-        credentials = grpc.ssl_server_credentials([(who.key, who.certificate)])
-        port = server.add_secure_port("127.0.0.1:0", credentials)
-        await server.start()
-        address.send(f"127.0.0.1:{port}")
-        await server.wait_for_termination()
-
-    asyncio.run(serve())
-
-
 # ---- heartbeats while a model is published ----
 
 
@@ -630,7 +204,7 @@ def run_publishing(arguments: argparse.Namespace) -> Found:
     with daemon(work / "state", job) as running:
         found = asyncio.run(_publishing(running, work))
     shutil.rmtree(work)
-    _say(json.dumps(found))
+    say(json.dumps(found))
     return found
 
 
@@ -733,10 +307,6 @@ def machine() -> Found:
     }
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 SECTIONS = ("crowd", "upload", "download", "publishing")
 
 
@@ -748,7 +318,7 @@ def run(arguments: argparse.Namespace) -> Found:
         found |= {key: whole[key] for key in ("clients", "lost", "heartbeat_p99_ms", "join_p99_ms")}
         found["peak_rss_growth_mb"] = whole["growth_mb"]
     if {"upload", "download"} & set(wanted):
-        for name, one in run_transfers(arguments, wanted).items():
+        for name, one in transfers.run(arguments, wanted).items():
             found |= {name: one, f"{name}_share_of_limit": one["share_of_limit"]}
     if "publishing" in wanted:
         found["publishing"] = run_publishing(arguments)
