@@ -167,7 +167,7 @@ def changed(file: Path, number: int) -> Sendable:
 
 def synced_write(file: Path, size: int) -> float:
     """Seconds to write so many bytes, synced."""
-    data = memoryview(os.urandom(stream.CHUNK_BYTES))
+    data = memoryview(os.urandom(stream.chunk_bytes(size)))
     started = time.perf_counter()
     with file.open("wb") as opened:
         for _ in range(size // len(data)):
@@ -202,7 +202,7 @@ class Raw(rpc.FederationServicer):
 
 def pieces(size: int) -> Iterator[bytes]:
     """Chunks as a file of this size gives them, from memory."""
-    data = os.urandom(stream.CHUNK_BYTES)
+    data = os.urandom(stream.chunk_bytes(size))
     for _ in range(size // len(data)):
         yield data
     if size % len(data):

@@ -233,7 +233,7 @@ class Federation(rpc.FederationServicer):
 
     def _chunk_bytes(self) -> int:
         """The more downloads, the smaller their pieces: what is on its way for all of them together stays the same."""
-        return max(16 * 1024, min(stream.CHUNK_BYTES, DOWNLOADING_BYTES // max(self._downloads, 1)))
+        return max(16 * 1024, min(stream.MAX_CHUNK_BYTES, DOWNLOADING_BYTES // max(self._downloads, 1)))
 
     async def OpenUpload(self, request: pb.OpenUploadRequest, context: Context) -> pb.OpenUploadReply:
         async with _answered(context, "OpenUpload", request):
