@@ -29,7 +29,7 @@ from edge_client.remote import Remote
 from oneround.v1 import federation_pb2 as pb
 
 ROOT = Path(__file__).parent
-SERVE = [str(Path(sys.executable).with_name("coordinator")), "serve", "--listen", "127.0.0.1:0"]
+SERVE = [str(Path(sys.executable).with_name("coordinator")), "serve", "--listen", "127.0.0.1:0", "--no-advertise"]
 JOB = "bench"
 Found = dict[str, Any]
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from converters import command
 from converters.errors import NotEnough, Unreachable, UsageError
 from coordinator import backup as backups
-from coordinator import control, identity, server, tables
+from coordinator import control, discovery, identity, server, tables
 from coordinator import diff as diffs
 from coordinator import job as jobs_
 from coordinator import metrics as metering
@@ -66,6 +66,9 @@ def serve(
     metrics: Annotated[str, typer.Option(help="HOST:PORT to serve Prometheus metrics on; none if empty.")] = "",
     reflection: Annotated[bool, typer.Option("--reflection", help="Let grpcurl and such list the services.")] = False,
     insecure: Annotated[bool, typer.Option("--insecure", help="No TLS; only on loopback addresses.")] = False,
+    no_advertise: Annotated[
+        bool, typer.Option("--no-advertise", help="Do not make this coordinator known on the local network.")
+    ] = False,
 ) -> None:
     """Run the daemon until it is told to stop (Ctrl-C or SIGTERM); it drains, and starts again where it was."""
     if insecure and not _is_loopback(listen):
@@ -85,7 +88,17 @@ def serve(
     with command.only_one(state, "coordinator"):
         daemon = Daemon(state.resolve(), database, blobs=blobs)
         with _metrics(daemon, metrics):
-            asyncio.run(_serve(daemon, listen, state.resolve(), specs, who, insecure=insecure, reflect=reflection))
+            serving = _serve(
+                daemon,
+                listen,
+                state.resolve(),
+                specs,
+                who,
+                insecure=insecure,
+                reflect=reflection,
+                known=not (insecure or no_advertise),
+            )
+            asyncio.run(serving)
 
 
 async def _serve(
@@ -97,6 +110,7 @@ async def _serve(
     *,
     insecure: bool,
     reflect: bool,
+    known: bool,
 ) -> None:
     healthy = health_servicer.aio.HealthServicer()
     grpc_server, address = server.create(daemon, who, listen, insecure=insecure, healthy=healthy, reflect=reflect)
@@ -111,9 +125,10 @@ async def _serve(
         out.print(f"Key fingerprint  {tls.grouped(who.fingerprint)}")
     for status in statuses:
         out.print(tables.line(status))
-    port = address.rpartition(":")[2]
+    host, _, port = address.rpartition(":")
     out.print(f"To take part:  edge-client join --server {tables.reachable_host(address)}:{port}")
 
+    telling = [asyncio.create_task(discovery.advertise(host, int(port), who.fingerprint))] if known else []
     running = asyncio.create_task(daemon.run())
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -121,8 +136,9 @@ async def _serve(
         await running  # a fault of ours; let it be seen
     await healthy.enter_graceful_shutdown()
     await grpc_server.stop(grace=DRAIN_SECONDS)
-    running.cancel()
-    await asyncio.gather(running, return_exceptions=True)
+    for task in (running, *telling):
+        task.cancel()
+    await asyncio.gather(running, *telling, return_exceptions=True)
     daemon.release()
 
 

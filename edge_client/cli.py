@@ -7,19 +7,25 @@ import json
 import os
 import socket
 import sys
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import click
 import platformdirs
 import typer
 from rich import box as boxes
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from converters import command, llama
 from converters.errors import BadData, NotEnough, Refused, Unreachable, UsageError
-from edge_client import backends, identity, local_model, outbox, session
+from edge_client import backends, discovery, identity, local_model, outbox, session
+from edge_client.discovery import Found
 from edge_client.remote import Remote, connect, local_path
 from edge_client.screen import Screen
 from oneround import stream, tls
@@ -35,7 +41,14 @@ app = typer.Typer(
 
 _DEFAULT_STATE = Path(platformdirs.user_data_dir("oneround")) / "client"
 State = Annotated[Path, typer.Option("--state", help="Where jobs are kept.", show_default="the user's data folder")]
-Server = Annotated[str, typer.Option("--server", help="The coordinator's HOST:PORT; the last one joined if left out.")]
+Server = Annotated[
+    str,
+    typer.Option(
+        "--server",
+        help="The coordinator's HOST:PORT. Left out: the last one joined, or the one on this network.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print lines of JSON, for scripts.")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS; for a coordinator on this machine.")]
 
@@ -86,6 +99,36 @@ def join(
                 await _until_published(remote, receipt.job, screen)
 
     asyncio.run(run())
+
+
+@app.command(epilog="Example: edge-client discover")
+def discover(
+    seconds: Annotated[float, typer.Option(help="How long to listen.", min=0.1, max=600)] = discovery.LOOK_SECONDS,
+    state: State = _DEFAULT_STATE,
+    as_json: Json = False,
+) -> None:
+    """The coordinators that make themselves known on this network."""
+    with Screen(as_json).busy("listening to this network"):
+        found = asyncio.run(discovery.look(seconds))
+    pinned = set(identity.Pins(state).all().values())
+    if as_json:
+        rows = [{**asdict(each), "known": each.fingerprint in pinned} for each in found]
+        print(json.dumps(rows, indent=2))
+        return
+    out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 200)
+    if not found:
+        out.print(
+            "No coordinator makes itself known on this network. One elsewhere: edge-client join --server HOST:PORT"
+        )
+        return
+    table = Table(box=boxes.SIMPLE_HEAD)
+    for heading in ("name", "address", "known here", "key fingerprint"):
+        table.add_column(heading)
+    for each in found:
+        known = "yes" if each.fingerprint in pinned else "no"
+        table.add_row(escape(each.name), "\n".join(each.addresses), known, tls.grouped(each.fingerprint))
+    out.print(table)
+    out.print("Compare the fingerprint with the one that `coordinator serve` printed; anybody can use a name.")
 
 
 @app.command(epilog="Example: edge-client status")
@@ -208,22 +251,64 @@ def chat(
             return
 
 
-def _connected(
-    server: str, state: Path, screen: Screen, insecure: bool, job: str = ""
-) -> AbstractAsyncContextManager[Remote]:
-    """A connection to the named coordinator, or to the one that the job (or the last job) was joined at."""
-    if not server:
-        joined = outbox.all_outboxes(state)
-        if job:
-            joined = [box for box in joined if (reply := box.joined()) and reply.job.spec.name == job]
-        if not joined:
-            raise UsageError("which coordinator?", hint="add --server HOST:PORT, as `coordinator serve` prints it")
-        server = joined[0].server()
+@asynccontextmanager
+async def _connected(server: str, state: Path, screen: Screen, insecure: bool, job: str = "") -> AsyncIterator[Remote]:
+    """A connection to the named coordinator; or to the one that the job (or the last job) was joined at, wherever it is
+    now; or to the one on this network."""
 
     def on_first_use(address: str, fingerprint: str) -> None:
         screen.say("pinned", server=address, fingerprint=tls.grouped(fingerprint))
 
-    return connect(server, identity.Pins(state), on_first_use, insecure=insecure)
+    pins = identity.Pins(state)
+    places = [server or _joined_at(state, job)]
+    if not places[0]:
+        with screen.busy("looking for a coordinator on this network"):
+            found = await discovery.look()
+        chosen = discovery.only(found) if len(found) < 2 or not sys.stdin.isatty() else _ask_which(found)
+        screen.say("found", name=chosen.name, server=chosen.addresses[0])
+        places = list(chosen.addresses)
+    async with AsyncExitStack() as open_now:
+        try:
+            remote = await _first_that_answers(
+                [partial(connect, place, pins, on_first_use, insecure=insecure) for place in places], open_now
+            )
+        except Unreachable:
+            key = pins.all().get(places[0])
+            if insecure or key is None:
+                raise
+            with screen.busy("looking for the coordinator on this network"):
+                moved = await discovery.look(enough=lambda found: found.fingerprint == key)
+            elsewhere = [place for found in moved if found.fingerprint == key for place in found.addresses]
+            if not set(elsewhere) - set(places):
+                raise
+            screen.say("moved", before=places[0], server=elsewhere[0])
+            remote = await _first_that_answers(
+                [partial(connect, place, pins, on_first_use, key=key) for place in elsewhere], open_now
+            )
+        yield remote
+
+
+async def _first_that_answers(
+    places: Sequence[Callable[[], AbstractAsyncContextManager[Remote]]], open_now: AsyncExitStack
+) -> Remote:
+    for place in places[:-1]:
+        with suppress(Unreachable):
+            return await open_now.enter_async_context(place())
+    return await open_now.enter_async_context(places[-1]())
+
+
+def _joined_at(state: Path, job: str) -> str:
+    """Where a job (any, if empty) was last joined; empty if this machine has joined none."""
+    boxes_ = outbox.all_outboxes(state)
+    return next((box.server() for box in boxes_ if not job or box.folder.name.rpartition("-")[0] == job), "")
+
+
+def _ask_which(found: Sequence[Found]) -> Found:
+    print("Several coordinators make themselves known on this network:")
+    for index, each in enumerate(found, 1):
+        print(f"  {index}  {each.name}  {each.addresses[0]}  {tls.grouped(each.fingerprint[:16])} …")
+    number = int(typer.prompt("Which one", type=click.IntRange(1, len(found))))
+    return found[number - 1]
 
 
 async def _until_published(remote: Remote, job: str, screen: Screen) -> None:

@@ -31,16 +31,10 @@ class Pins:
         Raises:
             Refused: the key is not the one that was pinned.
         """
-        try:
-            known: dict[str, str] = json.loads(self._file.read_text("utf-8")) if self._file.exists() else {}
-        except ValueError as error:
-            raise BadData(
-                f"{self._file} is damaged: {error}", hint="remove it, and compare fingerprints anew"
-            ) from error
-        pinned = known.get(address)
+        pinned = self.all().get(address)
         if pinned is None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            tensors.replace(self._file, [json.dumps({**known, address: fingerprint}, indent=2).encode()])
+            tensors.replace(self._file, [json.dumps({**self.all(), address: fingerprint}, indent=2).encode()])
             return True
         if pinned != fingerprint:
             raise Refused(
@@ -49,3 +43,12 @@ class Pins:
                 hint=f"compare with what `coordinator serve` prints; if that is it, remove {address} from {self._file}",
             )
         return False
+
+    def all(self) -> dict[str, str]:
+        """The pinned fingerprints, by address."""
+        try:
+            return json.loads(self._file.read_text("utf-8")) if self._file.exists() else {}
+        except ValueError as error:
+            raise BadData(
+                f"{self._file} is damaged: {error}", hint="remove it, and compare fingerprints anew"
+            ) from error

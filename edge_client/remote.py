@@ -151,9 +151,9 @@ class Remote:
 
 @asynccontextmanager
 async def connect(
-    server: str, pins: Pins, on_first_use: OnFirstUse, *, insecure: bool = False
+    server: str, pins: Pins, on_first_use: OnFirstUse, *, key: str = "", insecure: bool = False
 ) -> AsyncIterator[Remote]:
-    """A connection to the coordinator at HOST:PORT whose key is the pinned one.
+    """A connection to the coordinator at HOST:PORT whose key is the pinned one; or the given one, where it has moved.
 
     Raises:
         Refused: its key has changed.
@@ -164,7 +164,9 @@ async def connect(
     else:
         certificate = await _certificate(server)
         fingerprint = tls.fingerprint(certificate)
-        if pins.check(server, fingerprint):
+        if key and fingerprint != key:
+            raise _unreachable(server, "another one answers there")
+        if pins.check(server, fingerprint) and not key:
             on_first_use(server, fingerprint)
         # The certificate just seen is the only root: whoever answers on this channel must hold its key.
         credentials = grpc.ssl_channel_credentials(root_certificates=certificate)

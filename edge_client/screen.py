@@ -23,6 +23,8 @@ from rich.progress import (
 # Every event that the client reports, and its sentence.
 SENTENCES = {
     "pinned": "First time at {server}: its key is now pinned.\n  fingerprint  {fingerprint}",
+    "found": "Found [bold]{name}[/bold] on this network, at {server}",
+    "moved": "Nobody answers at {before}; the coordinator with the same key is at {server} now.",
     "joined": "Joined [bold]{job}[/bold] at {server} as {client}",
     "plan": "  base      {base}\n  adapter   LoRA rank {rank}, {modules} modules; {send_bytes:,} bytes to send, once\n"
     "  data      {examples} examples, {tokens} target tokens; {held_out} held out. They stay on this machine.\n"

@@ -102,8 +102,8 @@ def _adapt(model: PreTrainedModel, initial: Adapter, recipe: Recipe) -> dict[str
     for name, layer in layers.items():
         factors = initial.modules[name]
         with torch.no_grad():
-            layer.lora_A["default"].weight.copy_(torch.from_numpy(factors.a))
-            layer.lora_B["default"].weight.copy_(torch.from_numpy(factors.b / recipe.scaling(factors.rank)))
+            layer.lora_A["default"].weight.copy_(torch.tensor(factors.a))
+            layer.lora_B["default"].weight.copy_(torch.tensor(factors.b / recipe.scaling(factors.rank)))
         layer.lora_dropout.train()
     return layers
 
