@@ -64,6 +64,9 @@ def join(
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Skip and count rows that cannot be used.")
     ] = False,
+    save_every: Annotated[
+        float, typer.Option(help="Seconds after which it is kept how far training is.", min=0)
+    ] = session.SAVE_SECONDS,
     again: Annotated[
         bool, typer.Option("--again", help="Train anew and replace what was sent, where the operator allows it.")
     ] = False,
@@ -88,6 +91,7 @@ def join(
         backend=chosen,
         model=model,
         skip_bad_rows=skip_bad_rows,
+        save_every=save_every,
         again=again,
     )
 

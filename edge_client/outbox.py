@@ -1,8 +1,9 @@
 """What survives on this machine: the job, the finished adapter until it has its receipt, and the receipt.
 
     STATE/models/FINGERPRINT/      base models, shared by all jobs
-    STATE/jobs/NAME-ID/            one job: joined.json, initial.safetensors, trained.safetensors, trained.json,
-                                   receipt.json; ID is the job's own, so a job made anew is another one
+    STATE/jobs/NAME-ID/            one job: joined.json, initial.safetensors, training.safetensors while it is trained,
+                                   trained.safetensors, trained.json, receipt.json; ID is the job's own, so a job made
+                                   anew is another one
 
 Each file is put in place whole; a step is done when its file is there.
 """
@@ -40,6 +41,11 @@ class Outbox:
         return self.folder / "initial.safetensors"
 
     @property
+    def snapshot(self) -> Path:
+        """Where training stands, while it goes on."""
+        return self.folder / "training.safetensors"
+
+    @property
     def adapter(self) -> Path:
         return self.folder / "trained.safetensors"
 
@@ -69,6 +75,7 @@ class Outbox:
         declaration.digest = stream.digest(self.adapter)
         declaration.size = self.adapter.stat().st_size
         _write(self.folder / "trained.json", declaration)
+        self.snapshot.unlink(missing_ok=True)
         return declaration
 
     def begin_again(self, sent: str) -> None:

@@ -32,6 +32,9 @@ SENTENCES = {
     "truncated": "[yellow]{truncated} examples were longer than {max_seq_len} tokens and were cut; "
     "{dropped} had no answer left and were dropped.[/yellow]",
     "skipped": "[yellow]{skipped} bad rows were skipped.[/yellow]",
+    "continued": "Training goes on after step {step} of {steps}",
+    "anew": "[yellow]The data or the job is not what it was when training was interrupted; it starts anew.[/yellow]",
+    "not_kept": "[yellow]How far training is cannot be kept: {why}. If it is interrupted now, steps are lost.[/yellow]",
     "resumed": "Already trained; the adapter waits in {folder}",
     "trained": "Trained {steps} steps in {seconds:.0f} s; loss {loss:.3f}",
     "retry": "{why}; trying again in {seconds:.0f} s",

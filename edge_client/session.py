@@ -17,19 +17,22 @@ from pathlib import Path
 
 from converters import adapter, checkpoint
 from converters.adapter import Adapter, Shape
-from converters.errors import BadData, OneroundError, Refused, Unreachable
-from edge_client import examples, outbox
+from converters.errors import BadData, NotEnough, OneroundError, Refused, Unreachable
+from edge_client import examples, outbox, snapshot
 from edge_client.backends import Backend, Progress
 from edge_client.batches import Batches
 from edge_client.outbox import Outbox
 from edge_client.recipe import Recipe
 from edge_client.remote import Remote, local_path
 from edge_client.screen import Screen
+from edge_client.snapshot import Snapshot
 from oneround import stream
 from oneround.v1 import federation_pb2 as pb
 
 HEARTBEAT_SECONDS = 2.0
 VERDICT_SECONDS = 30.0  # how long to wait for what the coordinator makes of a contribution
+SAVE_SECONDS = 30.0  # between two looks at how training stands that are kept
+SAVING_SHARE = 0.05  # of the time, at most, goes into keeping them
 LONGEST_PAUSE = 60.0  # seconds between two tries to send
 
 
@@ -44,6 +47,7 @@ class Taker:
     backend: Backend
     model: Path | None = None  # the base model's folder, if it is on this machine
     skip_bad_rows: bool = False
+    save_every: float = SAVE_SECONDS  # seconds
     again: bool = False  # train anew, where the operator lets this machine send another contribution
 
 
@@ -214,7 +218,14 @@ async def _train(
         device=taker.backend.device(),
     )
 
-    losses: list[float] = []
+    run = snapshot.run_digest(taker.backend.name, job.initial.digest, recipe, plan)
+    keeping = Keeping(box, run, taker.save_every, screen)
+    kept = await asyncio.to_thread(snapshot.read, box.snapshot, run)
+    if kept is not None:
+        screen.say("continued", step=kept.step, steps=plan.total_steps)
+    elif box.snapshot.exists():
+        screen.say("anew")
+    losses = list(kept.losses) if kept else []
     started = time.monotonic()
     beat = pulse.now
     beat.total_steps = plan.total_steps
@@ -230,11 +241,12 @@ async def _train(
                 loss=progress.loss,
                 tokens_per_second=beat.tokens_per_second,
             )
+            keeping.after(losses, progress, now=bool(pulse.stop))
             if pulse.stop:
                 raise Refused(f"the coordinator stopped this job: {pulse.stop}")
 
         try:
-            trained = await asyncio.to_thread(taker.backend.train, base, initial, recipe, plan, on_step)
+            trained = await asyncio.to_thread(taker.backend.train, base, initial, recipe, plan, on_step, kept)
         except asyncio.CancelledError:
             pulse.stop = "interrupted"  # training runs in a thread, which only ends by itself
             raise
@@ -258,6 +270,30 @@ async def _train(
         "train_loss": repr(declaration.train_loss),
     }
     return box.keep_trained(Adapter(trained.modules, described), job.spec.upload.dtype, declaration)
+
+
+class Keeping:
+    """Keeps how training stands every so many seconds, and less often where that takes long."""
+
+    def __init__(self, box: Outbox, run: str, every: float, screen: Screen) -> None:
+        self._box, self._run, self._every, self._screen = box, run, every, screen
+        self._next = time.monotonic() + every
+        self._failed = False
+
+    def after(self, losses: list[float], progress: Progress, *, now: bool) -> None:
+        """A step is done; `now`: training ends here. A disk that is full is told once, and does not end training."""
+        if not now and time.monotonic() < self._next:
+            return
+        began = time.monotonic()
+        try:
+            snapshot.write(self._box.snapshot, Snapshot(tuple(losses), progress.arrays()), self._run)
+            self._failed = False
+        except (OSError, NotEnough) as error:
+            if not self._failed:
+                self._screen.say("not_kept", why=str(error))
+            self._failed = True
+        ended = time.monotonic()
+        self._next = ended + max(self._every, (ended - began) / SAVING_SHARE)
 
 
 async def _send(

@@ -20,6 +20,7 @@ from converters.adapter import Adapter
 from converters.errors import BadData, UsageError
 from edge_client.batches import Batches
 from edge_client.recipe import Recipe
+from edge_client.snapshot import Arrays, Snapshot
 
 # OpenMP threads that wait should sleep, not spin: on a machine that does other work as well, which is what a person's
 # laptop does, spinning made training 10 to 30 times slower. Read when the first framework loads OpenMP.
@@ -41,6 +42,7 @@ class Progress:
     loss: float  # mean over the step's target tokens, before the step
     tokens: int  # target tokens of this step
     seconds: float  # wall time of this step
+    arrays: Callable[[], Arrays]  # what a snapshot keeps at this step, copied when asked for
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.loss):
@@ -59,11 +61,18 @@ class Backend(Protocol):
         """Where it would train: `cuda`, `mps`, `metal` or `cpu`, perhaps with a remark on its speed."""
 
     def train(
-        self, base: Path, initial: Adapter, recipe: Recipe, plan: Batches, on_step: Callable[[Progress], None]
+        self,
+        base: Path,
+        initial: Adapter,
+        recipe: Recipe,
+        plan: Batches,
+        on_step: Callable[[Progress], None],
+        snapshot: Snapshot | None = None,
     ) -> Adapter:
         """Fine-tune `initial` over the model in folder `base`; ranks and modules are those of `initial`.
 
-        `on_step` is called after every step, and may raise to interrupt.
+        `on_step` is called after every step, and may raise to interrupt. With a snapshot of the same run training goes
+        on from there; on a CPU the result is the same to the bit.
 
         Raises:
             BadModel: the folder holds no model that the framework can load.

@@ -9,10 +9,12 @@ import importlib.util
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from converters import settings
 from converters.adapter import Adapter, LowRank, Shape
@@ -21,6 +23,7 @@ from converters.settings import Settings
 from edge_client.backends import Progress
 from edge_client.batches import Batches
 from edge_client.recipe import Recipe
+from edge_client.snapshot import Snapshot
 
 
 def _open_fast_blas() -> bool:
@@ -74,7 +77,14 @@ def device() -> str:
     return "cpu (slow: neither PyTorch nor libopenblas.so.0 is here to speed it up)" if _slow else "cpu"
 
 
-def train(base: Path, initial: Adapter, recipe: Recipe, plan: Batches, on_step: Callable[[Progress], None]) -> Adapter:
+def train(
+    base: Path,
+    initial: Adapter,
+    recipe: Recipe,
+    plan: Batches,
+    on_step: Callable[[Progress], None],
+    snapshot: Snapshot | None = None,
+) -> Adapter:
     model = _model(base)
     layers = _adapt(model, initial, recipe)
     loss_and_gradients = nn.value_and_grad(model, _loss_at_targets(model))
@@ -85,7 +95,10 @@ def train(base: Path, initial: Adapter, recipe: Recipe, plan: Batches, on_step: 
         weight_decay=recipe.weight_decay,
         bias_correction=True,  # as torch always does
     )
-    for step in range(plan.total_steps):
+    if snapshot is not None:
+        _go_on(model, layers, optimizer, snapshot)
+    arrays = partial(_arrays, layers, optimizer)
+    for step in range(snapshot.step if snapshot else 0, plan.total_steps):
         began = time.perf_counter()
         batch = plan.batch(step)
         mx.random.seed(recipe.dropout_seed(step))
@@ -95,7 +108,7 @@ def train(base: Path, initial: Adapter, recipe: Recipe, plan: Batches, on_step: 
         optimizer.update(model, _clipped(gradients, recipe.clip_norm))
         mx.eval(loss, model.trainable_parameters(), optimizer.state)
         seconds = time.perf_counter() - began
-        on_step(Progress(step + 1, plan.total_steps, loss.item(), batch.num_targets, seconds))
+        on_step(Progress(step + 1, plan.total_steps, loss.item(), batch.num_targets, seconds, arrays))
     return Adapter({name: _factors(layer) for name, layer in layers.items()})
 
 
@@ -140,6 +153,28 @@ def _adapt(model: Any, initial: Adapter, recipe: Recipe) -> dict[str, Any]:
         layers[name] = layer
     model.update_modules(tree_unflatten(list(layers.items())))
     return layers
+
+
+def _arrays(layers: dict[str, Any], optimizer: Any) -> dict[str, NDArray[np.float32]]:
+    state, found = dict(tree_flatten(optimizer.state)), {}
+    for name, layer in layers.items():
+        for part, key in (("a", "lora_a"), ("b", "lora_b")):
+            found[f"{name}.{part}"] = np.array(layer[key].T)
+            found[f"{name}.{part}.first"] = np.array(state[f"{name}.{key}.m"].T)
+            found[f"{name}.{part}.second"] = np.array(state[f"{name}.{key}.v"].T)
+    return {name: np.ascontiguousarray(array) for name, array in found.items()}
+
+
+def _go_on(model: Any, layers: dict[str, Any], optimizer: Any, snapshot: Snapshot) -> None:
+    optimizer.init(model.trainable_parameters())
+    state = dict(tree_flatten(optimizer.state))
+    for name, layer in layers.items():
+        for part, key in (("a", "lora_a"), ("b", "lora_b")):
+            layer[key] = mx.array(snapshot.arrays[f"{name}.{part}"].T)
+            state[f"{name}.{key}.m"] = mx.array(snapshot.arrays[f"{name}.{part}.first"].T)
+            state[f"{name}.{key}.v"] = mx.array(snapshot.arrays[f"{name}.{part}.second"].T)
+    state["step"] = mx.array(snapshot.step, mx.uint64)
+    optimizer.state = tree_unflatten(list(state.items()))
 
 
 def _loss_at_targets(model: Any) -> Callable[[Any, Any, Any], Any]:

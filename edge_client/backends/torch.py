@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from converters.adapter import Adapter, LowRank, Shape
@@ -15,6 +17,7 @@ from converters.errors import BadModel, LayoutMismatch
 from edge_client.backends import Progress
 from edge_client.batches import Batch, Batches
 from edge_client.recipe import Recipe
+from edge_client.snapshot import Snapshot
 
 name = "torch"
 _missing: str | None = None
@@ -43,13 +46,23 @@ def device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def train(base: Path, initial: Adapter, recipe: Recipe, plan: Batches, on_step: Callable[[Progress], None]) -> Adapter:
+def train(
+    base: Path,
+    initial: Adapter,
+    recipe: Recipe,
+    plan: Batches,
+    on_step: Callable[[Progress], None],
+    snapshot: Snapshot | None = None,
+) -> Adapter:
     model = _model(base).to(device())
     layers = _adapt(model, initial, recipe)
     loss_of = _loss_at_targets(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay)
-    for step in range(plan.total_steps):
+    if snapshot is not None:
+        _go_on(layers, optimizer, snapshot)
+    arrays = partial(_arrays, layers, optimizer)
+    for step in range(snapshot.step if snapshot else 0, plan.total_steps):
         began = time.perf_counter()
         batch = plan.batch(step)
         torch.manual_seed(recipe.dropout_seed(step))
@@ -61,7 +74,7 @@ def train(base: Path, initial: Adapter, recipe: Recipe, plan: Batches, on_step: 
         optimizer.step()
         optimizer.zero_grad()
         seconds = time.perf_counter() - began
-        on_step(Progress(step + 1, plan.total_steps, loss.item(), batch.num_targets, seconds))
+        on_step(Progress(step + 1, plan.total_steps, loss.item(), batch.num_targets, seconds, arrays))
     return Adapter(
         {name: _factors(layer, recipe.scaling(initial.modules[name].rank)) for name, layer in layers.items()}
     )
@@ -106,6 +119,41 @@ def _adapt(model: PreTrainedModel, initial: Adapter, recipe: Recipe) -> dict[str
             layer.lora_B["default"].weight.copy_(torch.tensor(factors.b / recipe.scaling(factors.rank)))
         layer.lora_dropout.train()
     return layers
+
+
+def _weights(layers: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What is trained, by its name in a snapshot."""
+    for name, layer in layers.items():
+        yield f"{name}.a", layer.lora_A["default"].weight
+        yield f"{name}.b", layer.lora_B["default"].weight
+
+
+def _arrays(layers: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, NDArray[np.float32]]:
+    found = {}
+    for name, weight in _weights(layers):
+        moments = optimizer.state[weight]
+        for key, tensor in (
+            (name, weight.detach()),
+            (f"{name}.first", moments["exp_avg"]),
+            (f"{name}.second", moments["exp_avg_sq"]),
+        ):
+            found[key] = tensor.to("cpu", copy=True).numpy()
+    return found
+
+
+def _go_on(layers: dict[str, Any], optimizer: torch.optim.Optimizer, snapshot: Snapshot) -> None:
+    for name, weight in _weights(layers):
+        kept, first, second = (
+            torch.tensor(snapshot.arrays[key], device=weight.device)
+            for key in (name, f"{name}.first", f"{name}.second")
+        )
+        with torch.no_grad():
+            weight.copy_(kept)
+        optimizer.state[weight] = {
+            "step": torch.tensor(float(snapshot.step)),
+            "exp_avg": first,
+            "exp_avg_sq": second,
+        }
 
 
 def _loss_at_targets(model: PreTrainedModel) -> Callable[[Batch], Tensor]:
