@@ -1,5 +1,6 @@
 """What people get wrong: a clear sentence, the way out, the documented exit code, and never a traceback."""
 
+import asyncio
 import json
 import signal
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_client import discovery
 from tests import commands
 
 BASE = Path(__file__).parents[1] / "benchmarks" / "base"
@@ -74,11 +76,13 @@ def test_a_coordinator_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_commands_that_need_a_server_say_so(tmp_path: Path) -> None:
-    _, err = commands.run("edge-client", "pull", "notes", "--state", tmp_path, "--to", tmp_path, code=2)
-    assert "--server HOST:PORT" in err
     _, err = commands.run("edge-client", "chat", tmp_path / "none.gguf", "--state", tmp_path, code=2)
     assert "neither a GGUF file nor a job's name" in err
-    _, err = commands.run("edge-client", "chat", "notes", "--state", tmp_path, code=2)
+    if asyncio.run(discovery.look()):
+        pytest.skip("a coordinator makes itself known on this network, and these commands would ask it")
+    _, err = commands.run("edge-client", "pull", "notes", "--state", tmp_path, "--to", tmp_path, code=4)
+    assert "--server HOST:PORT" in err
+    _, err = commands.run("edge-client", "chat", "notes", "--state", tmp_path, code=4)
     assert "--server HOST:PORT" in err
 
 

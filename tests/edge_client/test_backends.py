@@ -194,7 +194,7 @@ def test_models_that_do_not_fit(tmp_path: Path, name: str) -> None:
 
 def test_a_diverged_loss_is_an_error() -> None:
     with pytest.raises(BadData, match="training diverged: the loss of step 3 is nan"):
-        Progress(3, 10, float("nan"), 5, 0.1)
+        Progress(3, 10, float("nan"), 5, 0.1, dict)
 
 
 @pytest.mark.parametrize("name", ["auto", *usable])

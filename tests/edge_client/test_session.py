@@ -19,6 +19,7 @@ from edge_client.identity import Pins
 from edge_client.recipe import Recipe
 from edge_client.remote import OnBytes, Remote
 from edge_client.screen import Screen
+from edge_client.snapshot import Snapshot
 from oneround.v1 import federation_pb2 as pb
 from tests.coordinator.test_server import ALICE, BASE, SPEC, running
 
@@ -39,13 +40,19 @@ class Quick:
         return "cpu"
 
     def train(
-        self, base: Path, initial: Adapter, recipe: Recipe, plan: Batches, on_step: Callable[[Progress], None]
+        self,
+        base: Path,
+        initial: Adapter,
+        recipe: Recipe,
+        plan: Batches,
+        on_step: Callable[[Progress], None],
+        snapshot: Snapshot | None = None,
     ) -> Adapter:
         self.runs += 1
         assert (base / "model.safetensors").exists()
         for step in range(plan.total_steps):
             time.sleep(self._pause)
-            on_step(Progress(step + 1, plan.total_steps, 1.0, plan.batch(step).num_targets, 0.01))
+            on_step(Progress(step + 1, plan.total_steps, 1.0, plan.batch(step).num_targets, 0.01, dict))
         return Adapter({name: LowRank(f.a, np.ones_like(f.b)) for name, f in initial.modules.items()})
 
 
