@@ -59,7 +59,6 @@ app = typer.Typer(
     f"\n\nThe options of a conversion: {NAME} convert --help",
     epilog=f"Example: adapter-convert my-peft-adapter/ my-mlx-adapter/ --to mlx --base SmolLM2-135M/ · {_CODES}",
     no_args_is_help=True,
-    add_completion=False,
 )
 BaseFolder = Annotated[
     Path | None,

@@ -38,7 +38,6 @@ app = typer.Typer(
     help="Announce fine-tuning jobs, take one adapter from each client, average, publish GGUFs.",
     epilog="Example: coordinator serve --job clinic-notes.toml",
     no_args_is_help=True,
-    add_completion=False,
 )
 # Without a terminal lines are as long as they need to be: a log or a pipe has no edge to wrap at.
 out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 200)

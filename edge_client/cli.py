@@ -36,7 +36,6 @@ app = typer.Typer(
     help="Fine-tune a shared model on files that stay on this machine; send one adapter; use the result.",
     epilog="Example: edge-client join --server host:50051 --data notes/",
     no_args_is_help=True,
-    add_completion=False,
 )
 
 _DEFAULT_STATE = Path(platformdirs.user_data_dir("oneround")) / "client"
