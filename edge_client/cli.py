@@ -56,7 +56,7 @@ Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS; for a coordi
 def join(
     server: Server = "",
     job: Annotated[str, typer.Option(help="The job; not needed when only one is open.")] = "",
-    data: Annotated[Path, typer.Option(help="A file or folder: .jsonl, .json or .txt.")] = Path("data"),
+    data: Annotated[Path, typer.Option(help="A file or folder: .jsonl, .json, .parquet or .txt.")] = Path("data"),
     backend: Annotated[str, typer.Option(help="auto, torch or mlx.")] = "auto",
     model: Annotated[Path | None, typer.Option(help="The base model's folder, if it is on this machine.")] = None,
     name: Annotated[str, typer.Option(help="What others see.", show_default="this machine's name")] = "",

@@ -1,7 +1,7 @@
 """Files of a person → rows, some of them held out.
 
-Files: `.jsonl` (a JSON object a line), `.json` (an array of such objects, or lines), `.txt` (one text a file), or a
-folder of these. Rows, recognised per file by the first that fits:
+Files: `.jsonl` (a JSON object a line), `.json` (an array of such objects, or lines), `.parquet`, `.txt` (one text a
+file), or a folder of these. Rows, recognised per file by the first that fits:
 
     messages                     a conversation; every assistant turn is learnt, nothing else
     prompt, completion           two strings (or two lists of messages); the completion is learnt
@@ -24,9 +24,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from converters.errors import BadData
+from converters.errors import BadData, UsageError
 
-SUFFIXES = (".jsonl", ".json", ".txt")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
 ACCEPTED = "a row has `messages`, or `prompt` and `completion`, or `instruction` and `output`, or `text`"
 SKIP = "put the row right, or leave such rows out with --skip-bad-rows"
 _HELD_OUT = 0.1
@@ -155,6 +155,9 @@ def _rows(file: Path) -> Iterator[Row | BadData]:
 
 def _values(file: Path) -> Iterator[tuple[int, object]]:
     """(line, value) of each row of a file, from 1; a line of .jsonl that is not JSON comes out as its error."""
+    if file.suffix == ".parquet":
+        yield from _parquet(file)
+        return
     try:
         content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
@@ -174,6 +177,35 @@ def _values(file: Path) -> Iterator[tuple[int, object]]:
         for line, text in enumerate(content.split(b"\n"), start=1):
             if text.strip():
                 yield line, _line(text, file, line)
+
+
+def _parquet(file: Path) -> Iterator[tuple[int, object]]:
+    """(row, value), with what is null left out: a table has every column in every row, and JSON has not."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UsageError(f"{file}: reading Parquet takes pyarrow", hint="pip install 'oneround[parquet]'") from None
+    row = 0
+    try:
+        with parquet.ParquetFile(file) as opened:
+            for batch in opened.iter_batches(batch_size=1024, use_threads=False):
+                for value in batch.to_pylist():
+                    row += 1
+                    yield row, _without_nulls(value)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadData(f"{file} is not a Parquet file that can be read: {reason}") from error
+    if not row:
+        raise BadData(f"{file}: the file is empty", hint=ACCEPTED)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_nulls(inner) for inner in value]
+    return value
 
 
 def _line(text: bytes, file: Path, line: int) -> object:

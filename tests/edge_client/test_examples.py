@@ -1,5 +1,6 @@
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,45 @@ def test_every_format_in_every_file(tmp_path: Path, row: dict[str, Any], name: s
         assert isinstance(first, Dialogue)
         assert [turn["role"] for turn in first.messages] == ["user", "assistant"]
         assert (first.plain is None) == (row is CHAT)
+
+
+@pytest.mark.parametrize("row", [TEXT, EXCHANGE, ALPACA, CHAT], ids=["text", "exchange", "alpaca", "chat"])
+def test_a_parquet_file_gives_the_rows_of_the_same_jsonl(tmp_path: Path, row: dict[str, Any]) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    wanted = many(row, 2500)  # more than one batch of them
+    (tmp_path / "data.jsonl").write_text(lines(wanted))
+    # As the hub's tables are: columns that some rows lack are null there, also within messages.
+    tabled = [dict(each, source=None if n % 2 else "forum") for n, each in enumerate(wanted)]
+    if row is CHAT:
+        for each in tabled:
+            each["messages"] = [dict(turn, tool_calls=None) for turn in each["messages"]]
+        tabled[-1]["messages"][-1]["tool_calls"] = None
+    parquet.write_table(pyarrow.Table.from_pylist(tabled), tmp_path / "data.parquet", row_group_size=700)
+    by_json, by_table = load(tmp_path / "data.jsonl"), load(tmp_path / "data.parquet")
+    for one, other in ((by_json.train, by_table.train), (by_json.held_out, by_table.held_out)):
+        assert len(one) == len(other) > 100
+        for a, b in zip(one, other, strict=True):
+            assert b.where == a.where.replace(".jsonl", ".parquet")
+            assert replace(b, where=a.where) == a
+
+
+def test_a_bad_parquet_file_or_row_is_named(tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file = tmp_path / "data.parquet"
+    file.write_bytes(b"PAR1 and nothing like it PAR1")
+    with pytest.raises(BadData, match=r"data\.parquet is not a Parquet file"):
+        load(file)
+    parquet.write_table(pyarrow.Table.from_pylist([{"text": f"row {n}"} for n in range(50)]), file)
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(BadData, match=r"data\.parquet is not a Parquet file"):
+        load(file)
+    parquet.write_table(pyarrow.Table.from_pylist([*({"text": f"row {n}"} for n in range(40)), {"text": None}]), file)
+    with pytest.raises(BadData, match=r"data\.parquet:41"):
+        load(file)
+    assert load(file, skip_bad_rows=True).skipped == 1
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), file)
+    with pytest.raises(BadData, match="the file is empty"):
+        load(file)
 
 
 def test_alpaca_has_the_classic_prompt_and_a_plain_user_turn(tmp_path: Path) -> None:
@@ -180,7 +220,11 @@ def test_a_bad_row_says_what_was_expected(tmp_path: Path, row: dict[str, Any], s
         ("a.txt", b"one\ntwo\xff", "a.txt:2: expected UTF-8 text, found byte 0xff"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}', "a.jsonl:2: expected UTF-8 text, found byte 0xe9"),
         ("a.json", b'[{"text":\n "\xe9"}]', "a.json:2: expected UTF-8 text"),
-        ("a.csv", b"a,b", "a.csv: this kind of file is not known; accepted are files ending in .jsonl, .json, .txt"),
+        (
+            "a.csv",
+            b"a,b",
+            "a.csv: this kind of file is not known; accepted are files ending in .jsonl, .json, .parquet, .txt",
+        ),
         ("a.txt", b"x", "a.txt:1: the text is too short"),
         ("a.jsonl", json.dumps(EXCHANGE).encode(), "a.jsonl:1: the only example"),
     ],
@@ -197,7 +241,9 @@ def test_nothing_there(tmp_path: Path) -> None:
         load(tmp_path / "data")
     assert "--data" in caught.value.hint
     (tmp_path / "a.csv").write_text("a")
-    with pytest.raises(BadData, match=r"holds no training data: accepted are files ending in \.jsonl, \.json, \.txt"):
+    with pytest.raises(
+        BadData, match=r"holds no training data: accepted are files ending in \.jsonl, \.json, \.parquet, \.txt"
+    ):
         load(tmp_path)
 
 
