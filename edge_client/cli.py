@@ -7,14 +7,10 @@ import json
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import click
 import platformdirs
 import typer
 from rich import box as boxes
@@ -24,9 +20,8 @@ from rich.table import Table
 
 from converters import command, llama
 from converters.errors import BadData, NotEnough, Refused, Unreachable, UsageError
-from edge_client import backends, discovery, identity, local_model, outbox, session
-from edge_client.discovery import Found
-from edge_client.remote import Remote, connect, local_path
+from edge_client import backends, discovery, identity, local_model, outbox, reach, session
+from edge_client.remote import Remote, local_path
 from edge_client.screen import Screen
 from oneround import stream, tls
 from oneround.v1 import federation_pb2 as pb
@@ -95,7 +90,7 @@ def join(
     )
 
     async def run() -> None:
-        async with _connected(server, state, screen, insecure) as remote:
+        async with reach.connected(server, state, screen, insecure) as remote:
             with command.only_one(state, "edge-client join"):
                 receipt = await session.take_part(remote, job, taker, screen)
             if wait:
@@ -187,7 +182,7 @@ def pull(
     folder = to or Path(job)
 
     async def run() -> None:
-        async with _connected(server, state, screen, insecure, job) as remote:
+        async with reach.connected(server, state, screen, insecure, job) as remote:
             await _pull(remote, job, artifact, folder, screen, version)
 
     asyncio.run(run())
@@ -208,7 +203,7 @@ def leave(
     assert joined is not None, "find looks at joined jobs"
 
     async def run() -> None:
-        async with _connected(server, state, screen, insecure, job) as remote:
+        async with reach.connected(server, state, screen, insecure, job) as remote:
             await remote.withdraw(joined.lease)
 
     asyncio.run(run())
@@ -252,66 +247,6 @@ def chat(
         history.append({"role": "assistant", "content": answer})
         if prompt:
             return
-
-
-@asynccontextmanager
-async def _connected(server: str, state: Path, screen: Screen, insecure: bool, job: str = "") -> AsyncIterator[Remote]:
-    """A connection to the named coordinator; or to the one that the job (or the last job) was joined at, wherever it is
-    now; or to the one on this network."""
-
-    def on_first_use(address: str, fingerprint: str) -> None:
-        screen.say("pinned", server=address, fingerprint=tls.grouped(fingerprint))
-
-    pins = identity.Pins(state)
-    places = [server or _joined_at(state, job)]
-    if not places[0]:
-        with screen.busy("looking for a coordinator on this network"):
-            found = await discovery.look()
-        chosen = discovery.only(found) if len(found) < 2 or not sys.stdin.isatty() else _ask_which(found)
-        screen.say("found", name=chosen.name, server=chosen.addresses[0])
-        places = list(chosen.addresses)
-    async with AsyncExitStack() as open_now:
-        try:
-            remote = await _first_that_answers(
-                [partial(connect, place, pins, on_first_use, insecure=insecure) for place in places], open_now
-            )
-        except Unreachable:
-            key = pins.all().get(places[0])
-            if insecure or key is None:
-                raise
-            with screen.busy("looking for the coordinator on this network"):
-                moved = await discovery.look(enough=lambda found: found.fingerprint == key)
-            elsewhere = [place for found in moved if found.fingerprint == key for place in found.addresses]
-            if not set(elsewhere) - set(places):
-                raise
-            screen.say("moved", before=places[0], server=elsewhere[0])
-            remote = await _first_that_answers(
-                [partial(connect, place, pins, on_first_use, key=key) for place in elsewhere], open_now
-            )
-        yield remote
-
-
-async def _first_that_answers(
-    places: Sequence[Callable[[], AbstractAsyncContextManager[Remote]]], open_now: AsyncExitStack
-) -> Remote:
-    for place in places[:-1]:
-        with suppress(Unreachable):
-            return await open_now.enter_async_context(place())
-    return await open_now.enter_async_context(places[-1]())
-
-
-def _joined_at(state: Path, job: str) -> str:
-    """Where a job (any, if empty) was last joined; empty if this machine has joined none."""
-    boxes_ = outbox.all_outboxes(state)
-    return next((box.server() for box in boxes_ if not job or box.folder.name.rpartition("-")[0] == job), "")
-
-
-def _ask_which(found: Sequence[Found]) -> Found:
-    print("Several coordinators make themselves known on this network:")
-    for index, each in enumerate(found, 1):
-        print(f"  {index}  {each.name}  {each.addresses[0]}  {tls.grouped(each.fingerprint[:16])} …")
-    number = int(typer.prompt("Which one", type=click.IntRange(1, len(found))))
-    return found[number - 1]
 
 
 async def _until_published(remote: Remote, job: str, screen: Screen) -> None:
@@ -370,7 +305,7 @@ def _select(publication: pb.Publication, artifact: str) -> list[pb.Artifact]:
 
 async def _fetch_for_chat(job: str, server: str, state: Path, insecure: bool, folder: Path) -> Path:
     screen = Screen()
-    async with _connected(server, state, screen, insecure, job) as remote:
+    async with reach.connected(server, state, screen, insecure, job) as remote:
         return (await _pull(remote, job, "", folder, screen))[0]
 
 
