@@ -43,7 +43,8 @@ async def advertise(
                     responder = None
                 try:
                     responder = await _say(name or socket.gethostname(), addresses, port, fingerprint)
-                    log.info("advertised", addresses=addresses, port=port)
+                    if responder is not None:
+                        log.info("advertised", addresses=addresses, port=port)
                 except (OSError, Error) as error:
                     log.warning("not_advertised", addresses=addresses, reason=str(error) or type(error).__name__)
                 said = addresses if responder is not None else []

@@ -331,8 +331,8 @@ def main() -> None:
         command.run(app, "edge-client")
     except SystemExit as end:
         if "mlx.core" in sys.modules and isinstance(end.code, int):
-            # What MLX keeps for the training thread is freed while Python ends, and once in a hundred times that aborts
-            # the process, after the receipt (ml-explore/mlx#4110). Nothing of ours is left to be done here.
+            # What MLX keeps for the training thread is freed while Python ends, which can abort the process, receipt or
+            # not (ml-explore/mlx#4110). Nothing of ours is left to be done here.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(end.code)
