@@ -5,7 +5,6 @@ Deterministic in (examples, seed), with random access by step, so that training 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,15 +39,36 @@ class Batch:
         """Where the targets stand in the flattened (B·T) labels."""
         return np.flatnonzero(self.mask)
 
+    @property
+    def targeted(self) -> NDArray[np.int32]:
+        """The labels that are targets (targets,)."""
+        return self.labels[self.mask]
+
+    def split(self, parts: int) -> list[Batch]:
+        """The same examples in at most so many smaller batches that hold a target, each as long as its own longest."""
+        pieces = []
+        for rows in np.array_split(np.arange(len(self.inputs)), min(parts, len(self.inputs))):
+            mask = self.mask[rows]
+            if mask.any():
+                # Nothing after a row's last target has a say in the loss.
+                length = int(np.flatnonzero(mask.any(axis=0))[-1]) + 1
+                pieces.append(Batch(self.inputs[rows, :length], self.labels[rows, :length], mask[:, :length]))
+        return pieces
+
 
 class Batches:
     """The batches of a whole training run, by step from 0; the same in any order and after a restart.
+
+    A step takes `batch_size` examples; with `room` > 0 it takes as many as fit into so many tokens, counted as padded,
+    which is what packing is for: every example stays whole and by itself.
 
     Raises:
         BadData: there is no example with a target.
     """
 
-    def __init__(self, examples: Sequence[Example], batch_size: int, epochs: float, seed: int) -> None:
+    def __init__(
+        self, examples: Sequence[Example], batch_size: int, epochs: float, seed: int, *, room: int = 0
+    ) -> None:
         if not any(example.num_targets for example in examples):
             raise BadData(
                 "no example has a token to learn from",
@@ -56,11 +76,12 @@ class Batches:
             )
         self.examples = examples
         self.batch_size = batch_size
+        self.room = room
         self.seed = seed
-        self.steps_per_epoch = math.ceil(len(examples) / batch_size)
-        self.total_steps = max(1, round(epochs * self.steps_per_epoch))
         self._lengths = np.array([len(example.ids) for example in examples])
         self._epoch, self._order = 0, self._ordered(0)
+        self.steps_per_epoch = len(self._order)
+        self.total_steps = max(1, round(epochs * self.steps_per_epoch))
 
     @property
     def num_examples(self) -> int:
@@ -82,13 +103,26 @@ class Batches:
         """Which examples make up each step of an epoch: every example once, the last short batch kept."""
         rng = np.random.default_rng([self.seed, epoch])
         shuffled = rng.permutation(len(self.examples))
-        bucket = _BUCKET * self.batch_size
+        # With room, all at once: where they are cut hangs on their lengths alone then, so epochs have the same steps.
+        bucket = len(shuffled) if self.room else _BUCKET * self.batch_size
         batches: list[NDArray[np.int64]] = []
         for start in range(0, len(shuffled), bucket):
             members = shuffled[start : start + bucket]
             by_length = members[np.argsort(self._lengths[members], kind="stable")]
-            batches += [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]
+            batches += self._filled(by_length) if self.room else self._counted(by_length)
         return [batches[i] for i in rng.permutation(len(batches))]
+
+    def _counted(self, by_length: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        return [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]
+
+    def _filled(self, by_length: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Cut where the rectangle of all that came since the last cut would be over the room."""
+        cuts, start = [], 0
+        for end, longest in enumerate(self._lengths[by_length], 1):
+            if (end - start) * int(longest) > self.room and end - start > 1:
+                start = end - 1
+                cuts.append(start)
+        return np.split(by_length, cuts)
 
 
 def padded(examples: Sequence[Example]) -> Batch:

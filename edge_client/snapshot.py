@@ -36,10 +36,11 @@ class Snapshot:
         return len(self.losses)
 
 
-def run_digest(backend: str, initial: str, recipe: Recipe, plan: Batches) -> str:
-    """SHA-256 of all that a training run follows from; `initial` is the digest of the adapter that it starts from. A
-    snapshot of another run is of no use."""
-    digest = hashlib.sha256(json.dumps([backend, initial, asdict(recipe), plan.batch_size, plan.seed]).encode())
+def run_digest(backend: str, initial: str, recipe: Recipe, plan: Batches, rounding: str = "") -> str:
+    """SHA-256 of all that a training run follows from; `initial` is the digest of the adapter that it starts from,
+    `rounding` says what the base is rounded to. A snapshot of another run is of no use."""
+    settings = [backend, initial, asdict(recipe), plan.batch_size, plan.room, plan.seed, rounding]
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for example in plan.examples:
         for part in (example.ids, example.is_target):
             array = np.asarray(part)

@@ -12,12 +12,12 @@ import os
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, cast
 
 from converters.adapter import Adapter
-from converters.errors import BadData, UsageError
+from converters.errors import BadData, NotEnough, UsageError
 from edge_client.batches import Batches
 from edge_client.recipe import Recipe
 from edge_client.snapshot import Arrays, Snapshot
@@ -27,6 +27,30 @@ from edge_client.snapshot import Arrays, Snapshot
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 BACKENDS = {"torch": "edge_client.backends.torch", "mlx": "edge_client.backends.mlx"}
+PRECISIONS = ("float32", "bfloat16")
+QUANTISED = (0, 4, 8)  # bits
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How this machine carries a recipe out. It decides on rounding, memory and time, not on what is computed.
+
+    The adapter, its gradients' sum and the optimizer are float32 in any case.
+    """
+
+    precision: str = "float32"  # of the base and of activations; one of PRECISIONS
+    bits: int = 0  # that the weights of the base's linear layers are rounded to; 0: they are not
+    parts: int = 1  # a batch is taken in so many, one after the other
+    checkpointing: bool = False  # activations are not kept for the way back, but computed again
+
+    def smaller(self, batch_size: int) -> Setup | None:
+        """The next that needs less memory: parts of half the size; when they are single examples, checkpointing."""
+        if self.parts < batch_size:
+            return replace(self, parts=min(2 * self.parts, batch_size))
+        return None if self.checkpointing else replace(self, checkpointing=True)
+
+
+EXACT = Setup()
 
 
 @dataclass(frozen=True)
@@ -42,6 +66,7 @@ class Progress:
     loss: float  # mean over the step's target tokens, before the step
     tokens: int  # target tokens of this step
     seconds: float  # wall time of this step
+    setup: Setup  # what the step was done with: smaller than what was asked for when memory ran out
     arrays: Callable[[], Arrays]  # what a snapshot keeps at this step, copied when asked for
 
     def __post_init__(self) -> None:
@@ -60,6 +85,9 @@ class Backend(Protocol):
     def device(self) -> str:
         """Where it would train: `cuda`, `mps`, `metal` or `cpu`, perhaps with a remark on its speed."""
 
+    def precision(self) -> str:
+        """The fastest of PRECISIONS that the device has in hardware."""
+
     def train(
         self,
         base: Path,
@@ -68,16 +96,28 @@ class Backend(Protocol):
         plan: Batches,
         on_step: Callable[[Progress], None],
         snapshot: Snapshot | None = None,
+        setup: Setup = EXACT,
     ) -> Adapter:
         """Fine-tune `initial` over the model in folder `base`; ranks and modules are those of `initial`.
 
         `on_step` is called after every step, and may raise to interrupt. With a snapshot of the same run training goes
-        on from there; on a CPU the result is the same to the bit.
+        on from there; on a CPU the result is the same to the bit. A step that memory is too short for is done again
+        with a smaller setup.
 
         Raises:
             BadModel: the folder holds no model that the framework can load.
             LayoutMismatch: the model lacks a module of `initial`, or has it in another shape.
+            NotEnough: memory is too short for the smallest setup.
+            UsageError: the base cannot be quantised here.
         """
+
+
+def too_little_memory() -> NotEnough:
+    """What a backend raises when not even the smallest setup fits."""
+    return NotEnough(
+        "there is not enough memory to train on one example at a time",
+        hint="close other programs and run it again, or round the base: edge-client join --bits 4",
+    )
 
 
 def load(name: str) -> Backend:

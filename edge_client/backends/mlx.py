@@ -20,8 +20,8 @@ from converters import settings
 from converters.adapter import Adapter, LowRank, Shape
 from converters.errors import BadModel, LayoutMismatch
 from converters.settings import Settings
-from edge_client.backends import Progress
-from edge_client.batches import Batches
+from edge_client.backends import EXACT, Progress, Setup, too_little_memory
+from edge_client.batches import Batch, Batches
 from edge_client.recipe import Recipe
 from edge_client.snapshot import Snapshot
 
@@ -65,6 +65,8 @@ try:
 except ImportError as error:
     _missing = str(error)
 
+_GROUP = 64  # weights of a quantised row that share a scale
+
 
 def available() -> str | None:
     return _missing
@@ -77,6 +79,11 @@ def device() -> str:
     return "cpu (slow: neither PyTorch nor libopenblas.so.0 is here to speed it up)" if _slow else "cpu"
 
 
+def precision() -> str:
+    # On a CPU MLX computes in bfloat16 many times slower than in float32.
+    return "bfloat16" if mx.default_device() == mx.Device(mx.gpu) else "float32"
+
+
 def train(
     base: Path,
     initial: Adapter,
@@ -84,8 +91,9 @@ def train(
     plan: Batches,
     on_step: Callable[[Progress], None],
     snapshot: Snapshot | None = None,
+    setup: Setup = EXACT,
 ) -> Adapter:
-    model = _model(base)
+    model = _model(base, setup)
     layers = _adapt(model, initial, recipe)
     loss_and_gradients = nn.value_and_grad(model, _loss_at_targets(model))
     optimizer = AdamW(
@@ -98,30 +106,90 @@ def train(
     if snapshot is not None:
         _go_on(model, layers, optimizer, snapshot)
     arrays = partial(_arrays, layers, optimizer)
+    if setup.checkpointing:
+        _checkpoint(model)
     for step in range(snapshot.step if snapshot else 0, plan.total_steps):
         began = time.perf_counter()
         batch = plan.batch(step)
-        mx.random.seed(recipe.dropout_seed(step))
         optimizer.learning_rate = recipe.learning_rate(step)
-        labels = mx.array(batch.labels.reshape(-1)[batch.targets])
-        loss, gradients = loss_and_gradients(mx.array(batch.inputs), mx.array(batch.targets.astype(np.int32)), labels)
+        while True:
+            mx.random.seed(recipe.dropout_seed(step))
+            try:
+                loss: Any = 0.0
+                gradients = None
+                for part in batch.split(setup.parts):
+                    one, added = loss_and_gradients(*_arguments(part, batch.num_targets))
+                    gradients = added if gradients is None else tree_map(mx.add, gradients, added)
+                    loss = loss + one
+                    mx.eval(loss, gradients)  # so that the parts are taken one after the other
+                break
+            except (RuntimeError, MemoryError) as error:
+                setup = _smaller(model, setup, len(batch.inputs), error)
         optimizer.update(model, _clipped(gradients, recipe.clip_norm))
-        mx.eval(loss, model.trainable_parameters(), optimizer.state)
+        mx.eval(model.trainable_parameters(), optimizer.state)
         seconds = time.perf_counter() - began
-        on_step(Progress(step + 1, plan.total_steps, loss.item(), batch.num_targets, seconds, arrays))
+        on_step(Progress(step + 1, plan.total_steps, loss.item(), batch.num_targets, seconds, setup, arrays))
     return Adapter({name: _factors(layer) for name, layer in layers.items()})
 
 
-def _model(base: Path) -> Any:
-    """The base in float32, frozen. In evaluation mode: LoRA's dropout is the recipe's, the base's own would not be."""
+def _arguments(batch: Batch, count: int) -> tuple[Any, Any, Any, int]:
+    """Of the loss: inputs (B, T), where targets are in them (targets,), the targets, and how many the step has."""
+    return mx.array(batch.inputs), mx.array(batch.targets.astype(np.int32)), mx.array(batch.targeted), count
+
+
+def _smaller(model: Any, setup: Setup, batch_size: int, error: RuntimeError | MemoryError) -> Setup:
+    """The next smaller setup, if it is memory that failed; raises the error if not."""
+    # Metal: "Attempting to allocate …", "Unable to allocate …", "Insufficient Memory".
+    if not isinstance(error, MemoryError) and not any(
+        word in str(error) for word in ("llocate", "Insufficient Memory")
+    ):
+        raise error
+    mx.clear_cache()
+    found = setup.smaller(batch_size)
+    if found is None:
+        raise too_little_memory() from error
+    if found.checkpointing:
+        _checkpoint(model)
+    return found
+
+
+def _model(base: Path, setup: Setup) -> Any:
+    """The base, frozen. In evaluation mode: LoRA's dropout is the recipe's, the base's own would not be."""
     rope = _rope(settings.read(base / "config.json", BadModel))
     try:
         model, _ = load_model(base, lazy=True, model_config=rope)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise BadModel(f"{base} holds no model that mlx-lm can load: {error}") from error
-    model.set_dtype(mx.float32)
+    model.set_dtype(getattr(mx, setup.precision))
+    if setup.bits:
+        nn.quantize(model, _GROUP, setup.bits, class_predicate=_can_be_rounded)
     model.freeze()
     return model.eval()
+
+
+def _can_be_rounded(path: str, module: Any) -> bool:
+    """As for PyTorch, embeddings and the output layer stay."""
+    return isinstance(module, nn.Linear) and "lm_head" not in path and module.weight.shape[-1] % _GROUP == 0
+
+
+def _checkpoint(model: Any) -> None:
+    """Have decoder layers compute their activations again on the way back rather than keep them."""
+    for layer in model.layers:
+        forward = type(layer).__call__
+
+        def again(self: Any, *args: Any, forward: Any = forward, **kwargs: Any) -> Any:
+            here, after = (int(seed) for seed in np.array(mx.random.randint(0, 1 << 30, (2,))))
+
+            def run(weights: Any, *args: Any, **kwargs: Any) -> Any:
+                mx.random.seed(here)  # both times the same units drop out
+                self.update(weights)
+                return forward(self, *args, **kwargs)
+
+            output = mx.checkpoint(run)(self.trainable_parameters(), *args, **kwargs)
+            mx.random.seed(after)
+            return output
+
+        layer.__class__ = type(type(layer).__name__, (type(layer),), {"__call__": again})
 
 
 def _rope(config: Settings) -> dict[str, Any]:
@@ -139,13 +207,13 @@ def _rope(config: Settings) -> dict[str, Any]:
 
 def _adapt(model: Any, initial: Adapter, recipe: Recipe) -> dict[str, Any]:
     """Put LoRA on exactly the modules of `initial`, with its factors; returns the layers by module name."""
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.QuantizedLinear)}
     layers = {}
     for name, factors in initial.modules.items():
         if name not in linears:
             raise LayoutMismatch(f"the model has no linear layer {name}")
-        if Shape(*linears[name].weight.shape) != factors.shape:
-            raise LayoutMismatch(f"{name} adapts {factors.shape}, the model's is {linears[name].weight.shape}")
+        if (shape := _shape(linears[name])) != factors.shape:
+            raise LayoutMismatch(f"{name} adapts {factors.shape}, the model's is {shape}")
         scaling = recipe.scaling(factors.rank)
         layer = LoRALinear.from_base(linears[name], r=factors.rank, dropout=recipe.dropout, scale=scaling)
         layer.lora_a, layer.lora_b = mx.array(factors.a.T), mx.array(factors.b.T / scaling)
@@ -153,6 +221,11 @@ def _adapt(model: Any, initial: Adapter, recipe: Recipe) -> dict[str, Any]:
         layers[name] = layer
     model.update_modules(tree_unflatten(list(layers.items())))
     return layers
+
+
+def _shape(linear: Any) -> Shape:
+    out, into = linear.weight.shape
+    return Shape(out, into * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else into)
 
 
 def _arrays(layers: dict[str, Any], optimizer: Any) -> dict[str, NDArray[np.float32]]:
@@ -177,8 +250,8 @@ def _go_on(model: Any, layers: dict[str, Any], optimizer: Any, snapshot: Snapsho
     optimizer.state = tree_unflatten(list(state.items()))
 
 
-def _loss_at_targets(model: Any) -> Callable[[Any, Any, Any], Any]:
-    """Mean cross-entropy over a batch's targets, with the output layer run at the targets only.
+def _loss_at_targets(model: Any) -> Callable[[Any, Any, Any, int], Any]:
+    """Cross-entropy over a batch's targets divided by their count in the step, the output layer run at targets only.
 
     Hidden states are picked where they leave the inner model, so that whatever the model does to make logits of them
     (tied weights, scaling, soft caps) stays its own business. A module has no hooks; it changes its class instead.
@@ -195,14 +268,14 @@ def _loss_at_targets(model: Any) -> Callable[[Any, Any, Any], Any]:
 
         inner.__class__ = type(type(inner).__name__, (type(inner),), {"__call__": pick})
 
-    def loss(inputs: Any, positions: Any, labels: Any) -> Any:
+    def loss(inputs: Any, positions: Any, labels: Any, count: int) -> Any:
         nonlocal targets
         targets = positions
         logits = model(inputs)
         logits = logits.reshape(-1, logits.shape[-1])
         if logits.shape[0] != positions.size:
             logits = logits[positions]
-        return nn.losses.cross_entropy(logits.astype(mx.float32), labels, reduction="mean")
+        return nn.losses.cross_entropy(logits.astype(mx.float32), labels, reduction="sum") / count
 
     return loss
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from converters.adapter import Adapter, LowRank, Shape
-from converters.errors import BadModel, LayoutMismatch
-from edge_client.backends import Progress
-from edge_client.batches import Batch, Batches
+from converters.adapter import Adapter
+from converters.errors import BadModel, UsageError
+from edge_client.backends import EXACT, Progress, Setup, too_little_memory
+from edge_client.batches import Batches
 from edge_client.recipe import Recipe
 from edge_client.snapshot import Snapshot
 
@@ -23,15 +24,16 @@ name = "torch"
 _missing: str | None = None
 try:
     import torch
-    from peft import LoraConfig, inject_adapter_in_model
-    from torch.nn import functional
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.modeling_layers import GradientCheckpointingLayer
     from transformers.utils import logging
+
+    from edge_client.backends import torch_lora
+    from edge_client.backends.torch_loss import TargetLoss
 except ImportError as error:
     _missing = str(error)
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -46,6 +48,16 @@ def device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def precision() -> str:
+    if torch.cuda.is_available():
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif torch.backends.mps.is_available():
+        has = True
+    else:
+        has = bool(torch.cpu.get_capabilities().get("avx512_bf16")) if hasattr(torch.cpu, "get_capabilities") else False
+    return "bfloat16" if has else "float32"
+
+
 def train(
     base: Path,
     initial: Adapter,
@@ -53,11 +65,12 @@ def train(
     plan: Batches,
     on_step: Callable[[Progress], None],
     snapshot: Snapshot | None = None,
+    setup: Setup = EXACT,
 ) -> Adapter:
-    model = _model(base).to(device())
-    layers = _adapt(model, initial, recipe)
-    loss_of = _loss_at_targets(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    model = _model(base, setup)
+    layers = torch_lora.adapt(model, initial, recipe)
+    loss = TargetLoss(model)
+    trained = [weight for _, weight in torch_lora.weights(layers)]
     optimizer = torch.optim.AdamW(trained, lr=0.0, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay)
     if snapshot is not None:
         _go_on(layers, optimizer, snapshot)
@@ -65,72 +78,89 @@ def train(
     for step in range(snapshot.step if snapshot else 0, plan.total_steps):
         began = time.perf_counter()
         batch = plan.batch(step)
-        torch.manual_seed(recipe.dropout_seed(step))
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate(step)
-        loss = loss_of(batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        while True:
+            _checkpoint(model, setup.checkpointing)
+            torch.manual_seed(recipe.dropout_seed(step))
+            try:
+                total = sum(loss.backward(part, batch.num_targets) for part in batch.split(setup.parts))
+                break
+            except (RuntimeError, MemoryError) as error:
+                optimizer.zero_grad()
+                setup = _smaller(setup, len(batch.inputs), error)
         torch.nn.utils.clip_grad_norm_(trained, recipe.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
+        loss_now = float(total)
         seconds = time.perf_counter() - began
-        on_step(Progress(step + 1, plan.total_steps, loss.item(), batch.num_targets, seconds, arrays))
+        on_step(Progress(step + 1, plan.total_steps, loss_now, batch.num_targets, seconds, setup, arrays))
     return Adapter(
-        {name: _factors(layer, recipe.scaling(initial.modules[name].rank)) for name, layer in layers.items()}
+        {name: torch_lora.factors(layer, recipe.scaling(initial.modules[name].rank)) for name, layer in layers.items()}
     )
 
 
-def _model(base: Path) -> PreTrainedModel:
-    """The base in float32. In evaluation mode: LoRA's dropout is the recipe's, the base's own would not be."""
+def _smaller(setup: Setup, batch_size: int, error: RuntimeError | MemoryError) -> Setup:
+    """The next smaller setup, if it is memory that failed; raises the error if not."""
+    # Only CUDA has a type of its own for it; MPS says "out of memory", the CPU's allocator "can't allocate memory".
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    if not isinstance(error, kinds) and not any(words in str(error) for words in ("out of memory", "allocate memory")):
+        raise error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    found = setup.smaller(batch_size)
+    if found is None:
+        raise too_little_memory() from error
+    return found
+
+
+def _model(base: Path, setup: Setup) -> PreTrainedModel:
+    """The base, on the device. In evaluation mode: LoRA's dropout is the recipe's, the base's own would not be."""
     logging.disable_progress_bar()
+    dtype = getattr(torch, setup.precision)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(base), dtype=torch.float32, trust_remote_code=False, use_safetensors=True, local_files_only=True
+            str(base),
+            dtype=dtype,
+            quantization_config=_quantisation(setup.bits, dtype),
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise BadModel(f"{base} holds no model that transformers can load: {error}") from error
     model.config.use_cache = False
-    return model.eval()
+    return model.eval() if setup.bits else model.to(device()).eval()
 
 
-def _adapt(model: PreTrainedModel, initial: Adapter, recipe: Recipe) -> dict[str, Any]:
-    """Put LoRA on exactly the modules of `initial`, with its factors; returns the layers by module name."""
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    for name, factors in initial.modules.items():
-        if name not in linears:
-            raise LayoutMismatch(f"the model has no linear layer {name}")
-        if Shape(*linears[name].weight.shape) != factors.shape:
-            raise LayoutMismatch(f"{name} adapts {factors.shape}, the model's is {tuple(linears[name].weight.shape)}")
-    ranks = initial.ranks
-    common = next(iter(ranks.values()))
-    config = LoraConfig(
-        r=common,
-        lora_alpha=recipe.alpha,
-        lora_dropout=recipe.dropout,
-        target_modules=list(ranks),
-        rank_pattern={name: rank for name, rank in ranks.items() if rank != common},
+def _quantisation(bits: int, dtype: torch.dtype) -> Any:
+    """How QLoRA keeps a base (arXiv 2305.14314): NF4 with quantised constants; or LLM.int8()."""
+    if not bits:
+        return None
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError("a quantised base needs bitsandbytes", hint="pip install 'oneround[quantised]'")
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
     )
-    inject_adapter_in_model(config, model)  # freezes everything else
-    layers = {name: model.get_submodule(name) for name in ranks}
-    for name, layer in layers.items():
-        factors = initial.modules[name]
-        with torch.no_grad():
-            layer.lora_A["default"].weight.copy_(torch.tensor(factors.a))
-            layer.lora_B["default"].weight.copy_(torch.tensor(factors.b / recipe.scaling(factors.rank)))
-        layer.lora_dropout.train()
-    return layers
 
 
-def _weights(layers: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What is trained, by its name in a snapshot."""
-    for name, layer in layers.items():
-        yield f"{name}.a", layer.lora_A["default"].weight
-        yield f"{name}.b", layer.lora_B["default"].weight
+def _checkpoint(model: PreTrainedModel, wanted: bool) -> None:
+    """Whether decoder layers keep their activations or compute them again. A layer asks for it in training mode only;
+    what is in it stays in evaluation mode."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = module.gradient_checkpointing = wanted
+            module._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
 
 
 def _arrays(layers: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, NDArray[np.float32]]:
     found = {}
-    for name, weight in _weights(layers):
+    for name, weight in torch_lora.weights(layers):
         moments = optimizer.state[weight]
         for key, tensor in (
             (name, weight.detach()),
@@ -142,7 +172,7 @@ def _arrays(layers: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[st
 
 
 def _go_on(layers: dict[str, Any], optimizer: torch.optim.Optimizer, snapshot: Snapshot) -> None:
-    for name, weight in _weights(layers):
+    for name, weight in torch_lora.weights(layers):
         kept, first, second = (
             torch.tensor(snapshot.arrays[key], device=weight.device)
             for key in (name, f"{name}.first", f"{name}.second")
@@ -154,35 +184,3 @@ def _go_on(layers: dict[str, Any], optimizer: torch.optim.Optimizer, snapshot: S
             "exp_avg": first,
             "exp_avg_sq": second,
         }
-
-
-def _loss_at_targets(model: PreTrainedModel) -> Callable[[Batch], Tensor]:
-    """Mean cross-entropy over a batch's targets, with the output layer run at the targets only.
-
-    Hidden states are picked where they leave the inner model, so that whatever the model does to make logits of them
-    (tied weights, scaling, soft caps) stays its own business.
-    """
-    targets = torch.empty(0)
-
-    def pick(_module: torch.nn.Module, _args: object, output: Any) -> Any:
-        output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[targets][None]  # (1, targets, D)
-        return output
-
-    if model.base_model is not model:
-        model.base_model.register_forward_hook(pick)
-
-    def loss(batch: Batch) -> Tensor:
-        nonlocal targets
-        targets = torch.from_numpy(batch.targets).to(model.device)
-        logits = model(torch.from_numpy(batch.inputs).to(model.device)).logits.flatten(0, 1)
-        labels = torch.from_numpy(batch.labels.reshape(-1)).to(model.device)[targets].long()
-        return functional.cross_entropy(
-            logits.float() if len(logits) == len(targets) else logits[targets].float(), labels
-        )
-
-    return loss
-
-
-def _factors(layer: Any, scaling: float) -> LowRank:
-    a, b = (part["default"].weight.detach().float().cpu().numpy() for part in (layer.lora_A, layer.lora_B))
-    return LowRank(a.copy(), (b * np.float32(scaling)).astype(np.float32))

@@ -13,7 +13,7 @@ from converters import adapter
 from converters.adapter import Adapter, LowRank, Shape
 from converters.errors import BadData, BadModel, LayoutMismatch, UsageError
 from edge_client import backends, examples
-from edge_client.backends import BACKENDS, Backend, Progress
+from edge_client.backends import BACKENDS, Backend, Progress, Setup
 from edge_client.batches import Batches
 from edge_client.recipe import Recipe
 from oneround.v1 import federation_pb2 as pb
@@ -194,7 +194,7 @@ def test_models_that_do_not_fit(tmp_path: Path, name: str) -> None:
 
 def test_a_diverged_loss_is_an_error() -> None:
     with pytest.raises(BadData, match="training diverged: the loss of step 3 is nan"):
-        Progress(3, 10, float("nan"), 5, 0.1, dict)
+        Progress(3, 10, float("nan"), 5, 0.1, Setup(), dict)
 
 
 @pytest.mark.parametrize("name", ["auto", *usable])

@@ -14,7 +14,7 @@ from converters import tensors
 from converters.adapter import Adapter, LowRank
 from converters.errors import Refused
 from edge_client import backends, session, snapshot
-from edge_client.backends import BACKENDS, Progress
+from edge_client.backends import BACKENDS, Progress, Setup
 from edge_client.batches import Batches
 from edge_client.outbox import Outbox
 from edge_client.recipe import Recipe
@@ -93,7 +93,7 @@ def test_a_snapshot_of_another_run_is_of_no_use(tmp_path: Path) -> None:
 def test_a_disk_that_takes_no_snapshot_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     box = Outbox(tmp_path / "gone")
     keeping = session.Keeping(box, "run", 0.0, Screen(as_json=True))
-    progress = Progress(1, 2, 0.5, 10, 0.1, lambda: {"x.a": np.ones((2, 3), np.float32)})
+    progress = Progress(1, 2, 0.5, 10, 0.1, Setup(), lambda: {"x.a": np.ones((2, 3), np.float32)})
     for _ in range(3):
         keeping.after([0.5], progress, now=True)
     assert capsys.readouterr().out.count("not_kept") == 1

@@ -13,7 +13,7 @@ from converters.errors import BadData, Refused, Unreachable
 from coordinator import job
 from edge_client import remote as remotes
 from edge_client import session
-from edge_client.backends import Progress
+from edge_client.backends import EXACT, Progress, Setup
 from edge_client.batches import Batches
 from edge_client.identity import Pins
 from edge_client.recipe import Recipe
@@ -39,6 +39,9 @@ class Quick:
     def device(self) -> str:
         return "cpu"
 
+    def precision(self) -> str:
+        return "float32"
+
     def train(
         self,
         base: Path,
@@ -47,12 +50,13 @@ class Quick:
         plan: Batches,
         on_step: Callable[[Progress], None],
         snapshot: Snapshot | None = None,
+        setup: Setup = EXACT,
     ) -> Adapter:
         self.runs += 1
         assert (base / "model.safetensors").exists()
         for step in range(plan.total_steps):
             time.sleep(self._pause)
-            on_step(Progress(step + 1, plan.total_steps, 1.0, plan.batch(step).num_targets, 0.01, dict))
+            on_step(Progress(step + 1, plan.total_steps, 1.0, plan.batch(step).num_targets, 0.01, Setup(), dict))
         return Adapter({name: LowRank(f.a, np.ones_like(f.b)) for name, f in initial.modules.items()})
 
 

@@ -33,28 +33,28 @@ def modules_of(folder: Path) -> dict[str, Shape]:
     return modules(*(config[key] for key in (*keys, *heads)))
 
 
-def llama(folder: Path, *, tied: bool) -> Path:
+def llama(folder: Path, *, tied: bool, hidden: int = HIDDEN, inner: int = INNER, kv_heads: int = KV_HEADS) -> Path:
     """Write a random model in the Hugging Face layout."""
     rng = np.random.default_rng(1)
-    shapes = modules(HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, HEAD_DIM)
+    shapes = modules(hidden, inner, LAYERS, HEADS, kv_heads, HEAD_DIM)
     tensors = {f"{name}.weight": rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()}
-    tensors["model.embed_tokens.weight"] = rng.normal(0, 0.5, (VOCAB, HIDDEN)).astype(np.float32)
+    tensors["model.embed_tokens.weight"] = rng.normal(0, 0.5, (VOCAB, hidden)).astype(np.float32)
     norms = [f"model.layers.{i}.{n}layernorm" for i in range(LAYERS) for n in ("input_", "post_attention_")]
     for name in ("model.norm", *norms):
-        tensors[f"{name}.weight"] = rng.uniform(0.5, 1.5, HIDDEN).astype(np.float32)
+        tensors[f"{name}.weight"] = rng.uniform(0.5, 1.5, hidden).astype(np.float32)
     if not tied:
-        tensors["lm_head.weight"] = rng.normal(0, 0.5, (VOCAB, HIDDEN)).astype(np.float32)
+        tensors["lm_head.weight"] = rng.normal(0, 0.5, (VOCAB, hidden)).astype(np.float32)
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": VOCAB,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
+        "num_key_value_heads": kv_heads,
         "head_dim": HEAD_DIM,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
@@ -68,11 +68,11 @@ def llama(folder: Path, *, tied: bool) -> Path:
     return folder
 
 
-def examples(count: int = 60, seed: int = 0) -> list[Example]:
-    """Random ids of 3 to 20 tokens whose first few are not targets."""
+def examples(count: int = 60, seed: int = 0, lengths: tuple[int, int] = (3, 20)) -> list[Example]:
+    """Random ids of so many tokens, from the least to the most, whose first few are not targets."""
     rng = np.random.default_rng(seed)
     made = []
-    for length in rng.integers(3, 21, count):
+    for length in rng.integers(lengths[0], lengths[1] + 1, count):
         is_target = np.arange(length) >= rng.integers(1, length)
         made.append(Example(rng.integers(0, VOCAB, length).astype(np.int32), is_target))
     return made

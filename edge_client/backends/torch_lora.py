@@ -1,0 +1,104 @@
+"""LoRA on a PyTorch model: PEFT puts it there, and where it can be, its arithmetic is done in fewer and fused steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor
+from torch.nn import functional
+
+from converters.adapter import Adapter, LowRank, Shape
+from converters.errors import LayoutMismatch
+from edge_client.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "default"  # of PEFT's adapters
+
+
+def adapt(model: PreTrainedModel, initial: Adapter, recipe: Recipe) -> dict[str, Any]:
+    """Put LoRA on exactly the modules of `initial`, with its factors in float32; returns the layers by module name.
+
+    Everything else is frozen.
+
+    Raises:
+        LayoutMismatch: the model lacks a module of `initial`, or has it in another shape.
+    """
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    for name, factors in initial.modules.items():
+        if name not in linears:
+            raise LayoutMismatch(f"the model has no linear layer {name}")
+        shape = Shape(linears[name].out_features, linears[name].in_features)  # a quantised weight has another shape
+        if shape != factors.shape:
+            raise LayoutMismatch(f"{name} adapts {factors.shape}, the model's is {shape}")
+    ranks = initial.ranks
+    common = next(iter(ranks.values()))
+    config = LoraConfig(
+        r=common,
+        lora_alpha=recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=list(ranks),
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != common},
+    )
+    inject_adapter_in_model(config, model)
+    layers = {name: model.get_submodule(name) for name in ranks}
+    for name, layer in layers.items():
+        factors = initial.modules[name]
+        scaling = recipe.scaling(factors.rank)
+        a, b = layer.lora_A[NAME].float(), layer.lora_B[NAME].float()
+        with torch.no_grad():
+            a.weight.copy_(torch.tensor(factors.a))
+            b.weight.copy_(torch.tensor(factors.b / scaling))
+        layer.lora_dropout.train()
+        if not recipe.dropout and type(layer.get_base_layer()) is torch.nn.Linear:
+            layer.forward = partial(_forward, layer, scaling)
+    return layers
+
+
+def weights(layers: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What is trained, by its name in a snapshot."""
+    for name, layer in layers.items():
+        yield f"{name}.a", layer.lora_A[NAME].weight
+        yield f"{name}.b", layer.lora_B[NAME].weight
+
+
+def factors(layer: Any, scaling: float) -> LowRank:
+    """The layer's factors in the common layout: scaling folded into B."""
+    a, b = (part[NAME].weight.detach().float().cpu().numpy() for part in (layer.lora_A, layer.lora_B))
+    return LowRank(a.copy(), (b * scaling).astype(a.dtype))
+
+
+def _forward(layer: Any, scaling: float, x: Tensor) -> Tensor:
+    base, a, b = layer.get_base_layer(), layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+    y: Tensor = _Sum.apply(x, base.weight, base.bias, a.to(x.dtype), (scaling * b).to(x.dtype))  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Sum(torch.autograd.Function):
+    """x Wᵀ + bias + (x Aᵀ) Bᵀ, where W and bias are frozen.
+
+    The second product is added to the first as it is made, and so it is on the way back: no pass over (N, out) or
+    (N, in) that is not a matrix product, and of the activations only x and the narrow x Aᵀ are kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])  # (N, in)
+        narrow = flat @ a.t()  # (N, r)
+        y = functional.linear(flat, weight, bias).addmm_(narrow, b.t())  # (N, out)
+        ctx.save_for_backward(flat, weight, a, b, narrow)
+        ctx.shape = x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor]:
+        flat, weight, a, b, narrow = ctx.saved_tensors
+        dy = gradients[0].reshape(-1, weight.shape[0])
+        d_narrow = dy @ b
+        dx = (dy @ weight).addmm_(d_narrow, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return dx, None, None, d_narrow.t() @ flat, dy.t() @ narrow
