@@ -87,7 +87,7 @@ class Remote:
             BadData: what came is not what was announced.
         """
         to.parent.mkdir(parents=True, exist_ok=True)
-        partial = to.with_name(f".{to.name}.{artifact.digest[:12]}")  # what is here of another version does not help
+        partial = partial_path(to, artifact)
         sink = await asyncio.to_thread(stream.Sink, partial, tensors.sync)
         try:
             offset = partial.stat().st_size
@@ -199,6 +199,11 @@ def local_path(folder: Path, artifact: pb.Artifact) -> Path:
     if not stream.is_digest(artifact.digest):
         raise BadData(f"the coordinator names no SHA-256 for {artifact.name}")
     return folder.joinpath(*name.parts)
+
+
+def partial_path(to: Path, artifact: pb.Artifact) -> Path:
+    """Where an artifact is while it comes; what is here of another version does not help."""
+    return to.with_name(f".{to.name}.{artifact.digest[:12]}")
 
 
 async def _certificate(server: str) -> bytes:
