@@ -139,7 +139,12 @@ def _set_clock() -> str:
 async def job(case: Case) -> Finding | None:
     if case.remote is None or case.jobs is None:
         return None
-    announced = await case.remote.describe(case.job_name)
+    try:
+        announced = await case.remote.describe(case.job_name)
+    except Refused as error:
+        names = ", ".join(each.spec.name for each in case.jobs.jobs if each.takes_contributions)
+        error.hint = error.hint or (f"--job with one of: {names}" if names else "ask the operator for a job")
+        raise
     session.check(announced)
     name = announced.spec.name
     case.job, box = announced, outbox.outbox(case.state, announced)
@@ -194,8 +199,10 @@ async def data(case: Case) -> Finding | None:
         says += (
             f"; {plan.num_targets:,} target tokens, {plan.total_steps:,} steps; the longest row has {made.longest:,}"
         )
-        if cut or dropped:
-            says += f"; {cut:,} are cut at {train.max_seq_len} tokens, and {dropped:,} dropped with no answer left"
+        if cut:
+            says += f"; {cut:,} are cut at {train.max_seq_len} tokens"
+        if dropped:
+            says += f"; {dropped:,} have no answer left within {train.max_seq_len} tokens and are dropped"
     if skipped:
         says += f"; {skipped:,} bad rows are skipped"
     if cut or dropped or skipped:

@@ -48,7 +48,6 @@ class Case:
     job: pb.Job | None = None
     done: bool = False  # trained already; only sending is left, if anything
     base: Path | None = None  # the base model's folder; or one with its small files
-    base_is_here: bool = False
     longest: int | None = None  # tokens of the longest row
     open_now: AsyncExitStack = field(default_factory=AsyncExitStack)
 
