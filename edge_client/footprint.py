@@ -22,7 +22,7 @@ _RUNTIME_BYTES = 64 << 20  # threads, libraries that are loaded late
 # on a CPU leaves that to malloc, which fragments; MLX pools its blocks.
 _OVERHEAD = {"torch": 2.25, "mlx": 1.25}
 _ON_THIS_MEMORY = ("cpu", "mps", "metal")  # devices that share the machine's memory
-_KEEPS_ATTENTION = frozenset({"mlx"})  # its fused attention has no gradient, so the weights are kept
+_KEEPS_ATTENTION = frozenset({"mlx"})  # (heads, T, T) for the backward pass, by what was measured
 
 
 @dataclass(frozen=True)
