@@ -161,23 +161,54 @@ def replace(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
 def placed(path: Path) -> Iterator[BinaryIO]:
     """A file to write under a temporary name, which appears at `path` when the block ends well, and else not at all.
 
-    Written, synced, renamed, and the folder synced.
+    Written, synced, renamed, and the folder synced. What is there under the temporary name is written over, so that
+    room which was reserved is used and not given back first.
 
     Raises:
         NotEnough: the disk is full.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
+    temporary = partial(path)
+    with _whole_or_gone(path):
+        with temporary.open("r+b" if temporary.exists() else "wb") as file:
             yield file
+            file.truncate()
             sync(file)
-        partial.replace(path)
+        temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def partial(path: Path) -> Path:
+    """The temporary name under which a file is written."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def reserve(path: Path, size: int) -> None:
+    """Take room on the disk now for the `size` bytes that will be written to `path` by `placed`.
+
+    Raises:
+        NotEnough: there is none.
+    """
+    with _whole_or_gone(path), partial(path).open("ab") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except (AttributeError, OSError) as error:  # macOS has no such call, nor have some file systems
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise
+            for start in range(file.tell(), size, 1 << 20):  # what is written is there
+                file.write(bytes(min(1 << 20, size - start)))
+        sync(file)
+
+
+@contextmanager
+def _whole_or_gone(path: Path) -> Iterator[None]:
+    """Nothing is left under the temporary name when a block fails; a full disk is NotEnough."""
+    try:
+        yield
     except BaseException as error:
-        partial.unlink(missing_ok=True)
+        partial(path).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in FULL:
             raise NotEnough(f"there is no room on the disk for {path}") from error
         raise
-    sync_folder(path.parent)
 
 
 def sync(file: BinaryIO) -> None:

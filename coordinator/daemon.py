@@ -329,6 +329,14 @@ class Daemon:
         """All that is known of a job; for the operator."""
         return await offload(self.statuses.whole, name)
 
+    async def describe(self, name: str) -> pb.Job:
+        """What a client would be told to do; of the only open job, if none is named."""
+        return (await offload(self._store.announced, name or await self._only_open())).job
+
+    def now(self) -> float:
+        """Seconds since the Unix epoch, by this coordinator's clock."""
+        return self._clock()
+
     async def all(self) -> list[pb.JobStatus]:
         """Every job, without its clients."""
         return [await offload(self.statuses.outline, name) for name in await offload(self._store.names)]

@@ -208,7 +208,11 @@ class Federation(rpc.FederationServicer):
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsReply:
         async with _answered(context, "ListJobs", request):
-            return pb.ListJobsReply(jobs=await self._daemon.all())
+            return pb.ListJobsReply(jobs=await self._daemon.all(), now_unix=self._daemon.now())
+
+    async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.Job:
+        async with _answered(context, "Describe", request):
+            return await self._daemon.describe(request.job)
 
     async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinReply:
         async with _answered(context, "Join", request):

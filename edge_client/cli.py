@@ -21,6 +21,8 @@ from rich.table import Table
 from converters import command, llama
 from converters.errors import BadData, NotEnough, Refused, Unreachable, UsageError
 from edge_client import backends, discovery, identity, local_model, outbox, reach, session
+from edge_client import doctor as examination
+from edge_client.finding import Case
 from edge_client.remote import Remote, local_path
 from edge_client.screen import Screen
 from oneround import stream, tls
@@ -127,6 +129,28 @@ def discover(
         table.add_row(escape(each.name), "\n".join(each.addresses), known, tls.grouped(each.fingerprint))
     out.print(table)
     out.print("Compare the fingerprint with the one that `coordinator serve` printed; anybody can use a name.")
+
+
+@app.command(epilog="Example: edge-client doctor --server host:50051 --data notes/")
+def doctor(
+    server: Server = "",
+    job: Annotated[str, typer.Option(help="The job; not needed when only one is open.")] = "",
+    data: Annotated[Path, typer.Option(help="A file or folder: .jsonl, .json, .parquet or .txt.")] = Path("data"),
+    backend: Annotated[str, typer.Option(help="auto, torch or mlx.")] = "auto",
+    model: Annotated[Path | None, typer.Option(help="The base model's folder, if it is on this machine.")] = None,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Skip and count rows that cannot be used.")
+    ] = False,
+    state: State = _DEFAULT_STATE,
+    insecure: Insecure = False,
+    as_json: Json = False,
+) -> None:
+    """What would stop this machine from taking part, and the way out. It joins no job and changes nothing.
+
+    Takes what join takes. The exit code is that of the first problem, 0 if there is none.
+    """
+    case = Case(state, server, job, data, backend, model, insecure, skip_bad_rows)
+    raise typer.Exit(asyncio.run(examination.report(case, Screen(as_json), as_json=as_json)))
 
 
 @app.command(epilog="Example: edge-client status")

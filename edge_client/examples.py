@@ -34,12 +34,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Tokenised:
-    """Examples, and how many rows were cut at max_seq_len, had no target left, or were bad."""
+    """Examples, and how many rows were cut at max_seq_len, had no target left, or were bad; and the longest row, in
+    tokens before anything was cut."""
 
     examples: tuple[Example, ...]
     truncated: int = 0
     dropped: int = 0
     skipped: int = 0
+    longest: int = 0
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -70,10 +72,12 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, max_seq_len: int, *, ski
         BadData: a conversation that the model's chat template refuses, or `messages` for a model without one.
     """
     examples: list[Example] = []
-    truncated = dropped = skipped = 0
+    truncated = dropped = skipped = longest = 0
     for row in rows:
         if isinstance(row, Text):
-            pieces = windows(_encoded(row.text, tokenizer), max_seq_len)
+            ids = _encoded(row.text, tokenizer)
+            longest = max(longest, len(ids))
+            pieces = windows(ids, max_seq_len)
             dropped += not pieces
             examples += pieces
             continue
@@ -84,13 +88,14 @@ def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, max_seq_len: int, *, ski
                 raise
             skipped += 1
             continue
+        longest = max(longest, len(example.ids))
         cut = Example(example.ids[:max_seq_len], example.is_target[:max_seq_len])
         if not cut.num_targets:
             dropped += 1
             continue
         truncated += len(cut.ids) < len(example.ids)
         examples.append(cut)
-    return Tokenised(tuple(examples), truncated, dropped, skipped)
+    return Tokenised(tuple(examples), truncated, dropped, skipped, longest)
 
 
 def windows(ids: Sequence[int], max_seq_len: int) -> list[Example]:

@@ -21,7 +21,7 @@ from google.protobuf.message import Message
 
 from converters import adapter, tensors
 from converters.adapter import Adapter
-from converters.errors import BadData, Refused, UsageError
+from converters.errors import BadData, NotEnough, Refused, UsageError
 from oneround import stream
 from oneround.v1 import federation_pb2 as pb
 
@@ -49,13 +49,18 @@ class Outbox:
     def adapter(self) -> Path:
         return self.folder / "trained.safetensors"
 
+    @property
+    def record(self) -> Path:
+        """What the finished adapter declares; it is finished when this is there."""
+        return self.folder / "trained.json"
+
     def joined(self) -> pb.JoinReply | None:
         """The lease and the job as they were announced."""
         return _read(self.folder / "joined.json", pb.JoinReply())
 
     def trained(self) -> pb.Declaration | None:
         """What the finished adapter declares; None while there is none."""
-        return _read(self.folder / "trained.json", pb.Declaration())
+        return _read(self.record, pb.Declaration())
 
     def receipt(self) -> pb.Receipt | None:
         return _read(self.folder / "receipt.json", pb.Receipt())
@@ -70,11 +75,19 @@ class Outbox:
         return (self.folder / "server").read_text()
 
     def keep_trained(self, trained: Adapter, dtype: str, declaration: pb.Declaration) -> pb.Declaration:
-        """Write the adapter as it will travel, then the declaration with its digest and size."""
-        adapter.write(trained, self.adapter, dtype)
-        declaration.digest = stream.digest(self.adapter)
-        declaration.size = self.adapter.stat().st_size
-        _write(self.folder / "trained.json", declaration)
+        """Write the adapter as it will travel, then the declaration with its digest and size.
+
+        Raises:
+            NotEnough: the disk is full. The last snapshot stays.
+        """
+        try:
+            adapter.write(trained, self.adapter, dtype)
+            declaration.digest = stream.digest(self.adapter)
+            declaration.size = self.adapter.stat().st_size
+            _write(self.record, declaration)
+        except NotEnough as error:
+            error.hint = "make room there, and run the same command again: training goes on from where it was last kept"
+            raise
         self.snapshot.unlink(missing_ok=True)
         return declaration
 
@@ -83,7 +96,7 @@ class Outbox:
         has not been sent yet stays."""
         done = self.trained()
         if done is not None and done.digest == sent:
-            for file in (self.folder / "trained.json", self.adapter, self.folder / "receipt.json"):
+            for file in (self.record, self.adapter, self.folder / "receipt.json"):
                 file.unlink(missing_ok=True)
 
     def keep_receipt(self, receipt: pb.Receipt) -> pb.Receipt:

@@ -21,14 +21,16 @@ from oneround import tls
 
 
 @asynccontextmanager
-async def connected(server: str, state: Path, screen: Screen, insecure: bool, job: str = "") -> AsyncIterator[Remote]:
+async def connected(
+    server: str, state: Path, screen: Screen, insecure: bool, job: str = "", *, pin: bool = True
+) -> AsyncIterator[Remote]:
     """A connection to the named coordinator; or to the one that the job (or the last job) was joined at, wherever it is
-    now; or to the one on this network."""
+    now; or to the one on this network. With `pin` the key of one that was never seen before is pinned."""
 
     def on_first_use(address: str, fingerprint: str) -> None:
         screen.say("pinned", server=address, fingerprint=tls.grouped(fingerprint))
 
-    pins = identity.Pins(state)
+    pins = identity.Pins(state, keep=pin)
     places = [server or _joined_at(state, job)]
     if not places[0]:
         if insecure:  # who makes itself known speaks TLS

@@ -44,13 +44,24 @@ OnFirstUse = Callable[[str, str], None]  # called with the address and the finge
 class Remote:
     """A connection. Methods raise OneroundError: Refused for a no, Unreachable when nobody answers."""
 
-    def __init__(self, server: str, channel: grpc.aio.Channel) -> None:
+    def __init__(self, server: str, channel: grpc.aio.Channel, certificate: bytes = b"") -> None:
         self.server = server
+        self.certificate = certificate  # PEM; empty without TLS
         self._stub = rpc.FederationStub(channel)
 
     async def join(self, request: pb.JoinRequest) -> pb.JoinReply:
         async with self._readable():
             return await self._stub.Join(request, timeout=CALL_SECONDS)
+
+    async def jobs(self) -> pb.ListJobsReply:
+        """The jobs that the coordinator has, and its clock."""
+        async with self._readable():
+            return await self._stub.ListJobs(pb.ListJobsRequest(), timeout=CALL_SECONDS)
+
+    async def describe(self, name: str) -> pb.Job:
+        """What joining a job (the only open one, if empty) would announce."""
+        async with self._readable():
+            return await self._stub.Describe(pb.DescribeRequest(job=name), timeout=CALL_SECONDS)
 
     async def heartbeat(self, beat: pb.HeartbeatRequest) -> pb.HeartbeatReply:
         async with self._readable():
@@ -76,7 +87,7 @@ class Remote:
             BadData: what came is not what was announced.
         """
         to.parent.mkdir(parents=True, exist_ok=True)
-        partial = to.with_name(f".{to.name}.{artifact.digest[:12]}")  # what is here of another version does not help
+        partial = partial_path(to, artifact)
         sink = await asyncio.to_thread(stream.Sink, partial, tensors.sync)
         try:
             offset = partial.stat().st_size
@@ -159,6 +170,7 @@ async def connect(
         Refused: its key has changed.
         Unreachable: nobody answers there.
     """
+    certificate = b""
     if insecure:
         channel = grpc.aio.insecure_channel(server, _OPTIONS)
     else:
@@ -172,7 +184,7 @@ async def connect(
         credentials = grpc.ssl_channel_credentials(root_certificates=certificate)
         channel = grpc.aio.secure_channel(server, credentials, [*_OPTIONS, ("grpc.ssl_target_name_override", tls.NAME)])
     async with channel:
-        yield Remote(server, channel)
+        yield Remote(server, channel, certificate)
 
 
 def local_path(folder: Path, artifact: pb.Artifact) -> Path:
@@ -187,6 +199,11 @@ def local_path(folder: Path, artifact: pb.Artifact) -> Path:
     if not stream.is_digest(artifact.digest):
         raise BadData(f"the coordinator names no SHA-256 for {artifact.name}")
     return folder.joinpath(*name.parts)
+
+
+def partial_path(to: Path, artifact: pb.Artifact) -> Path:
+    """Where an artifact is while it comes; what is here of another version does not help."""
+    return to.with_name(f".{to.name}.{artifact.digest[:12]}")
 
 
 async def _certificate(server: str) -> bytes:

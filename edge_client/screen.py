@@ -32,6 +32,8 @@ SENTENCES = {
     "truncated": "[yellow]{truncated} examples were longer than {max_seq_len} tokens and were cut; "
     "{dropped} had no answer left and were dropped.[/yellow]",
     "skipped": "[yellow]{skipped} bad rows were skipped.[/yellow]",
+    "memory": "[yellow]Training may take {needed_gb:.1f} GB of memory, and {available_gb:.1f} GB are free: it may be "
+    "slow, or the system may end it. Close other programs.[/yellow]",
     "continued": "Training goes on after step {step} of {steps}",
     "anew": "[yellow]The data or the job is not what it was when training was interrupted; it starts anew.[/yellow]",
     "not_kept": "[yellow]How far training is cannot be kept: {why}. If it is interrupted now, steps are lost.[/yellow]",

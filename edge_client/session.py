@@ -18,7 +18,7 @@ from pathlib import Path
 from converters import adapter, checkpoint
 from converters.adapter import Adapter, Shape
 from converters.errors import BadData, NotEnough, OneroundError, Refused, Unreachable
-from edge_client import examples, outbox, snapshot
+from edge_client import disk, examples, footprint, outbox, snapshot
 from edge_client.backends import Backend, Progress
 from edge_client.batches import Batches
 from edge_client.outbox import Outbox
@@ -90,6 +90,7 @@ async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen)
     try:
         declaration = box.trained()
         if declaration is None:
+            disk.room(reply.job, taker.state, taker.model).require()
             declaration = await _train(remote, reply, box, taker, pulse, screen)
         else:
             screen.say("resumed", folder=str(box.folder))
@@ -218,6 +219,11 @@ async def _train(
         device=taker.backend.device(),
     )
 
+    disk.room(job, taker.state, taker.model).require()
+    await asyncio.to_thread(disk.keep_room, job, box)
+    outlook = footprint.outlook(base, job, taker.backend, prepared.longest)
+    if outlook is not None and outlook.short:
+        screen.say("memory", needed_gb=outlook.needed / 1e9, available_gb=(outlook.available or 0) / 1e9)
     run = snapshot.run_digest(taker.backend.name, job.initial.digest, recipe, plan)
     keeping = Keeping(box, run, taker.save_every, screen)
     kept = await asyncio.to_thread(snapshot.read, box.snapshot, run)

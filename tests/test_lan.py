@@ -35,6 +35,14 @@ def test_only_the_local_network_counts() -> None:
     assert lan.reachable(MACOS) == ["10.0.0.5", "169.254.10.10"]
 
 
+def test_each_interface_that_does_not_count_says_why() -> None:
+    why = {interface.name: lan.passed_over(interface) for interface in LINUX + MACOS}
+    assert [name for name, reason in why.items() if not reason] == ["enp3s0", "wlan0", "en0", "en5"]
+    assert (why["lo"], why["eth1"], why["work"]) == ("this machine alone", "down", "a tunnel")
+    assert "containers" in why["docker0"] and "radio" in why["awdl0"]
+    assert lan.passed_over(Interface("eth2", UP, ("fe80::9%eth2",))) == "no address that means anything elsewhere"
+
+
 @pytest.mark.parametrize(
     ("host", "addresses"),
     [

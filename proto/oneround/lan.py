@@ -52,15 +52,30 @@ def reachable(interfaces: Iterable[Interface]) -> list[str]:
 
     IPv6 addresses that hold on one link alone are left out: they mean nothing without the interface's name over there.
     """
-    found = []
+    found: list[ipaddress.IPv4Address | ipaddress.IPv6Address] = []
     for interface in interfaces:
-        if "up" not in interface.flags or "pointopoint" in interface.flags or _ELSEWHERE.match(interface.name):
-            continue
-        for text in interface.addresses:
-            address = ipaddress.ip_address(text.partition("%")[0])
-            if not address.is_loopback and not (address.version == 6 and address.is_link_local):
-                found.append(address)
+        if not passed_over(interface):
+            found += _addresses(interface)
     return [str(address) for address in sorted(found, key=lambda a: (a.version, a.is_link_local))]
+
+
+def passed_over(interface: Interface) -> str:
+    """Why nobody on the local network reaches this machine through an interface; empty when they can."""
+    if "up" not in interface.flags:
+        return "down"
+    if "pointopoint" in interface.flags:
+        return "a tunnel"
+    if _ELSEWHERE.match(interface.name):
+        return "for containers, virtual machines, tunnels or Apple's own radio, by its name"
+    if not _addresses(interface):
+        loopback = any(ipaddress.ip_address(text.partition("%")[0]).is_loopback for text in interface.addresses)
+        return "this machine alone" if loopback else "no address that means anything elsewhere"
+    return ""
+
+
+def _addresses(interface: Interface) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    addresses = [ipaddress.ip_address(text.partition("%")[0]) for text in interface.addresses]
+    return [a for a in addresses if not a.is_loopback and not (a.version == 6 and a.is_link_local)]
 
 
 def listening(host: str, interfaces: Iterable[Interface]) -> list[str]:

@@ -129,6 +129,7 @@ def test_who_one_is_cannot_be_guessed(tmp_path: Path) -> None:
 
             # What anybody may ask tells nobody enough to speak for another.
             public = (await stub.ListJobs(pb.ListJobsRequest())).SerializeToString()
+            public += (await stub.Describe(pb.DescribeRequest(job="notes"))).SerializeToString()
             async for status in stub.Watch(pb.WatchRequest(job="notes")):
                 public += status.SerializeToString()
                 break
@@ -706,6 +707,7 @@ async def _corpus(remote: Remote, folder: Path) -> list[Asked]:
     await remote.upload(leases[0], declared[0][0], _file(folder, declared[0][1]), nothing)
     requests: dict[str, list[list[Message]]] = {
         "ListJobs": [[pb.ListJobsRequest()]],
+        "Describe": [[pb.DescribeRequest(job="prey")]],
         "Join": [
             [pb.JoinRequest(job="prey", client_id=f"{number:032x}", client_name="x" * number)] for number in range(9)
         ],

@@ -159,6 +159,19 @@ def test_a_model_of_ones_own_has_to_be_the_jobs(tmp_path: Path) -> None:
     asyncio.run(test())
 
 
+def test_too_little_memory_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By an estimate, which no backend has to share."""
+
+    async def test() -> None:
+        who = taker(tmp_path, Quick())
+        async with running(tmp_path / "one") as (daemon, address):
+            await daemon.submit(job.parse({**SPEC, "train": {"batch_size": 65536}}))
+            assert (await take_part(address, who)).digest
+
+    asyncio.run(test())
+    assert "GB of memory, and" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("field", ["name", "id", "base_fingerprint", "rank", "dtype"])
 def test_a_job_that_makes_no_sense_is_refused(tmp_path: Path, field: str) -> None:
     async def test() -> None:

@@ -40,6 +40,11 @@ class FederationStub:
                 request_serializer=oneround_dot_v1_dot_federation__pb2.ListJobsRequest.SerializeToString,
                 response_deserializer=oneround_dot_v1_dot_federation__pb2.ListJobsReply.FromString,
                 _registered_method=True)
+        self.Describe = channel.unary_unary(
+                '/oneround.v1.Federation/Describe',
+                request_serializer=oneround_dot_v1_dot_federation__pb2.DescribeRequest.SerializeToString,
+                response_deserializer=oneround_dot_v1_dot_federation__pb2.Job.FromString,
+                _registered_method=True)
         self.Join = channel.unary_unary(
                 '/oneround.v1.Federation/Join',
                 request_serializer=oneround_dot_v1_dot_federation__pb2.JoinRequest.SerializeToString,
@@ -83,6 +88,13 @@ class FederationServicer:
 
     def ListJobs(self, request, context):
         """The jobs that this coordinator has, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Describe(self, request, context):
+        """The job that Join would announce, without joining.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -144,6 +156,11 @@ def add_FederationServicer_to_server(servicer, server):
                     servicer.ListJobs,
                     request_deserializer=oneround_dot_v1_dot_federation__pb2.ListJobsRequest.FromString,
                     response_serializer=oneround_dot_v1_dot_federation__pb2.ListJobsReply.SerializeToString,
+            ),
+            'Describe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Describe,
+                    request_deserializer=oneround_dot_v1_dot_federation__pb2.DescribeRequest.FromString,
+                    response_serializer=oneround_dot_v1_dot_federation__pb2.Job.SerializeToString,
             ),
             'Join': grpc.unary_unary_rpc_method_handler(
                     servicer.Join,
@@ -209,6 +226,33 @@ class Federation:
             '/oneround.v1.Federation/ListJobs',
             oneround_dot_v1_dot_federation__pb2.ListJobsRequest.SerializeToString,
             oneround_dot_v1_dot_federation__pb2.ListJobsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Describe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/oneround.v1.Federation/Describe',
+            oneround_dot_v1_dot_federation__pb2.DescribeRequest.SerializeToString,
+            oneround_dot_v1_dot_federation__pb2.Job.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,8 @@ class FederationStub:
     def __new__(cls, channel: _aio.Channel) -> FederationAsyncStub: ...
     ListJobs: _grpc.UnaryUnaryMultiCallable[_federation_pb2.ListJobsRequest, _federation_pb2.ListJobsReply]
     """The jobs that this coordinator has, newest first."""
+    Describe: _grpc.UnaryUnaryMultiCallable[_federation_pb2.DescribeRequest, _federation_pb2.Job]
+    """The job that Join would announce, without joining."""
     Join: _grpc.UnaryUnaryMultiCallable[_federation_pb2.JoinRequest, _federation_pb2.JoinReply]
     """Take part in a job. Joining again with the same client_id returns the same lease."""
     Heartbeat: _grpc.UnaryUnaryMultiCallable[_federation_pb2.HeartbeatRequest, _federation_pb2.HeartbeatReply]
@@ -61,6 +63,8 @@ class FederationAsyncStub(FederationStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListJobs: _aio.UnaryUnaryMultiCallable[_federation_pb2.ListJobsRequest, _federation_pb2.ListJobsReply]  # type: ignore[assignment]
     """The jobs that this coordinator has, newest first."""
+    Describe: _aio.UnaryUnaryMultiCallable[_federation_pb2.DescribeRequest, _federation_pb2.Job]  # type: ignore[assignment]
+    """The job that Join would announce, without joining."""
     Join: _aio.UnaryUnaryMultiCallable[_federation_pb2.JoinRequest, _federation_pb2.JoinReply]  # type: ignore[assignment]
     """Take part in a job. Joining again with the same client_id returns the same lease."""
     Heartbeat: _aio.UnaryUnaryMultiCallable[_federation_pb2.HeartbeatRequest, _federation_pb2.HeartbeatReply]  # type: ignore[assignment]
@@ -86,6 +90,14 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_federation_pb2.ListJobsReply, _abc.Awaitable[_federation_pb2.ListJobsReply]]:
         """The jobs that this coordinator has, newest first."""
+
+    @_abc_1.abstractmethod
+    def Describe(
+        self,
+        request: _federation_pb2.DescribeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.Job, _abc.Awaitable[_federation_pb2.Job]]:
+        """The job that Join would announce, without joining."""
 
     @_abc_1.abstractmethod
     def Join(

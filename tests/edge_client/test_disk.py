@@ -1,0 +1,223 @@
+"""Disks of laptops fill up: before training, while it goes on, and at its end; on a small file system of their own."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from converters import adapter, tensors
+from converters.adapter import Adapter, LowRank
+from converters.errors import NotEnough
+from coordinator import job
+from edge_client import disk as disks
+from edge_client import outbox, session, snapshot
+from edge_client import remote as remotes
+from edge_client.backends import Progress
+from edge_client.batches import Batches
+from edge_client.identity import Pins
+from edge_client.recipe import Recipe
+from edge_client.screen import Screen
+from edge_client.snapshot import Snapshot
+from oneround.v1 import federation_pb2 as pb
+from tests.coordinator.test_disk import disk, full
+from tests.coordinator.test_server import ALICE, BASE, SPEC, running
+
+MB = 1 << 20
+MODULES = [pb.Module(name=f"model.layers.{n}.self_attn.q_proj", out_features=96, in_features=64) for n in range(40)]
+
+
+def announced(dtype: str = "bfloat16", rank: int = 8) -> pb.Job:
+    spec = pb.JobSpec(name="notes", lora=pb.LoraSpec(rank=rank), upload=pb.UploadSpec(dtype=dtype))
+    base = [pb.Artifact(name="model.safetensors", digest="ab" * 32, size=5 * MB)]
+    return pb.Job(
+        spec=spec,
+        id="0" * 32,
+        modules=MODULES,
+        initial=pb.Artifact(name="initial", digest="cd" * 32, size=MB),
+        base_files=base,
+        base_fingerprint="ef" * 32,
+    )
+
+
+def factors(job: pb.Job) -> Adapter:
+    rank = job.spec.lora.rank
+    shapes = {m.name: (m.out_features, m.in_features) for m in job.modules}
+    return Adapter(
+        {n: LowRank(np.ones((rank, i), np.float32), np.ones((o, rank), np.float32)) for n, (o, i) in shapes.items()}
+    )
+
+
+def arrays(made: Adapter) -> dict[str, np.ndarray]:
+    """As a backend gives them: the factors and two moments of each."""
+    pairs = [(f"{name}.{part}", getattr(f, part)) for name, f in made.modules.items() for part in ("a", "b")]
+    return {name + moment: array for name, array in pairs for moment in ("", ".first", ".second")}
+
+
+@pytest.mark.parametrize("dtype", adapter.WIRE_DTYPES)
+@pytest.mark.parametrize("rank", [1, 64])
+def test_sizes_are_those_of_the_files(tmp_path: Path, dtype: str, rank: int) -> None:
+    """A little more than the files have, never less."""
+    spec = announced(dtype, rank)
+    made = factors(spec)
+    adapter.write(Adapter(made.modules, {"job": "x" * 64, "base": "ab" * 32}), tmp_path / "adapter", dtype)
+    snapshot.write(tmp_path / "snapshot", Snapshot((0.5,) * 100, arrays(made)), "ab" * 32)
+    finished, kept = ((tmp_path / name).stat().st_size for name in ("adapter", "snapshot"))
+    assert finished <= disks.finished_bytes(spec) < finished + 40_000
+    assert kept <= disks.snapshot_bytes(spec) < kept + 60_000
+
+
+def test_what_is_here_is_not_needed_again(tmp_path: Path) -> None:
+    spec = announced()
+    box = outbox.outbox(tmp_path, spec)
+    fresh = disks.room(spec, tmp_path, None)
+    assert fresh.base == 5 * MB and fresh.training > 2 * disks.snapshot_bytes(spec) + MB + disks.MARGIN_BYTES
+    assert disks.room(spec, tmp_path, tmp_path).base == 0, "the person has the base"
+
+    folder = outbox.model_folder(tmp_path, spec)
+    folder.mkdir(parents=True)
+    partial = remotes.partial_path(folder / "model.safetensors", spec.base_files[0])
+    partial.write_bytes(b"x" * 2 * MB)
+    assert disks.room(spec, tmp_path, None).base == 3 * MB, "a download goes on where it was"
+    partial.rename(folder / "model.safetensors")
+    box.folder.mkdir(parents=True)
+    box.initial.write_bytes(b"x" * MB)
+    disks.keep_room(spec, box)
+    later = disks.room(spec, tmp_path, None)
+    assert later.base == 0 and fresh.training - later.training >= MB + disks.finished_bytes(spec)
+    box.keep_trained(factors(spec), "bfloat16", pb.Declaration(num_examples=1))
+    assert disks.room(spec, tmp_path, None).needed == 0
+
+
+def test_too_little_room_says_how_much_and_where(tmp_path: Path) -> None:
+    disks.Room(tmp_path, 10, 10, 20).require()
+    with pytest.raises(NotEnough) as caught:
+        disks.Room(tmp_path, 3 * 10**9, 2 * 10**8, 10**9).require()
+    assert str(tmp_path) in str(caught.value)
+    assert "3.2 GB (3.0 GB of them for the base model), and 1.0 GB are free" in str(caught.value)
+    assert "free 2.2 GB" in caught.value.hint and "--model" in caught.value.hint and "--state" in caught.value.hint
+    with pytest.raises(NotEnough) as caught:
+        disks.Room(tmp_path, 0, 2 * 10**8, 10**8).require()
+    assert "--model" not in caught.value.hint
+
+
+def test_reserved_room_is_written_over(tmp_path: Path) -> None:
+    file = tmp_path / "result"
+    tensors.reserve(file, MB)
+    kept = tensors.partial(file).stat()
+    assert kept.st_blocks * 512 >= MB and not file.exists()
+    tensors.reserve(file, MB)  # once more, after an interruption
+    tensors.replace(file, [b"short"])
+    assert file.read_bytes() == b"short" and file.stat().st_ino == kept.st_ino and not tensors.partial(file).exists()
+
+
+class Fills:
+    """Trains in no time, keeps what a backend keeps, goes on from a snapshot; calls `at` before each step."""
+
+    name = "fills"
+
+    def __init__(self, at: Callable[[int], object] = lambda step: None) -> None:
+        self.at = at
+        self.began_at: list[int] = []
+
+    def available(self) -> str | None:
+        return None
+
+    def device(self) -> str:
+        return "cpu"
+
+    def train(
+        self,
+        base: Path,
+        initial: Adapter,
+        recipe: Recipe,
+        plan: Batches,
+        on_step: Callable[[Progress], None],
+        snapshot: Snapshot | None = None,
+    ) -> Adapter:
+        begin = snapshot.step if snapshot else 0
+        self.began_at.append(begin)
+        for step in range(begin, plan.total_steps):
+            self.at(step)
+            on_step(Progress(step + 1, plan.total_steps, 1.0, 1, 0.01, lambda: arrays(initial)))
+        return Adapter({name: LowRank(f.a, np.ones_like(f.b)) for name, f in initial.modules.items()})
+
+
+async def take_part(address: str, who: session.Taker) -> pb.Receipt:
+    async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
+        return await session.take_part(remote, "notes", who, Screen())
+
+
+def with_a_disk(
+    tmp_path: Path,
+    megabytes: int,
+    test: Callable[[Path, str, session.Taker], Awaitable[None]],
+    model: Path | None = BASE,
+) -> None:
+    """A coordinator elsewhere, and a client whose state has a small disk."""
+    (tmp_path / "data.jsonl").write_text("".join(f'{{"text": "row {n} of the data"}}\n' for n in range(90)))
+
+    async def run(state: Path) -> None:
+        who = session.Taker(state, ALICE, "alice", tmp_path / "data.jsonl", Fills(), model, save_every=0.0)
+        async with running(tmp_path / "coordinator") as (daemon, address):
+            await daemon.submit(job.parse(SPEC))
+            await test(state, address, who)
+
+    with disk(tmp_path / "client", megabytes) as state:
+        asyncio.run(run(state))
+
+
+def fetched(state: Path) -> list[Path]:
+    return list(state.rglob("*.safetensors"))
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_comes(tmp_path: Path) -> None:
+    async def test(state: Path, address: str, who: session.Taker) -> None:
+        with pytest.raises(NotEnough, match=r"10\.\d MB of them for the base model") as caught:
+            await take_part(address, who)
+        assert caught.value.exit_code == 6 and "--model" in caught.value.hint
+        assert not fetched(state)
+        assert (await take_part(address, replace(who, model=BASE))).digest, "without the base there is room"
+
+    with_a_disk(tmp_path, 72, test, model=None)
+
+
+def test_a_disk_that_fills_up_while_training(tmp_path: Path) -> None:
+    """Snapshots cannot be kept any more, and the result has its room."""
+
+    async def test(state: Path, address: str, who: session.Taker) -> None:
+        with ExitStack() as filled:
+            backend = Fills(lambda step: filled.enter_context(full(state)) if step == 5 else None)
+            receipt = await take_part(address, replace(who, backend=backend))
+            assert (state / "filler").exists() and receipt.digest
+        (box,) = outbox.all_outboxes(state)
+        assert box.receipt() == receipt and not list(box.folder.glob(".*.partial"))
+
+    with_a_disk(tmp_path, 80, test)
+
+
+def test_where_no_room_could_be_kept_the_last_snapshot_is(tmp_path: Path) -> None:
+    """Some file systems keep nothing for anybody. What is reserved is taken away here, to stand for them."""
+
+    async def test(state: Path, address: str, who: session.Taker) -> None:
+        with ExitStack() as filled:
+
+            def fill(step: int) -> None:
+                if step == 5:
+                    for reserved in state.rglob(".trained.*.partial"):
+                        reserved.unlink()
+                    filled.enter_context(full(state))
+
+            with pytest.raises(NotEnough, match="no room on the disk for") as caught:
+                await take_part(address, replace(who, backend=Fills(fill)))
+        assert caught.value.exit_code == 6 and "run the same command again" in caught.value.hint
+        (box,) = outbox.all_outboxes(state)
+        assert box.snapshot.exists() and box.trained() is None
+        again = Fills()
+        assert (await take_part(address, replace(who, backend=again))).digest
+        assert 0 < again.began_at[0] <= 5, "it went on from the last snapshot"
+
+    with_a_disk(tmp_path, 80, test)

@@ -1,0 +1,95 @@
+"""The estimate of what training takes: what it follows from, and that it is not below what a real training took."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from converters import architectures, checkpoint
+from converters.errors import BadModel
+from converters.settings import Settings
+from edge_client import backends, disk, footprint
+from oneround.v1 import federation_pb2 as pb
+from tests.edge_client.test_session import Quick
+
+BASE = Path(__file__).parents[2] / "benchmarks" / "base"
+
+
+def job_over(base: Path, **train: int) -> pb.Job:
+    linears = architectures.describe(base).linears
+    modules = [pb.Module(name=n, out_features=s.out, in_features=s.into) for n, s in linears.items()]
+    files = [pb.Artifact(name=f.name, size=f.stat().st_size) for f in architectures.model_files(base)]
+    return pb.Job(spec=pb.JobSpec(train=pb.TrainSpec(**train)), modules=modules, base_files=files)
+
+
+def needed(job: pb.Job, **options: object) -> int:
+    base = footprint.model(checkpoint.config(BASE), footprint.parameters(BASE))
+    return footprint.memory_needed(base, job, **options)  # type: ignore[arg-type]
+
+
+def test_it_grows_with_what_it_follows_from() -> None:
+    job = job_over(BASE, batch_size=8, max_seq_len=512)
+    whole = needed(job)
+    assert needed(job, longest=512) == needed(job, longest=9999) == whole, "what is longer is cut"
+    assert needed(job, longest=64) < whole and needed(job, bytes_per_parameter=2) < whole
+    assert needed(job, logits_at_once=100) < whole == needed(job, logits_at_once=10**9)
+    assert needed(job_over(BASE, batch_size=16, max_seq_len=512)) > 1.5 * whole
+    with_dropout = pb.Job()
+    with_dropout.CopyFrom(job)
+    with_dropout.spec.lora.dropout = 0.1
+    assert needed(with_dropout) > whole
+    assert needed(job, longest=2) > 4 * footprint.parameters(BASE) + 28 * disk.elements(job)
+
+
+def test_parameters_are_counted_or_inferred() -> None:
+    job, config = job_over(BASE), checkpoint.config(BASE)
+    counted = footprint.parameters(BASE)
+    assert counted == sum(tensor.size for tensor in checkpoint.weights(BASE).values()) > 4_000_000
+    assert footprint.parameters_announced(job.base_files, config) == pytest.approx(counted, rel=0.01)
+    single = Settings({**config.values, "torch_dtype": "float32"}, "config", BadModel)
+    assert footprint.parameters_announced(job.base_files, single) == pytest.approx(counted / 2, rel=0.01)
+
+
+def test_a_model_whose_config_says_something_else_has_no_estimate(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"n_embd": 768, "n_layer": 12}))
+    assert footprint.outlook(tmp_path, job_over(BASE), Quick()) is None
+
+
+def test_what_is_short_is_said() -> None:
+    seen = footprint.outlook(BASE, job_over(BASE), Quick(), longest=64)
+    assert seen is not None and seen.available and not seen.short
+    assert replace(seen, available=seen.needed - 1).short
+    assert not replace(seen, available=None).short, "a device of its own has memory that is not known here"
+
+
+TRAIN = """
+import resource, sys
+from pathlib import Path
+import numpy as np, psutil
+from converters import adapter, architectures
+from edge_client import backends
+from edge_client.batches import Batches
+from edge_client.examples import Example
+from edge_client.recipe import Recipe
+from oneround.v1 import federation_pb2 as pb
+base, backend = Path(sys.argv[1]), backends.load("torch")
+described = architectures.describe(base)
+initial = adapter.initial(architectures.adapted(described, "all-linear"), 16, 0)
+ids = np.random.default_rng(0).integers(0, described.vocab_size, (8, 128)).astype(np.int32)
+plan = Batches([Example(row, np.arange(128) > 0) for row in ids], 4, 1, 0)
+recipe = Recipe.from_spec(pb.JobSpec(), plan.total_steps)
+before = psutil.Process().memory_info().rss
+backend.train(base, initial, recipe, plan, lambda progress: progress.arrays() and None)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
+@pytest.mark.skipif(backends.load("torch").available() is not None, reason="PyTorch is not here")
+def test_it_is_near_what_a_training_took() -> None:
+    took = int(subprocess.run([sys.executable, "-c", TRAIN, str(BASE)], check=True, capture_output=True).stdout)
+    expected = needed(job_over(BASE, batch_size=4, max_seq_len=128), backend="torch")
+    assert 0.9 * took < expected < 3 * took, (took, expected)
