@@ -34,6 +34,8 @@ SENTENCES = {
     "skipped": "[yellow]{skipped} bad rows were skipped.[/yellow]",
     "continued": "Training goes on after step {step} of {steps}",
     "anew": "[yellow]The data or the job is not what it was when training was interrupted; it starts anew.[/yellow]",
+    "paused": "[yellow]Training pauses: {why}.[/yellow] It goes on {until}.",
+    "unpaused": "Training goes on after a pause of {seconds:.0f} s",
     "not_kept": "[yellow]How far training is cannot be kept: {why}. If it is interrupted now, steps are lost.[/yellow]",
     "resumed": "Already trained; the adapter waits in {folder}",
     "trained": "Trained {steps} steps in {seconds:.0f} s; loss {loss:.3f}",
@@ -90,13 +92,15 @@ class Screen:
             yield
 
     @contextmanager
-    def bar(self, label: str, total: int) -> Iterator[Advance]:
-        """Report progress: call what is given with how much of `total` is done, and a few words of detail."""
+    def bar(self, label: str, total: int, clock: Callable[[], float] = time.monotonic) -> Iterator[Advance]:
+        """Report progress: call what is given with how much of `total` is done, and a few words of detail.
+
+        The time left is told by `clock`, in seconds."""
         if self._json or not self._console.is_terminal:
-            yield self._lines(label, total)
+            yield self._lines(label, total, clock)
             return
         columns = (TextColumn("{task.description:<10}"), *columns_of_a_bar())
-        with Progress(*columns, console=self._console) as progress:
+        with Progress(*columns, console=self._console, get_time=clock) as progress:
             task = progress.add_task(label, total=total, detail="")
 
             def advance(done: int, detail: str = "", **_: object) -> None:
@@ -104,13 +108,13 @@ class Screen:
 
             yield advance
 
-    def _lines(self, label: str, total: int) -> Advance:
-        started = last = time.monotonic()
+    def _lines(self, label: str, total: int, clock: Callable[[], float]) -> Advance:
+        started = last = clock()
         every = _JSON_EVERY if self._json else _PLAIN_EVERY
 
         def advance(done: int, detail: str = "", **fields: object) -> None:
             nonlocal last
-            now = time.monotonic()
+            now = clock()
             if now - last < every and done < total:
                 return
             last = now
