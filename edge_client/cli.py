@@ -18,8 +18,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from converters import command, llama
-from converters.errors import BadData, NotEnough, Refused, Unreachable, UsageError
-from edge_client import backends, discovery, identity, local_model, options, outbox, reach, session
+from converters.errors import BadData, Refused, Unreachable, UsageError
+from edge_client import backends, discovery, identity, local_model, options, outbox, reach, service_cli, session
 from edge_client.options import DEFAULT_STATE, Insecure, Json, Server, State
 from edge_client.remote import Remote, local_path
 from edge_client.screen import Screen
@@ -63,7 +63,7 @@ def join(
     """Take part in a job, start to receipt. Run it again after any interruption, and it goes on."""
     screen = Screen(as_json)
     guest = options.guest(when, min_battery, min_memory, nice)
-    _make(state)
+    options.make(state)
     waiting = any(box.trained() and not box.receipt() for box in outbox.all_outboxes(state))
     if not waiting and not data.exists():  # what is trained needs no data any more
         raise BadData(f"there is no data at {data}", hint="edge-client join --data FILE_OR_FOLDER")
@@ -192,7 +192,8 @@ def leave(
 ) -> None:
     """Take part no more: what was sent is left out of everything that is published from now on."""
     screen = Screen(as_json)
-    joined = outbox.find(state, job).joined()
+    box = outbox.find(state, job)
+    joined = box.joined()
     assert joined is not None, "find looks at joined jobs"
 
     async def run() -> None:
@@ -200,6 +201,7 @@ def leave(
             await remote.withdraw(joined.lease)
 
     asyncio.run(run())
+    box.keep_left()
     screen.say("left", job=job)
 
 
@@ -310,11 +312,11 @@ def _ask() -> str | None:
         return None
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise NotEnough(f"cannot write to {folder}: {error.strerror}") from error
+app.command(epilog="Example: edge-client stay --server host:50051 --accept 'clinic-*' --data notes/")(service_cli.stay)
+app.command(epilog="Example: edge-client install-service --server host:50051 --accept 'clinic-*' --data notes/")(
+    service_cli.install_service
+)
+app.command(epilog="Example: edge-client uninstall-service")(service_cli.uninstall_service)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import platformdirs
 import typer
 
+from converters.errors import NotEnough
 from edge_client import machine, manners
 from edge_client.guest import Guest
 from edge_client.manners import Manners
@@ -71,3 +72,15 @@ def guest(when: list[manners.When], min_battery: float, min_memory: float, nice:
     if nice:
         machine.lower_priority()
     return Guest(asked)
+
+
+def make(folder: Path) -> None:
+    """A folder that can be written to, made if it is not there.
+
+    Raises:
+        NotEnough: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NotEnough(f"cannot write to {folder}: {error.strerror}") from error
