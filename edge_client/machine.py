@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def read(*, idle: bool) -> Readings:
     return Readings(
         battery=battery,
         on_battery=on_battery,
-        heat=_heat_of_a_mac() if _MAC else _heat(),
+        heat=_heat(),
         memory=100.0 * memory.available / memory.total,
         memory_short=_MAC and _said("sysctl", "-n", "kern.memorystatus_vm_pressure_level").strip() == "4",
         idle=idle_seconds() if idle else None,
@@ -82,8 +82,7 @@ def power(supplies: Path = SUPPLIES) -> tuple[bool, float | None]:
 def idle_seconds() -> float | None:
     """Seconds since somebody last used this machine; None: it cannot be told."""
     if _MAC:
-        found = re.search(r'"HIDIdleTime" = (\d+)', _said("ioreg", "-r", "-c", "IOHIDSystem", "-d", "1"))
-        return int(found[1]) / 1e9 if found else None
+        return hid_idle(_said("ioreg", "-r", "-c", "IOHIDSystem", "-d", "1"))
     manager = ("org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager")
     told = re.match(r"b (true|false)\nt (\d+)", _said("busctl", "get-property", *manager, "IdleHint", "IdleSinceHint"))
     if told:
@@ -105,25 +104,39 @@ def _since_last_key(devices: Path = DEVICES) -> float | None:
     return max(time.time() - max(typed), 0.0) if typed else None
 
 
+def hid_idle(said: str) -> float | None:
+    """Seconds of idleness, from what ioreg says of IOHIDSystem."""
+    found = re.search(r'"HIDIdleTime"\s*=\s*(\d+)', said)
+    return int(found[1]) / 1e9 if found else None
+
+
 def _heat() -> Heat:
-    """The hottest sensor, measured by how far it is from the temperature that it calls critical itself."""
-    sensors = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
+    if _MAC:
+        pressure = _said("notifyutil", "-g", "com.apple.system.thermalpressurelevel")
+        return heat_of_a_mac(pressure, _said("pmset", "-g", "therm"))
+    groups = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
+    return heat((sensor.current, sensor.critical) for group in groups.values() for sensor in group)
+
+
+def heat(sensors: Iterable[tuple[float | None, float | None]]) -> Heat:
+    """The hottest of sensors, each with what it shows and what it calls critical itself, in °C."""
     left = [
-        sensor.critical - sensor.current
-        for group in sensors.values()
-        for sensor in group
-        if sensor.current and sensor.critical and 50.0 <= sensor.critical <= 150.0  # others are made up by firmware
+        critical - current
+        for current, critical in sensors
+        if current and critical and 50.0 <= critical <= 150.0  # others are made up by firmware
     ]
     nearest = min(left, default=_COOL)
     return Heat.HOT if nearest < _HOT else Heat.WARM if nearest < _COOL else Heat.COOL
 
 
-def _heat_of_a_mac() -> Heat:
-    level = re.search(r"\s(\d+)\s*$", _said("notifyutil", "-g", "com.apple.system.thermalpressurelevel"))
-    slowed = re.search(r"CPU_Speed_Limit\s*=\s*(\d+)", _said("pmset", "-g", "therm"))
-    if (level and int(level[1]) >= 2) or (slowed and int(slowed[1]) < _SLOWED):  # heavy, trapping, sleeping
+def heat_of_a_mac(pressure: str, therm: str) -> Heat:
+    """From the thermal pressure level (0 nominal, 1 moderate, then heavy and worse), and from the CPU's speed as pmset
+    tells it."""
+    level = re.search(r"\s(\d+)\s*$", pressure)
+    slowed = re.search(r"CPU_Speed_Limit\s*=\s*(\d+)", therm)
+    if (level and int(level[1]) >= 2) or (slowed and int(slowed[1]) < _SLOWED):
         return Heat.HOT
-    return Heat.WARM if level and int(level[1]) == 1 else Heat.COOL  # moderate, nominal
+    return Heat.WARM if level and int(level[1]) == 1 else Heat.COOL
 
 
 def lower_priority() -> None:
@@ -139,12 +152,7 @@ def lower_priority() -> None:
 def keep_awake() -> Callable[[], None]:
     """Keep the machine from falling asleep, not its screen; what is given ends that. It ends with this process too,
     however that ends. Where a machine knows of no way, nothing happens."""
-    pid = str(os.getpid())
-    if _MAC:
-        command = ["caffeinate", "-is", "-w", pid]
-    else:
-        why = ("--what=sleep", "--who=edge-client", "--why=training", "--mode=block")
-        command = ["systemd-inhibit", *why, "tail", f"--pid={pid}", "-f", "/dev/null"]
+    command = awake_command(_MAC, os.getpid())
     if shutil.which(command[0]) is None:
         return lambda: None
     quiet = subprocess.DEVNULL  # in a session of its own: no terminal to ask for a password on, no Ctrl-C
@@ -156,6 +164,14 @@ def keep_awake() -> Callable[[], None]:
         holder.wait()
 
     return release
+
+
+def awake_command(mac: bool, pid: int) -> list[str]:
+    """The program that keeps a machine, not its screen, from sleeping for as long as a process lives."""
+    if mac:
+        return ["caffeinate", "-is", "-w", str(pid)]
+    why = ("--what=sleep", "--who=edge-client", "--why=training", "--mode=block")
+    return ["systemd-inhibit", *why, "tail", f"--pid={pid}", "-f", "/dev/null"]
 
 
 def _said(*command: str) -> str:

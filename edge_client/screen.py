@@ -47,7 +47,7 @@ SENTENCES = {
     "staying": "Waiting at {server} for jobs named {accept}",
     "left_alone": "{job} is open there, and is none of those; it is left alone.",
     "no_part": "[yellow]No part in {job}: {why}.{again}[/yellow]",
-    "service": "Written to {file}:\n  takes part in jobs named {accept} at {server}, with the data in {data}",
+    "service": "Written to {file}\n  jobs    {accept}, at {server}\n  data    {data}\n  trains  {when}",
     "service_runs": "It runs now and after every login. Its log:  {log}",
     "service_waits": "[yellow]It could not be started from here: {why}.[/yellow] Start it with:\n{commands}",
     "linger": "To have it run while nobody is logged in, too:  loginctl enable-linger",

@@ -117,7 +117,14 @@ def install_service(
     on_a_mac = installed.file.suffix == ".plist"
     content = service.agent(command, Path.home()) if on_a_mac else service.unit(command).encode()
     why = service.install(installed, content)
-    screen.say("service", file=str(installed.file), accept=" or ".join(accept), server=place, data=str(data.absolute()))
+    screen.say(
+        "service",
+        file=str(installed.file),
+        accept=" or ".join(accept),
+        server=place,
+        data=str(data.absolute()),
+        when=" and ".join(when),
+    )
     if why:
         lines = "\n".join(f"  {shlex.join(line)}" for line in installed.start)
         screen.say("service_waits", why=why, commands=lines)

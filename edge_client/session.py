@@ -251,7 +251,7 @@ async def _train(
                 loss=progress.loss,
                 tokens_per_second=beat.tokens_per_second,
             )
-            pauses = guest.pauses
+            pauses = guest.pauses and progress.step < progress.total_steps
             keeping.after(losses, progress, now=pauses or bool(pulse.stop))
             if pauses:
                 beat.tokens_per_second = 0.0

@@ -171,6 +171,7 @@ def test_a_client_that_slept_finishes(tmp_path: Path, during: str, cut: bool) ->
                 try:
                     if during == "training":
                         await client.until("progress", what="training")
+                        assert client.said[-1]["done"] < client.said[-1]["total"]  # type: ignore[operator]
                     else:
                         await client.until("trained")
                         before = line.sent

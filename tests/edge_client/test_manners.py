@@ -141,6 +141,56 @@ def test_power_on_linux(tmp_path: Path) -> None:
     assert machine.power(laptop) == (False, 40.0)
 
 
+@pytest.mark.parametrize(
+    ("sensors", "expected"),
+    [
+        ([], Heat.COOL),
+        ([(97.0, None), (60.0, 0.0), (40.0, 10000.0)], Heat.COOL),  # no trip, or none that can be meant
+        ([(50.0, 100.0), (40.0, 85.0)], Heat.COOL),
+        ([(50.0, 100.0), (72.0, 85.0)], Heat.WARM),
+        ([(96.0, 100.0), (40.0, 85.0)], Heat.HOT),
+    ],
+)
+def test_heat_by_the_sensors_own_limits(sensors: list[tuple[float, float | None]], expected: Heat) -> None:
+    assert machine.heat(sensors) == expected
+
+
+NOTHING_RECORDED = (
+    "Note: No thermal warning level has been recorded\nNote: No performance warning level has been recorded\n"
+)
+SLOWED = "2026-11-21 10:00:00 +0100 CPU Power notify\n\tCPU_Scheduler_Limit \t= 100\n\tCPU_Speed_Limit \t= {}\n"
+
+
+@pytest.mark.parametrize(
+    ("pressure", "therm", "expected"),
+    [
+        ("", "", Heat.COOL),
+        ("com.apple.system.thermalpressurelevel 0\n", NOTHING_RECORDED, Heat.COOL),
+        ("com.apple.system.thermalpressurelevel 1\n", NOTHING_RECORDED, Heat.WARM),
+        ("com.apple.system.thermalpressurelevel 2\n", NOTHING_RECORDED, Heat.HOT),
+        ("com.apple.system.thermalpressurelevel 0\n", SLOWED.format(100), Heat.COOL),
+        ("com.apple.system.thermalpressurelevel 0\n", SLOWED.format(62), Heat.HOT),
+    ],
+)
+def test_heat_of_a_mac(pressure: str, therm: str, expected: Heat) -> None:
+    assert machine.heat_of_a_mac(pressure, therm) == expected
+
+
+def test_idleness_of_a_mac() -> None:
+    said = """+-o IOHIDSystem  <class IOHIDSystem, id 0x1000002fb, registered, matched, active, busy 0 (0 ms)>
+    {
+      "HIDParameters" = {"HIDClickTime"=500000000,"HIDIdleTimeDelta"=7}
+      "HIDIdleTime" = 301250000000
+    }
+"""
+    assert machine.hid_idle(said) == 301.25 and machine.hid_idle("") is None
+
+
+def test_the_screen_is_let_sleep() -> None:
+    assert machine.awake_command(True, 42) == ["caffeinate", "-is", "-w", "42"]
+    assert "--what=sleep" in machine.awake_command(False, 42) and "--pid=42" in machine.awake_command(False, 42)
+
+
 def test_this_machine_can_be_read() -> None:
     found = machine.read(idle=True)
     assert 0 < found.memory <= 100 and (found.idle is None or found.idle >= 0)
