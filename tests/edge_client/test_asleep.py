@@ -175,7 +175,7 @@ def test_a_client_that_slept_finishes(tmp_path: Path, during: str, cut: bool) ->
                     else:
                         await client.until("trained")
                         before = line.sent
-                        line.hold_after = before + 1_000_000
+                        line.hold_after = before + 3_000_000
                         await asyncio.wait_for(line.held.wait(), 60)
                     phase = await client.sleep(daemon, clock)
                     assert phase == (pb.PHASE_ASLEEP if during == "training" else pb.PHASE_UPLOADING)
@@ -196,7 +196,7 @@ def test_a_client_that_slept_finishes(tmp_path: Path, during: str, cut: bool) ->
             events = [said["event"] for said in client.said]
             assert events.count("receipt") == events.count("trained") == 1
             if during == "sending":
-                assert declared.size > 3_000_000 and line.sent - before < declared.size + 500_000, "nothing goes twice"
+                assert declared.size > 5_000_000 and line.sent - before < declared.size + 1_500_000, "it went on"
                 assert ("retry" in events) == cut
 
     asyncio.run(test())
