@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import platformdirs
 import typer
 from rich import box as boxes
 from rich.console import Console
@@ -19,10 +18,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from converters import command, llama
-from converters.errors import BadData, NotEnough, Refused, Unreachable, UsageError
-from edge_client import backends, discovery, identity, local_model, outbox, reach, session
+from converters.errors import BadData, Refused, Unreachable, UsageError
+from edge_client import backends, discovery, identity, local_model, options, outbox, reach, service_cli, session
 from edge_client import doctor as examination
 from edge_client.finding import Case
+from edge_client.options import DEFAULT_STATE, Insecure, Json, Server, State
 from edge_client.remote import Remote, local_path
 from edge_client.screen import Screen
 from oneround import stream, tls
@@ -35,28 +35,15 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-_DEFAULT_STATE = Path(platformdirs.user_data_dir("oneround")) / "client"
-State = Annotated[Path, typer.Option("--state", help="Where jobs are kept.", show_default="the user's data folder")]
-Server = Annotated[
-    str,
-    typer.Option(
-        "--server",
-        help="The coordinator's HOST:PORT. Left out: the last one joined, or the one on this network.",
-        show_default=False,
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print lines of JSON, for scripts.")]
-Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS; for a coordinator on this machine.")]
-
 
 @app.command(epilog="Example: edge-client join --server host:50051 --data notes/")
 def join(
     server: Server = "",
     job: Annotated[str, typer.Option(help="The job; not needed when only one is open.")] = "",
-    data: Annotated[Path, typer.Option(help="A file or folder: .jsonl, .json, .parquet or .txt.")] = Path("data"),
-    backend: Annotated[str, typer.Option(help="auto, torch or mlx.")] = "auto",
-    model: Annotated[Path | None, typer.Option(help="The base model's folder, if it is on this machine.")] = None,
-    name: Annotated[str, typer.Option(help="What others see.", show_default="this machine's name")] = "",
+    data: options.Data = Path("data"),
+    backend: options.Backend = "auto",
+    model: options.Model = None,
+    name: options.Name = "",
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Skip and count rows that cannot be used.")
     ] = False,
@@ -67,13 +54,18 @@ def join(
         bool, typer.Option("--again", help="Train anew and replace what was sent, where the operator allows it.")
     ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Stay until the result is published.")] = False,
-    state: State = _DEFAULT_STATE,
+    when: options.When = options.ALWAYS,
+    min_battery: options.MinBattery = options.MANNERS.min_battery,
+    min_memory: options.MinMemory = options.MANNERS.min_memory,
+    nice: options.Nice = False,
+    state: State = DEFAULT_STATE,
     insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
     """Take part in a job, start to receipt. Run it again after any interruption, and it goes on."""
     screen = Screen(as_json)
-    _make(state)
+    guest = options.guest(when, min_battery, min_memory, nice)
+    options.make(state)
     waiting = any(box.trained() and not box.receipt() for box in outbox.all_outboxes(state))
     if not waiting and not data.exists():  # what is trained needs no data any more
         raise BadData(f"there is no data at {data}", hint="edge-client join --data FILE_OR_FOLDER")
@@ -89,6 +81,7 @@ def join(
         skip_bad_rows=skip_bad_rows,
         save_every=save_every,
         again=again,
+        guest=guest,
     )
 
     async def run() -> None:
@@ -104,7 +97,7 @@ def join(
 @app.command(epilog="Example: edge-client discover")
 def discover(
     seconds: Annotated[float, typer.Option(help="How long to listen.", min=0.1, max=600)] = discovery.LOOK_SECONDS,
-    state: State = _DEFAULT_STATE,
+    state: State = DEFAULT_STATE,
     as_json: Json = False,
 ) -> None:
     """The coordinators that make themselves known on this network."""
@@ -141,7 +134,7 @@ def doctor(
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Skip and count rows that cannot be used.")
     ] = False,
-    state: State = _DEFAULT_STATE,
+    state: State = DEFAULT_STATE,
     insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
@@ -154,7 +147,7 @@ def doctor(
 
 
 @app.command(epilog="Example: edge-client status")
-def status(state: State = _DEFAULT_STATE, as_json: Json = False) -> None:
+def status(state: State = DEFAULT_STATE, as_json: Json = False) -> None:
     """The jobs that this machine has joined, and how far each is."""
     boxes_ = outbox.all_outboxes(state)
     rows = []
@@ -197,7 +190,7 @@ def pull(
     to: Annotated[Path | None, typer.Option(help="Where to put it.", show_default="a folder of the job's name")] = None,
     version: Annotated[int, typer.Option(help="Which one; 0: the newest.", min=0)] = 0,
     server: Server = "",
-    state: State = _DEFAULT_STATE,
+    state: State = DEFAULT_STATE,
     insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
@@ -217,13 +210,14 @@ def pull(
 def leave(
     job: Annotated[str, typer.Argument(help="The job's name.")],
     server: Server = "",
-    state: State = _DEFAULT_STATE,
+    state: State = DEFAULT_STATE,
     insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
     """Take part no more: what was sent is left out of everything that is published from now on."""
     screen = Screen(as_json)
-    joined = outbox.find(state, job).joined()
+    box = outbox.find(state, job)
+    joined = box.joined()
     assert joined is not None, "find looks at joined jobs"
 
     async def run() -> None:
@@ -231,6 +225,7 @@ def leave(
             await remote.withdraw(joined.lease)
 
     asyncio.run(run())
+    box.keep_left()
     screen.say("left", job=job)
 
 
@@ -242,7 +237,7 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling, at a temperature over 0.", min=0)] = 0,
     server: Server = "",
-    state: State = _DEFAULT_STATE,
+    state: State = DEFAULT_STATE,
     insecure: Insecure = False,
 ) -> None:
     """Talk with the published model, or with any GGUF; a model without a chat template continues your text."""
@@ -341,11 +336,11 @@ def _ask() -> str | None:
         return None
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise NotEnough(f"cannot write to {folder}: {error.strerror}") from error
+app.command(epilog="Example: edge-client stay --server host:50051 --accept 'clinic-*' --data notes/")(service_cli.stay)
+app.command(epilog="Example: edge-client install-service --server host:50051 --accept 'clinic-*' --data notes/")(
+    service_cli.install_service
+)
+app.command(epilog="Example: edge-client uninstall-service")(service_cli.uninstall_service)
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
     STATE/models/FINGERPRINT/      base models, shared by all jobs
     STATE/jobs/NAME-ID/            one job: joined.json, initial.safetensors, training.safetensors while it is trained,
-                                   trained.safetensors, trained.json, receipt.json; ID is the job's own, so a job made
-                                   anew is another one
+                                   trained.safetensors, trained.json, receipt.json, left (by its person); ID is the
+                                   job's own, so a job made anew is another one
 
 Each file is put in place whole; a step is done when its file is there.
 """
@@ -11,7 +11,7 @@ Each file is put in place whole; a step is done when its file is there.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -67,8 +67,17 @@ class Outbox:
 
     def keep_joined(self, server: str, reply: pb.JoinReply) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "left").unlink(missing_ok=True)
         tensors.replace(self.folder / "server", [server.encode()])
         _write(self.folder / "joined.json", reply)
+
+    def keep_left(self) -> None:
+        """The person left the job: nothing joins it again by itself."""
+        (self.folder / "left").touch()
+
+    def is_over(self) -> bool:
+        """Whether this machine's part is done, or was given up by its person."""
+        return (self.folder / "left").exists() or self.receipt() is not None
 
     def server(self) -> str:
         """The coordinator's address when this job was last joined."""
@@ -115,6 +124,14 @@ def all_outboxes(state: Path) -> Sequence[Outbox]:
     return [
         Outbox(folder) for folder in sorted(folders, key=lambda f: (f / "joined.json").stat().st_mtime, reverse=True)
     ]
+
+
+def of_job(state: Path, name: str, deadline: float) -> Iterator[Outbox]:
+    """The box, if there is one, of the job of this name with this deadline (seconds since the Unix epoch)."""
+    for found in all_outboxes(state):
+        joined = found.joined()
+        if joined is not None and joined.job.spec.name == name and joined.job.deadline_unix == deadline:
+            yield found
 
 
 def find(state: Path, name: str) -> Outbox:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path, PurePosixPath
@@ -66,6 +66,11 @@ class Remote:
     async def heartbeat(self, beat: pb.HeartbeatRequest) -> pb.HeartbeatReply:
         async with self._readable():
             return await self._stub.Heartbeat(beat, timeout=CALL_SECONDS)
+
+    async def jobs(self) -> Sequence[pb.JobStatus]:
+        """The coordinator's jobs, newest first."""
+        async with self._readable():
+            return (await self._stub.ListJobs(pb.ListJobsRequest(), timeout=CALL_SECONDS)).jobs
 
     async def job(self, name: str) -> pb.JobStatus:
         """The job's status now."""

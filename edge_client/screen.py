@@ -36,6 +36,8 @@ SENTENCES = {
     "slow, or the system may end it. Close other programs.[/yellow]",
     "continued": "Training goes on after step {step} of {steps}",
     "anew": "[yellow]The data or the job is not what it was when training was interrupted; it starts anew.[/yellow]",
+    "paused": "[yellow]Training pauses: {why}.[/yellow] It goes on {until}.",
+    "unpaused": "Training goes on after a pause of {seconds:.0f} s",
     "not_kept": "[yellow]How far training is cannot be kept: {why}. If it is interrupted now, steps are lost.[/yellow]",
     "resumed": "Already trained; the adapter waits in {folder}",
     "trained": "Trained {steps} steps in {seconds:.0f} s; loss {loss:.3f}",
@@ -44,6 +46,15 @@ SENTENCES = {
     "pending": "It has not been looked at yet; `coordinator show {job}`, over there, will say what is made of it.",
     "left": "Left {job}. What was sent takes no part in what is published from now on; what is here stays.",
     "done": "You may close this now. The result will be there with:  edge-client pull {job}",
+    "staying": "Waiting at {server} for jobs named {accept}",
+    "left_alone": "{job} is open there, and is none of those; it is left alone.",
+    "no_part": "[yellow]No part in {job}: {why}.{again}[/yellow]",
+    "service": "Written to {file}\n  jobs    {accept}, at {server}\n  data    {data}\n  trains  {when}",
+    "service_runs": "It runs now and after every login. Its log:  {log}",
+    "service_waits": "[yellow]It could not be started from here: {why}.[/yellow] Start it with:\n{commands}",
+    "linger": "To have it run while nobody is logged in, too:  loginctl enable-linger",
+    "uninstalled": "Removed {file}; nothing takes part by itself any more. What was joined and trained stays.",
+    "not_installed": "There is no {file}; nothing takes part by itself.",
     "waiting": "Waiting for the publication ({state})",
     "published": "[green]Published[/green] v{version}. Take it with:  edge-client pull {job}",
     "pulled": "{name}  {size:,} bytes",
@@ -92,13 +103,15 @@ class Screen:
             yield
 
     @contextmanager
-    def bar(self, label: str, total: int) -> Iterator[Advance]:
-        """Report progress: call what is given with how much of `total` is done, and a few words of detail."""
+    def bar(self, label: str, total: int, clock: Callable[[], float] = time.monotonic) -> Iterator[Advance]:
+        """Report progress: call what is given with how much of `total` is done, and a few words of detail.
+
+        The time left is told by `clock`, in seconds."""
         if self._json or not self._console.is_terminal:
-            yield self._lines(label, total)
+            yield self._lines(label, total, clock)
             return
         columns = (TextColumn("{task.description:<10}"), *columns_of_a_bar())
-        with Progress(*columns, console=self._console) as progress:
+        with Progress(*columns, console=self._console, get_time=clock) as progress:
             task = progress.add_task(label, total=total, detail="")
 
             def advance(done: int, detail: str = "", **_: object) -> None:
@@ -106,13 +119,13 @@ class Screen:
 
             yield advance
 
-    def _lines(self, label: str, total: int) -> Advance:
-        started = last = time.monotonic()
+    def _lines(self, label: str, total: int, clock: Callable[[], float]) -> Advance:
+        started = last = clock()
         every = _JSON_EVERY if self._json else _PLAIN_EVERY
 
         def advance(done: int, detail: str = "", **fields: object) -> None:
             nonlocal last
-            now = time.monotonic()
+            now = clock()
             if now - last < every and done < total:
                 return
             last = now

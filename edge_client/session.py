@@ -12,7 +12,7 @@ import random
 import re
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from converters import adapter, checkpoint
@@ -21,6 +21,7 @@ from converters.errors import BadData, NotEnough, OneroundError, Refused, Unreac
 from edge_client import disk, examples, footprint, outbox, snapshot
 from edge_client.backends import Backend, Progress
 from edge_client.batches import Batches
+from edge_client.guest import Guest
 from edge_client.outbox import Outbox
 from edge_client.recipe import Recipe
 from edge_client.remote import Remote, local_path
@@ -49,6 +50,7 @@ class Taker:
     skip_bad_rows: bool = False
     save_every: float = SAVE_SECONDS  # seconds
     again: bool = False  # train anew, where the operator lets this machine send another contribution
+    guest: Guest = field(default_factory=Guest)  # keeps to the manners that the person asks for
 
 
 async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen) -> pb.Receipt:
@@ -91,7 +93,8 @@ async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen)
         declaration = box.trained()
         if declaration is None:
             disk.room(reply.job, taker.state, taker.model).require()
-            declaration = await _train(remote, reply, box, taker, pulse, screen)
+            async with taker.guest.watching(screen):
+                declaration = await _train(remote, reply, box, taker, pulse, screen)
         else:
             screen.say("resumed", folder=str(box.folder))
         receipt = await _send(remote, reply, declaration, box, screen)
@@ -120,6 +123,11 @@ class Pulse:
                 if answer.directive == pb.DIRECTIVE_STOP:
                     self.stop = answer.reason
             await asyncio.sleep(pause)
+
+    def check(self) -> None:
+        """Raises Refused when this client is to stop."""
+        if self.stop:
+            raise Refused(f"the coordinator stopped this job: {self.stop}")
 
 
 def check(job: pb.Job) -> None:
@@ -181,7 +189,9 @@ async def fetch_base(remote: Remote, job: pb.Job, state: Path, model: Path | Non
 async def _train(
     remote: Remote, reply: pb.JoinReply, box: Outbox, taker: Taker, pulse: Pulse, screen: Screen
 ) -> pb.Declaration:
-    job = reply.job
+    job, guest = reply.job, taker.guest
+    await guest.ready(lambda: pulse.stop)
+    pulse.check()
     rows = await asyncio.to_thread(examples.load, taker.data, skip_bad_rows=taker.skip_bad_rows)
     base = await fetch_base(remote, job, taker.state, taker.model, screen)
     if not box.initial.exists():
@@ -232,10 +242,10 @@ async def _train(
     elif box.snapshot.exists():
         screen.say("anew")
     losses = list(kept.losses) if kept else []
-    started = time.monotonic()
+    started = guest.clock()
     beat = pulse.now
     beat.total_steps = plan.total_steps
-    with screen.bar("training", plan.total_steps) as advance:
+    with screen.bar("training", plan.total_steps, guest.clock) as advance:
 
         def on_step(progress: Progress) -> None:
             losses.append(progress.loss)
@@ -247,9 +257,12 @@ async def _train(
                 loss=progress.loss,
                 tokens_per_second=beat.tokens_per_second,
             )
-            keeping.after(losses, progress, now=bool(pulse.stop))
-            if pulse.stop:
-                raise Refused(f"the coordinator stopped this job: {pulse.stop}")
+            pauses = guest.pauses and progress.step < progress.total_steps
+            keeping.after(losses, progress, now=pauses or bool(pulse.stop))
+            if pauses:
+                beat.tokens_per_second = 0.0
+                guest.wait(lambda: pulse.stop)
+            pulse.check()
 
         try:
             trained = await asyncio.to_thread(taker.backend.train, base, initial, recipe, plan, on_step, kept)
@@ -264,7 +277,7 @@ async def _train(
         steps=plan.total_steps,
         train_loss=sum(last_epoch) / len(last_epoch),
     )
-    screen.say("trained", steps=plan.total_steps, seconds=time.monotonic() - started, loss=declaration.train_loss)
+    screen.say("trained", steps=plan.total_steps, seconds=guest.clock() - started, loss=declaration.train_loss)
     described = {
         "job": job.spec.name,
         "base": job.base_fingerprint,
@@ -287,7 +300,7 @@ class Keeping:
         self._failed = False
 
     def after(self, losses: list[float], progress: Progress, *, now: bool) -> None:
-        """A step is done; `now`: training ends here. A disk that is full is told once, and does not end training."""
+        """A step is done; `now`: training ends or pauses here. A full disk is told once, and no reason to end."""
         if not now and time.monotonic() < self._next:
             return
         began = time.monotonic()

@@ -1,0 +1,86 @@
+"""Options that several commands share, and what is made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import platformdirs
+import typer
+
+from converters.errors import NotEnough
+from edge_client import machine, manners
+from edge_client.guest import Guest
+from edge_client.manners import Manners
+
+DEFAULT_STATE = Path(platformdirs.user_data_dir("oneround")) / "client"
+State = Annotated[Path, typer.Option("--state", help="Where jobs are kept.", show_default="the user's data folder")]
+Server = Annotated[
+    str,
+    typer.Option(
+        "--server",
+        help="The coordinator's HOST:PORT. Left out: the last one joined, or the one on this network.",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print lines of JSON, for scripts.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS; for a coordinator on this machine.")]
+Data = Annotated[Path, typer.Option(help="A file or folder: .jsonl, .json, .parquet or .txt.")]
+Backend = Annotated[str, typer.Option(help="auto, torch or mlx.")]
+Model = Annotated[Path | None, typer.Option(help="The base model's folder, if it is on this machine.")]
+Name = Annotated[str, typer.Option(help="What others see.", show_default="this machine's name")]
+SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Skip and count rows that cannot be used.")]
+
+When = Annotated[
+    list[manners.When],
+    typer.Option(
+        "--when",
+        help="Train only then, and pause otherwise; given twice, both hold. "
+        f"Idle: nobody has used the machine for {manners.IDLE_SECONDS / 60:.0f} minutes.",
+    ),
+]
+MinBattery = Annotated[
+    float, typer.Option(help="Pause on battery below so many percent; 0: never.", min=0, max=90, show_default=True)
+]
+MinMemory = Annotated[
+    float,
+    typer.Option(
+        help="Pause when other programs have less than so many percent of the memory; 0: never.", min=0, max=50
+    ),
+]
+Nice = Annotated[bool, typer.Option("--nice", help="Let other programs go first, on the CPU and the disk.")]
+
+MANNERS = Manners()
+ALWAYS = [manners.When.ALWAYS]
+PLUGGED_IN = [manners.When.PLUGGED_IN]
+
+
+def guest(when: list[manners.When], min_battery: float, min_memory: float, nice: bool) -> Guest:
+    """A guest with these manners. A lower priority begins here, so that threads that start later have it too.
+
+    Raises:
+        UsageError: it is to be told whether somebody uses this machine, and it cannot be.
+    """
+    asked = Manners(
+        plugged_in=manners.When.PLUGGED_IN in when,
+        idle=manners.When.IDLE in when,
+        min_battery=min_battery,
+        min_memory=min_memory,
+    )
+    if asked.idle:
+        machine.require_idle()
+    if nice:
+        machine.lower_priority()
+    return Guest(asked)
+
+
+def make(folder: Path) -> None:
+    """A folder that can be written to, made if it is not there.
+
+    Raises:
+        NotEnough: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NotEnough(f"cannot write to {folder}: {error.strerror}") from error

@@ -1,0 +1,164 @@
+"""The commands of a client that stays: `edge-client stay`, and the service that runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shlex
+import signal
+import socket
+import sys
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from converters.errors import BadData, Unreachable, UsageError
+from edge_client import backends, identity, machine, options, reach, service, staying
+from edge_client.manners import When
+from edge_client.options import DEFAULT_STATE, Insecure, Json, Server, State
+from edge_client.remote import Remote
+from edge_client.screen import Screen
+from edge_client.session import Taker
+
+Accept = Annotated[
+    list[str],
+    typer.Option(help="Jobs to take part in: a name, or a pattern such as 'clinic-*'. May be given more than once."),
+]
+Nice = Annotated[bool, typer.Option(help="Let other programs go first, on the CPU and the disk.")]
+
+
+def stay(
+    accept: Accept,
+    server: Server = "",
+    data: options.Data = Path("data"),
+    backend: options.Backend = "auto",
+    model: options.Model = None,
+    name: options.Name = "",
+    skip_bad_rows: options.SkipBadRows = False,
+    when: options.When = options.PLUGGED_IN,
+    min_battery: options.MinBattery = options.MANNERS.min_battery,
+    min_memory: options.MinMemory = options.MANNERS.min_memory,
+    nice: Nice = True,
+    look_every: Annotated[float, typer.Option(help="Seconds between two looks for new jobs.", min=1)] = (
+        staying.LOOK_SECONDS
+    ),
+    state: State = DEFAULT_STATE,
+    insecure: Insecure = False,
+    as_json: Json = False,
+) -> None:
+    """Stay, and take part once in every accepted job as it appears. Ends with Ctrl-C."""
+    screen = Screen(as_json)
+    _check(accept, data)
+    guest = options.guest(when, min_battery, min_memory, nice)
+    options.make(state)
+    with screen.busy("loading the training backend"):
+        chosen = backends.choose(backend)
+    taker = Taker(
+        state=state,
+        client_id=identity.client_id(state),
+        name=name or socket.gethostname(),
+        data=data,
+        backend=chosen,
+        model=model,
+        skip_bad_rows=skip_bad_rows,
+        guest=guest,
+    )
+
+    def connect() -> AbstractAsyncContextManager[Remote]:
+        return reach.connected(server, state, screen, insecure)
+
+    async def run() -> None:
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # a service is ended by it
+        await staying.Staying(connect, accept, taker, screen, look_seconds=look_every).stay()
+
+    asyncio.run(run())
+
+
+def install_service(
+    accept: Accept,
+    server: Server = "",
+    data: options.Data = Path("data"),
+    backend: options.Backend = "auto",
+    model: options.Model = None,
+    name: options.Name = "",
+    skip_bad_rows: options.SkipBadRows = False,
+    when: options.When = options.PLUGGED_IN,
+    min_battery: options.MinBattery = options.MANNERS.min_battery,
+    min_memory: options.MinMemory = options.MANNERS.min_memory,
+    nice: Nice = True,
+    state: State = DEFAULT_STATE,
+    insecure: Insecure = False,
+    as_json: Json = False,
+) -> None:
+    """Let this machine take part by itself: `edge-client stay` as a service of yours. Again replaces it."""
+    screen = Screen(as_json)
+    _check(accept, data)
+    installed = service.here()
+    if When.IDLE in when:
+        machine.require_idle()
+    options.make(state)
+    with screen.busy("loading the training backend"):
+        backends.choose(backend)
+    place = asyncio.run(_reach_once(server, state, screen, insecure))
+    command = [sys.executable, "-P", "-m", "edge_client.cli", "stay", "--server", place]
+    for pattern in accept:
+        command += ["--accept", pattern]
+    for each in when:
+        command += ["--when", each.value]
+    command += ["--data", str(data.absolute()), "--backend", backend, "--state", str(state.absolute())]
+    command += ["--min-battery", f"{min_battery:g}", "--min-memory", f"{min_memory:g}"]
+    command += ["--model", str(model.absolute())] if model else []
+    command += ["--name", name] if name else []
+    command += ["--skip-bad-rows"] if skip_bad_rows else []
+    command += [] if nice else ["--no-nice"]
+    command += ["--insecure"] if insecure else []
+    on_a_mac = installed.file.suffix == ".plist"
+    content = service.agent(command, Path.home()) if on_a_mac else service.unit(command).encode()
+    why = service.install(installed, content)
+    screen.say(
+        "service",
+        file=str(installed.file),
+        accept=" or ".join(accept),
+        server=place,
+        data=str(data.absolute()),
+        when=" and ".join(when),
+    )
+    if why:
+        lines = "\n".join(f"  {shlex.join(line)}" for line in installed.start)
+        screen.say("service_waits", why=why, commands=lines)
+    else:
+        screen.say("service_runs", log=installed.log)
+    if not on_a_mac:
+        screen.say("linger")
+
+
+def uninstall_service(as_json: Json = False) -> None:
+    """Stop and remove the service that `install-service` wrote."""
+    installed = service.here()
+    there = service.uninstall(installed)
+    Screen(as_json).say("uninstalled" if there else "not_installed", file=str(installed.file))
+
+
+async def _reach_once(server: str, state: Path, screen: Screen, insecure: bool) -> str:
+    """The coordinator's address. Its key is pinned now, while a person looks on; a service has nobody to ask.
+
+    Raises:
+        Unreachable: it does not answer, and its key is not known here.
+    """
+    try:
+        async with reach.connected(server, state, screen, insecure) as remote:
+            return remote.server
+    except Unreachable:
+        if server and (insecure or server in identity.Pins(state).all()):
+            return server
+        raise
+
+
+def _check(accept: list[str], data: Path) -> None:
+    for pattern in accept:
+        if not re.fullmatch(r"[a-z0-9._*?\[\]!-]+", pattern):
+            raise UsageError(f"{pattern!r} can be no job's name", hint="--accept NAME, or a pattern: 'clinic-*'")
+    if not data.exists():
+        raise BadData(f"there is no data at {data}", hint="add --data FILE_OR_FOLDER")
