@@ -111,6 +111,11 @@ class Remote:
         async with self._readable():
             await self._stub.Withdraw(pb.WithdrawRequest(lease=lease), timeout=CALL_SECONDS)
 
+    async def report(self, lease: str, evaluation: pb.Evaluation) -> None:
+        """Tell how well a publication does on this client's data, in these numbers and nothing else."""
+        async with self._readable():
+            await self._stub.Report(pb.ReportRequest(lease=lease, evaluation=evaluation), timeout=CALL_SECONDS)
+
     async def upload(self, lease: str, declaration: pb.Declaration, file: Path, on_bytes: OnBytes) -> pb.Receipt:
         """Send the contribution from the offset that the coordinator has; returns the receipt.
 
