@@ -16,8 +16,8 @@ import structlog
 
 from converters import llama
 from converters.errors import BadModel, Conflict, NotFound, OneroundError, Refused, UsageError
-from coordinator import job as jobs
 from coordinator import evaluations, opening, publisher, sweeping
+from coordinator import job as jobs
 from coordinator import round as rounds
 from coordinator.blobs import Blobs
 from coordinator.examiner import Examiner

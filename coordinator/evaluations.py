@@ -18,7 +18,8 @@ def check(evaluation: pb.Evaluation) -> None:
     Raises:
         UsageError: a number is missing, or cannot be.
     """
-    missing = [field.name for field in pb.Evaluation.DESCRIPTOR.fields if not evaluation.HasField(field.name)]
+    given = {field.name for field, _ in evaluation.ListFields()}
+    missing = [field.name for field in pb.Evaluation.DESCRIPTOR.fields if field.name not in given]
     if missing:
         raise UsageError(f"an evaluation without {', '.join(missing)}")
     losses = (evaluation.base_loss, evaluation.own_loss, evaluation.published_loss)

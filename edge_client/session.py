@@ -90,6 +90,8 @@ async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen)
     try:
         declaration = box.trained()
         if declaration is None:
+            model = str(taker.model.resolve()) if taker.model else ""
+            box.keep_source(outbox.Source(str(taker.data.resolve()), model, taker.skip_bad_rows))
             declaration = await _train(remote, reply, box, taker, pulse, screen)
         else:
             screen.say("resumed", folder=str(box.folder))
