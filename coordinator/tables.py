@@ -129,7 +129,7 @@ def _helped(status: pb.JobStatus) -> list[RenderableType]:
     whole = status.comparisons[-1]
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column(f"v{whole.version} on held-out data of")
-    for heading in ("base", "own adapter", "published", "to base", "to own", "tokens"):
+    for heading in ("base", "own adapter", "published", "− base", "− own", "tokens"):
         table.add_column(heading, justify="right")
     for client in status.clients:
         for one in client.evaluations:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import sys
 import unicodedata
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from converters import llama
-from converters.errors import Refused
+from converters.errors import BadData, Refused
 from edge_client import apart, outbox, pulling, reach, scores, serving
 from edge_client.options import DEFAULT_STATE, Insecure, Json, Server, State
 from edge_client.outbox import Source
@@ -105,6 +106,8 @@ def evaluate(
     source = own.source() or Source("data")
     if data is not None:
         source = replace(source, data=str(data))
+    if not Path(source.data).exists():
+        raise BadData(f"there is no data at {source.data}", hint=f"edge-client evaluate {job} --data FILE_OR_FOLDER")
 
     base, published, found = asyncio.run(
         pulling.to_measure(server, state, screen, insecure, joined.job, source, version, must=report)
@@ -227,8 +230,8 @@ def _example(url: str, model: str, has_template: bool) -> str:
 
 def _table(measured: Scores, published: Path) -> Table:
     table = Table(box=boxes.SIMPLE_HEAD)
-    table.add_column("on this machine's held-out data")
-    for heading in ("loss per token", "perplexity", "published is"):
+    table.add_column("on held-out data")
+    for heading in ("loss per token", "perplexity", "published − it (± 2 SE)"):
         table.add_column(heading, justify="right")
     names = {"base": "base", "own": "own adapter", "published": f"published ({published.stem})"}
     for model, name in names.items():
@@ -254,7 +257,7 @@ def _described(measured: Scores, job: str, version: int, published: Path) -> dic
         "examples": len(measured.tokens),
         **{model: {"loss": loss.per_token, "perplexity": loss.perplexity} for model, loss in losses.items()},
         "published_minus": {
-            other: {"loss": found.mean, "standard_error": found.error}
+            other: {"loss": found.mean, "standard_error": found.error if math.isfinite(found.error) else None}
             for other in ("base", "own")
             for found in [measured.difference("published", other)]
         },

@@ -73,7 +73,7 @@ async def fetch(
     fetched = []
     for artifact in artifacts:
         file = local_path(folder, artifact)
-        if not file.is_file() or await asyncio.to_thread(stream.digest, file) != artifact.digest:
+        if not await asyncio.to_thread(_is_here, file, artifact):
             with screen.bar(artifact.name, artifact.size) as advance:
                 await remote.download(job, artifact, file, advance)
         screen.say("pulled", name=artifact.name, size=artifact.size)
@@ -88,9 +88,15 @@ async def fetch_model(
     made = publication(await remote.job(job), version)
     folder = outbox.published_folder(state, job) / f"v{made.version}"
     there = outbox.published_here(state, job, made.version)
-    same = [one for one in fitting.merged(made.artifacts) if there is not None and one.name == there.name]
-    (file,) = await fetch(remote, job, same or wanted(made, "", screen), folder, screen)
+    for artifact in fitting.merged(made.artifacts):
+        if there is not None and artifact.name == there.name and await asyncio.to_thread(_is_here, there, artifact):
+            return there, made
+    (file,) = await fetch(remote, job, wanted(made, "", screen), folder, screen)
     return file, made
+
+
+def _is_here(file: Path, artifact: pb.Artifact) -> bool:
+    return file.is_file() and stream.digest(file) == artifact.digest
 
 
 def model_file(model: str, version: int, server: str, state: Path, insecure: bool, screen: Screen) -> Path:

@@ -91,9 +91,8 @@ def serve(asked: apart.Message, tell: Callable[[apart.Message], None]) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, asked["port"]), family=family)
     except (OSError, OverflowError) as error:
-        raise UsageError(
-            f"cannot listen on {host}:{asked['port']}: {error}", hint="edge-client serve … --port PORT"
-        ) from error
+        why = str(getattr(error, "strerror", None) or error).partition(" (")[0]
+        raise UsageError(f"cannot listen on {host}:{asked['port']}: {why}", hint="--port 0 takes a free one") from error
     loaded = llama.load_to_talk(file)
     made = application(loaded, file.stem, host)
     server = uvicorn.Server(uvicorn.Config(made, log_level="warning", access_log=False, timeout_graceful_shutdown=2))
