@@ -7,7 +7,7 @@ import math
 import signal
 import sys
 import unicodedata
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -161,7 +161,8 @@ def chat(
     """Talk with the published model, or with any GGUF; a model without a chat template continues your text."""
     llama.require()
     file = pulling.model_file(model, version, server, state, insecure, Screen(aside=True))
-    with apart.Child("edge_client.apart", file) as child:
+    ends_by_hand = nullcontext() if prompt else suppress(KeyboardInterrupt)
+    with ends_by_hand, apart.Child("edge_client.apart", file) as child:
         talker = apart.Talker(child, file, seed)
         if sys.stdin.isatty() and not prompt:
             does = "answers" if talker.has_chat_template else "has no chat template, and continues your text"

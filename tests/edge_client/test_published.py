@@ -34,7 +34,7 @@ from edge_client.identity import Pins
 from edge_client.outbox import Source
 from edge_client.recipe import Recipe
 from edge_client.scores import Scores
-from edge_client.screen import Screen
+from edge_client.screen import SENTENCES, Screen
 from edge_client.snapshot import Snapshot
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
@@ -75,6 +75,10 @@ def test_the_best_fit(total: int, free: int, kinds: tuple[str, ...], chosen: str
     alone, comfortable = len(kinds) == 1, fit in (Fit.COMFORTABLE, Fit.FULL)
     says = "the only" if alone else "the most precise" if comfortable else "the smallest"
     assert choice.reason.startswith(says)
+
+
+def test_what_does_not_fit_comfortably_is_said() -> None:
+    assert {fit.value for fit in Fit} - SENTENCES.keys() == {"comfortable"}
 
 
 def test_only_whole_models_are_looked_at() -> None:
