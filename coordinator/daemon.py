@@ -16,8 +16,8 @@ import structlog
 
 from converters import llama
 from converters.errors import BadModel, Conflict, NotFound, OneroundError, Refused, UsageError
+from coordinator import evaluations, opening, publisher, sweeping
 from coordinator import job as jobs
-from coordinator import opening, publisher, sweeping
 from coordinator import round as rounds
 from coordinator.blobs import Blobs
 from coordinator.examiner import Examiner
@@ -273,6 +273,18 @@ class Daemon:
         if given is not None:
             await self._renew(client.job, f"{client.name} has withdrawn")
         await self.statuses.changed(client.job)
+
+    async def report(self, request: pb.ReportRequest) -> None:
+        """Keep what a client finds of a publication.
+
+        Raises:
+            UsageError: a number is missing, or cannot be.
+            NotFound: there is no such version.
+        """
+        lease = await self._lease(request.lease)
+        evaluations.check(request.evaluation)
+        await offload(self._store.report, lease.client, request.evaluation, self._clock())
+        log.info("evaluated", job=lease.client.job, client=lease.client.name, version=request.evaluation.version)
 
     async def open_upload(self, request: pb.OpenUploadRequest) -> pb.OpenUploadReply:
         """How much of the declared contribution is here; its receipt when all of it is."""

@@ -153,3 +153,15 @@ class Publication(Base):
     at_least: Mapped[int]  # contributions that have to be left once the cohort is judged
     # Set once it is made; its `folder` is filled in on the way out, since a state folder may move.
     publication: Mapped[pb.Publication | None] = mapped_column(Proto(pb.Publication))
+
+
+class Evaluation(Base):
+    """How a version does on one client's held-out data, by that client's word; a later word replaces it."""
+
+    __tablename__ = "evaluations"
+    __table_args__ = (ForeignKeyConstraint(["job", "client_id"], ["clients.job", "clients.client_id"]),)
+    job: Mapped[str] = mapped_column(primary_key=True)
+    client_id: Mapped[str] = mapped_column(primary_key=True)
+    version: Mapped[int] = mapped_column(primary_key=True)
+    evaluation: Mapped[pb.Evaluation] = mapped_column(Proto(pb.Evaluation))
+    received: Mapped[float]

@@ -252,6 +252,11 @@ class Federation(rpc.FederationServicer):
             await self._daemon.withdraw(request.lease)
             return pb.WithdrawReply()
 
+    async def Report(self, request: pb.ReportRequest, context: Context) -> pb.ReportReply:
+        async with _answered(context, "Report", request):
+            await self._daemon.report(request)
+            return pb.ReportReply()
+
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.JobStatus]:
         async with _answered(context, "Watch", request):
             async for status in self._daemon.statuses.watch(request.job):

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from pathlib import Path
 
-from coordinator import publisher
+from coordinator import evaluations, publisher
 from coordinator import round as rounds
 from coordinator.leases import Leases, judgement
 from coordinator.schema import Contribution
@@ -64,6 +64,7 @@ class Statuses:
         """A job with everybody who joined and what they gave."""
         status = self.outline(name)
         given = {contribution.client_id: contribution for contribution in self._store.contributions(name)}
+        reported = self._store.evaluations(name)
         for client, shown in self._leases.statuses(iter(self._store.clients(name))):
             contribution = given.get(client.client_id)
             if contribution is not None:
@@ -72,7 +73,9 @@ class Statuses:
                     shown.phase = pb.PHASE_CONTRIBUTED
                 shown.step = shown.total_steps = min(contribution.declaration.steps, (1 << 32) - 1)
                 shown.loss = contribution.declaration.train_loss
+            shown.evaluations.extend(reported.get(client.client_id, ()))
             status.clients.append(shown)
+        status.comparisons.extend(evaluations.compare(status.clients))
         return status
 
     async def watch(self, name: str) -> AsyncIterator[pb.JobStatus]:

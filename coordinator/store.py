@@ -10,13 +10,13 @@ from typing import Any
 from sqlalchemy import URL, bindparam, delete, func, not_, select, update
 from sqlalchemy.orm import Session
 
-from converters.errors import Denied, NotEnough, Refused
+from converters.errors import Denied, NotEnough, NotFound, Refused
 from coordinator import migrations, round_rows
 from coordinator import round as rounds
 from coordinator.database import Database
 from coordinator.round import Event, Round, State
 from coordinator.round_rows import CANDIDATE, TAKES_PART, Announced
-from coordinator.schema import Client, Contribution, Job, Publication
+from coordinator.schema import Client, Contribution, Evaluation, Job, Publication
 from oneround.v1 import federation_pb2 as pb
 
 
@@ -119,7 +119,7 @@ class Store:
     def forget(self, name: str) -> None:
         """Drop every row of a deleted job."""
         with self._database.writes() as session:
-            for table in (Publication, Contribution, Client):
+            for table in (Evaluation, Publication, Contribution, Client):
                 session.execute(delete(table).where(table.job == name))
             session.execute(delete(Job).where(Job.name == name, Job.deleted))
 
@@ -309,6 +309,37 @@ class Store:
         """Of all publications, the one in the making too."""
         with self._database.reads() as session:
             return set(session.scalars(select(Publication.version).where(Publication.job == job)))
+
+    # What clients find of publications
+
+    def report(self, client: Client, evaluation: pb.Evaluation, now: float) -> None:
+        """Keep a client's evaluation of a version, in place of what it said of that version before.
+
+        Raises:
+            NotFound: there is no such version.
+        """
+        with self._database.writes() as session:
+            round_rows.job(session, client.job)
+            made = session.get(Publication, (client.job, evaluation.version))
+            if made is None or made.publication is None:
+                raise NotFound(f"job {client.job!r} has no version {evaluation.version}")
+            session.merge(
+                Evaluation(
+                    job=client.job,
+                    client_id=client.client_id,
+                    version=evaluation.version,
+                    evaluation=evaluation,
+                    received=now,
+                )
+            )
+
+    def evaluations(self, job: str) -> Mapping[str, Sequence[pb.Evaluation]]:
+        """By client id, oldest version first."""
+        found: dict[str, list[pb.Evaluation]] = {}
+        with self._database.reads() as session:
+            for row in session.scalars(select(Evaluation).where(Evaluation.job == job).order_by(Evaluation.version)):
+                found.setdefault(row.client_id, []).append(row.evaluation)
+        return found
 
     def _known(self, session: Session, name: str) -> Announced:
         if name not in self._announced:

@@ -63,6 +63,7 @@ def job(status: pb.JobStatus) -> RenderableType:
         parts.append(_clients(status.clients))
     else:
         parts.append(Text("  no client has joined yet"))
+    parts.extend(_helped(status))
     for publication in status.publications:
         how = f"{publication.contributions} contributions, {publication.aggregate.method}"
         parts.append(Text(f"Published v{publication.version}: {how} ({publication.reason})"))
@@ -119,6 +120,40 @@ def verdict(given: pb.Contribution) -> str:
     word = _word(pb.Verdict.Name(found.verdict)) if found.verdict else "pending"
     again = " (may send another)" if given.may_replace else ""
     return (f"{word}: {found.reason}" if found.reason else word) + again
+
+
+def _helped(status: pb.JobStatus) -> list[RenderableType]:
+    """Did the newest version that clients reported on help, and whom."""
+    if not status.comparisons:
+        return []
+    whole = status.comparisons[-1]
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column(f"v{whole.version} on held-out data of")
+    for heading in ("base", "own adapter", "published", "− base", "− own", "tokens"):
+        table.add_column(heading, justify="right")
+    for client in status.clients:
+        for one in client.evaluations:
+            if one.version == whole.version:
+                table.add_row(escape(client.name), *_losses(one), f"{one.tokens:,}")
+    table.add_section()
+    table.add_row(f"mean of {whole.clients}", *_losses(whole), "")
+    said = (
+        f"  Loss in nats per token, as clients report it. v{whole.version} is better than the base for "
+        f"{whole.better_than_base} of {whole.clients}, and better than what they trained alone for "
+        f"{whole.better_than_own} of {whole.clients}."
+    )
+    return [table, Text(said)]
+
+
+def _losses(found: pb.Evaluation | pb.Comparison) -> tuple[str, ...]:
+    """Three losses, and how far the published one is from the others: below zero is better."""
+    return (
+        f"{found.base_loss:.3f}",
+        f"{found.own_loss:.3f}",
+        f"{found.published_loss:.3f}",
+        f"{found.published_loss - found.base_loss:+.3f}",
+        f"{found.published_loss - found.own_loss:+.3f}",
+    )
 
 
 def _progress(status: pb.JobStatus) -> str:

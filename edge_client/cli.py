@@ -17,15 +17,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from converters import command, llama
-from converters.errors import BadData, Refused, Unreachable, UsageError
-from edge_client import backends, discovery, identity, local_model, options, outbox, reach, service_cli, session
+from converters import command
+from converters.errors import BadData, Refused, Unreachable
+from edge_client import backends, discovery, identity, options, outbox, published, reach, service_cli, session
 from edge_client import doctor as examination
 from edge_client.finding import Case
 from edge_client.options import DEFAULT_STATE, Insecure, Json, Server, State
-from edge_client.remote import Remote, local_path
+from edge_client.remote import Remote
 from edge_client.screen import Screen
-from oneround import stream, tls
+from oneround import tls
 from oneround.v1 import federation_pb2 as pb
 
 app = typer.Typer(
@@ -34,6 +34,8 @@ app = typer.Typer(
     epilog="Example: edge-client join --server host:50051 --data notes/",
     no_args_is_help=True,
 )
+
+app.add_typer(published.app)
 
 
 @app.command(epilog="Example: edge-client join --server host:50051 --data notes/")
@@ -181,31 +183,6 @@ def status(state: State = DEFAULT_STATE, as_json: Json = False) -> None:
     out.print(table)
 
 
-@app.command(epilog="Example: edge-client pull clinic-notes --artifact peft --to out/")
-def pull(
-    job: Annotated[str, typer.Argument(help="The job's name.")],
-    artifact: Annotated[
-        str, typer.Option(help="A file or folder of the publication, or `all`. Left out: the smallest merged GGUF.")
-    ] = "",
-    to: Annotated[Path | None, typer.Option(help="Where to put it.", show_default="a folder of the job's name")] = None,
-    version: Annotated[int, typer.Option(help="Which one; 0: the newest.", min=0)] = 0,
-    server: Server = "",
-    state: State = DEFAULT_STATE,
-    insecure: Insecure = False,
-    as_json: Json = False,
-) -> None:
-    """Fetch what was published; interrupted, it goes on where it was."""
-    screen = Screen(as_json)
-    folder = to or Path(job)
-
-    async def run() -> None:
-        async with reach.connected(server, state, screen, insecure, job) as remote:
-            await _pull(remote, job, artifact, folder, screen, version)
-
-    asyncio.run(run())
-    screen.say("folder", folder=str(folder))
-
-
 @app.command(epilog="Example: edge-client leave clinic-notes")
 def leave(
     job: Annotated[str, typer.Argument(help="The job's name.")],
@@ -229,45 +206,6 @@ def leave(
     screen.say("left", job=job)
 
 
-@app.command(epilog='Example: edge-client chat clinic-notes --prompt "Dear colleague,"')
-def chat(
-    model: Annotated[str, typer.Argument(help="A job's name, or a GGUF file.")],
-    prompt: Annotated[str, typer.Option(help="One prompt, one answer. Left out: a conversation.")] = "",
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of sampling, at a temperature over 0.", min=0)] = 0,
-    server: Server = "",
-    state: State = DEFAULT_STATE,
-    insecure: Insecure = False,
-) -> None:
-    """Talk with the published model, or with any GGUF; a model without a chat template continues your text."""
-    llama.require()
-    file = Path(model)
-    if not file.is_file():
-        folder = outbox.published_folder(state, model)
-        found = sorted(folder.glob("*.gguf")) if folder.exists() else []
-        file = found[0] if found else asyncio.run(_fetch_for_chat(model, server, state, insecure, folder))
-    loaded = llama.load_to_talk(file, seed=seed)
-    history: list[dict[str, str]] = []
-    while (text := prompt or _ask()) is not None:
-        if not text.strip():
-            continue
-        if local_model.has_chat_template(loaded):
-            history.append({"role": "user", "content": text})
-            pieces = local_model.reply(loaded, history, max_tokens=max_tokens, temperature=temperature)
-        else:
-            print(text, end="")
-            pieces = local_model.complete(loaded, text, max_tokens=max_tokens, temperature=temperature)
-        answer = ""
-        for piece in pieces:
-            answer += piece
-            print(piece, end="", flush=True)
-        print()
-        history.append({"role": "assistant", "content": answer})
-        if prompt:
-            return
-
-
 async def _until_published(remote: Remote, job: str, screen: Screen) -> None:
     shown = ""
     async for status in remote.watch(job):
@@ -281,59 +219,6 @@ async def _until_published(remote: Remote, job: str, screen: Screen) -> None:
             screen.say("waiting", state=state)
             shown = state
     raise Unreachable("the coordinator ended the conversation", hint="edge-client pull, later")
-
-
-async def _pull(remote: Remote, job: str, artifact: str, folder: Path, screen: Screen, version: int = 0) -> list[Path]:
-    status = await remote.job(job)
-    if not status.publications:
-        state = pb.State.Name(status.state).removeprefix("STATE_").lower()
-        raise Refused(
-            f"{job} has published nothing yet; it is {state}" + (f" ({status.reason})" if status.reason else "")
-        )
-    made = {publication.version: publication for publication in status.publications}
-    if version and version not in made:
-        there = ", ".join(str(number) for number in made)
-        raise UsageError(f"{job} has no version {version}", hint=f"--version with one of: {there}")
-    fetched = []
-    for wanted in _select(made[version or max(made)], artifact):
-        file = local_path(folder, wanted)
-        if not file.is_file() or await asyncio.to_thread(stream.digest, file) != wanted.digest:
-            with screen.bar(wanted.name, wanted.size) as advance:
-                await remote.download(job, wanted, file, advance)
-        screen.say("pulled", name=wanted.name, size=wanted.size)
-        fetched.append(file)
-    return fetched
-
-
-def _select(publication: pb.Publication, artifact: str) -> list[pb.Artifact]:
-    files = list(publication.artifacts)
-    if artifact == "all":
-        return files
-    if artifact:
-        chosen = [file for file in files if file.name == artifact or file.name.startswith(f"{artifact.rstrip('/')}/")]
-        if not chosen:
-            raise UsageError(
-                f"the publication has no {artifact!r}", hint="one of: " + ", ".join(file.name for file in files)
-            )
-        return chosen
-    merged = [file for file in files if file.name.endswith(".gguf") and file.name != "adapter.gguf"]
-    if not merged:
-        raise UsageError("the publication has no merged GGUF", hint="--artifact all")
-    return [min(merged, key=lambda file: file.size)]
-
-
-async def _fetch_for_chat(job: str, server: str, state: Path, insecure: bool, folder: Path) -> Path:
-    screen = Screen()
-    async with reach.connected(server, state, screen, insecure, job) as remote:
-        return (await _pull(remote, job, "", folder, screen))[0]
-
-
-def _ask() -> str | None:
-    """The person's next line; None at the end of input."""
-    try:
-        return input("> " if sys.stdin.isatty() else "")
-    except EOFError:
-        return None
 
 
 app.command(epilog="Example: edge-client stay --server host:50051 --accept 'clinic-*' --data notes/")(service_cli.stay)

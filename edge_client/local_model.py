@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from converters import llama
-from converters.errors import BadData
+from converters.errors import BadData, BadModel
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
     from edge_client.examples import Example
+
+
+_ROWS = 64  # positions whose logits are looked at together
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Loss:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.per_token)
+        return math.exp(self.per_token) if self.per_token < 700 else math.inf
 
 
 def evaluate(model: Llama, examples: Sequence[Example]) -> Loss:
@@ -39,18 +42,35 @@ def evaluate(model: Llama, examples: Sequence[Example]) -> Loss:
     """
     total, tokens = 0.0, 0
     for example in examples:
-        if len(example.ids) > model.n_ctx() + 1:
-            raise BadData(f"an example of {len(example.ids)} tokens is over the context of {model.n_ctx()}")
-        targets = np.flatnonzero(example.is_target[1:])  # positions whose next token counts
-        if not len(targets):
-            continue
-        scores = llama.logits(model, example.ids[:-1].tolist())  # (T, V)
-        said = llama.log_softmax(scores[targets])
-        total -= float(said[np.arange(len(targets)), example.ids[targets + 1]].sum(dtype=np.float64))
-        tokens += len(targets)
+        total += nats(model, example)
+        tokens += example.num_targets
     if not tokens:
         raise BadData("there is no target token to evaluate on")
     return Loss(total / tokens, tokens)
+
+
+def nats(model: Llama, example: Example) -> float:
+    """Negative log-likelihood of an example's target tokens together.
+
+    Raises:
+        BadData: the example is longer than the model's context.
+        BadModel: the model says something that is no number.
+    """
+    if len(example.ids) > model.n_ctx() + 1:
+        raise BadData(f"an example of {len(example.ids)} tokens is over the context of {model.n_ctx()}")
+    targets = np.flatnonzero(example.is_target[1:])  # positions whose next token counts
+    if not len(targets):
+        return 0.0
+    model.reset()
+    model.eval(example.ids[:-1].tolist())
+    total = 0.0
+    for start in range(0, len(targets), _ROWS):  # all logits of a long example would be gigabytes
+        some = targets[start : start + _ROWS]
+        said = llama.log_softmax(np.array(model.scores[some], np.float32))  # (≤ _ROWS, V)
+        total -= float(said[np.arange(len(some)), example.ids[some + 1]].sum(dtype=np.float64))
+    if not math.isfinite(total):
+        raise BadModel("the model's logits are no numbers")
+    return total
 
 
 def complete(model: Llama, prompt: str, *, max_tokens: int = 128, temperature: float = 0.0) -> Iterator[str]:

@@ -1,18 +1,21 @@
 """What survives on this machine: the job, the finished adapter until it has its receipt, and the receipt.
 
     STATE/models/FINGERPRINT/      base models, shared by all jobs
-    STATE/jobs/NAME-ID/            one job: joined.json, initial.safetensors, training.safetensors while it is trained,
-                                   trained.safetensors, trained.json, receipt.json, left (by its person); ID is the
-                                   job's own, so a job made anew is another one
+    STATE/models/FINGERPRINT.gguf  the same as a GGUF, once it is needed to evaluate
+    STATE/jobs/NAME-ID/            one job: joined.json, source.json, initial.safetensors, training.safetensors while it
+                                   is trained, trained.safetensors, trained.json, receipt.json, left (by its person);
+                                   ID is the job's own, so a job made anew is another one
+    STATE/published/NAME/vN/       published models that were fetched to be used
 
 Each file is put in place whole; a step is done when its file is there.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,6 +31,15 @@ from oneround.v1 import federation_pb2 as pb
 JOB_NAME = r"[a-z0-9][a-z0-9._-]{0,62}"  # it becomes part of paths
 
 Record = TypeVar("Record", bound=Message)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where training took its data and its base from; paths are whole."""
+
+    data: str
+    model: str = ""  # the person's own copy of the base; empty: the one in the state folder
+    skip_bad_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,21 @@ class Outbox:
     def is_over(self) -> bool:
         """Whether this machine's part is done, or was given up by its person."""
         return (self.folder / "left").exists() or self.receipt() is not None
+
+    def keep_source(self, source: Source) -> None:
+        """Remember what this job is trained on."""
+        tensors.replace(self.folder / "source.json", [json.dumps(asdict(source)).encode()])
+
+    def source(self) -> Source | None:
+        """What this job was trained on; None if that is not known."""
+        try:
+            return Source(**json.loads((self.folder / "source.json").read_text("utf-8")))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            raise BadData(
+                f"{self.folder / 'source.json'} is damaged: {error}", hint="remove it, and use --data"
+            ) from error
 
     def server(self) -> str:
         """The coordinator's address when this job was last joined."""
@@ -148,7 +175,7 @@ def find(state: Path, name: str) -> Outbox:
 
 
 def published_folder(state: Path, name: str) -> Path:
-    """Where a job's published model is kept for `chat`.
+    """Where a job's published models are kept to be used, a folder a version.
 
     Raises:
         UsageError: this cannot be a job's name.
@@ -158,9 +185,25 @@ def published_folder(state: Path, name: str) -> Path:
     return state / "published" / name
 
 
+def published_here(state: Path, name: str, version: int = 0) -> Path | None:
+    """A published model that was fetched before: of this version, or of the newest (0); the most precise one."""
+    found: dict[int, Path] = {}
+    for file in published_folder(state, name).glob("v*/*.gguf"):
+        number = file.parent.name.removeprefix("v")
+        if number.isdecimal() and file.name[0] != ".":
+            before = found.setdefault(int(number), file)
+            found[int(number)] = max(before, file, key=lambda each: each.stat().st_size)
+    return found.get(version or max(found, default=0))
+
+
 def model_folder(state: Path, job: pb.Job) -> Path:
     """Where a job's base model is kept."""
     return state / "models" / job.base_fingerprint
+
+
+def base_gguf(state: Path, job: pb.Job) -> Path:
+    """Where a job's base model is kept as a GGUF."""
+    return state / "models" / f"{job.base_fingerprint}.gguf"
 
 
 def _read(file: Path, record: Record) -> Record | None:

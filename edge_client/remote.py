@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path, PurePosixPath
@@ -67,11 +67,6 @@ class Remote:
         async with self._readable():
             return await self._stub.Heartbeat(beat, timeout=CALL_SECONDS)
 
-    async def jobs(self) -> Sequence[pb.JobStatus]:
-        """The coordinator's jobs, newest first."""
-        async with self._readable():
-            return (await self._stub.ListJobs(pb.ListJobsRequest(), timeout=CALL_SECONDS)).jobs
-
     async def job(self, name: str) -> pb.JobStatus:
         """The job's status now."""
         async with self._readable():
@@ -126,6 +121,11 @@ class Remote:
     async def withdraw(self, lease: str) -> None:
         async with self._readable():
             await self._stub.Withdraw(pb.WithdrawRequest(lease=lease), timeout=CALL_SECONDS)
+
+    async def report(self, lease: str, evaluation: pb.Evaluation) -> None:
+        """Tell how well a publication does on this client's data, in these numbers and nothing else."""
+        async with self._readable():
+            await self._stub.Report(pb.ReportRequest(lease=lease, evaluation=evaluation), timeout=CALL_SECONDS)
 
     async def upload(self, lease: str, declaration: pb.Declaration, file: Path, on_bytes: OnBytes) -> pb.Receipt:
         """Send the contribution from the offset that the coordinator has; returns the receipt.

@@ -58,7 +58,19 @@ SENTENCES = {
     "waiting": "Waiting for the publication ({state})",
     "published": "[green]Published[/green] v{version}. Take it with:  edge-client pull {job}",
     "pulled": "{name}  {size:,} bytes",
+    "chosen": "Taking {name}, {reason}: it needs about {needs} of this machine's {total} to run.",
+    "full": "[yellow]Only {available} of memory are free now: close something before you run it.[/yellow]",
+    "tight": "[yellow]That is more than half of its memory: it will be slow, or end what else is open.[/yellow]",
+    "too_large": "[yellow]That is more than there is: it will hardly run here.[/yellow]",
     "folder": "In {folder}",
+    "base_gguf": "Turning the base into a GGUF, once: {file}",
+    "offline": "[yellow]{why}. Measuring v{version}, which is here.[/yellow]",
+    "measuring": "Measuring {models} models on {examples} held-out examples, {tokens:,} target tokens, with llama.cpp",
+    "evaluated": "{sentence}",
+    "tells": "Of this the coordinator is told five numbers and nothing else: base {base_loss:.4f}, own {own_loss:.4f}, "
+    "published {published_loss:.4f} nats per token, over {tokens:,} tokens, for v{version}.",
+    "told": "Told. `coordinator show {job}`, over there, puts it beside the others'.",
+    "serving": "Serving {model} at {url} until Ctrl-C",
 }
 
 Advance = Callable[..., None]
@@ -79,11 +91,12 @@ def columns_of_a_bar() -> tuple[ProgressColumn, ...]:
 
 
 class Screen:
-    """Reports events; `as_json` prints each as a line of JSON instead of a sentence."""
+    """Reports events; `as_json` prints each as a line of JSON instead of a sentence. `aside`: to standard error, where
+    standard output is for something else."""
 
-    def __init__(self, as_json: bool = False) -> None:
+    def __init__(self, as_json: bool = False, *, aside: bool = False) -> None:
         self._json = as_json
-        self._console = Console(highlight=False, soft_wrap=True, emoji=False)
+        self._console = Console(highlight=False, soft_wrap=True, emoji=False, stderr=aside)
 
     def say(self, event: str, **fields: object) -> None:
         """Report that something happened."""
@@ -136,7 +149,9 @@ class Screen:
                 )
             else:
                 print(
-                    f"{label} {done}/{total} ({100 * done // max(total, 1)} %), {left:.0f} s left {detail}", flush=True
+                    f"{label} {done}/{total} ({100 * done // max(total, 1)} %), {left:.0f} s left {detail}",
+                    file=self._console.file,
+                    flush=True,
                 )
 
         return advance

@@ -93,6 +93,8 @@ async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen)
         declaration = box.trained()
         if declaration is None:
             disk.room(reply.job, taker.state, taker.model).require()
+            model = str(taker.model.resolve()) if taker.model else ""
+            box.keep_source(outbox.Source(str(taker.data.resolve()), model, taker.skip_bad_rows))
             async with taker.guest.watching(screen):
                 declaration = await _train(remote, reply, box, taker, pulse, screen)
         else:

@@ -78,7 +78,7 @@ class Staying:
                 async with self._connect() as remote:
                     self._screen.say("staying", server=remote.server, accept=" or ".join(self._patterns))
                     while True:
-                        for job in await remote.jobs():
+                        for job in (await remote.jobs()).jobs:
                             if self._is_due(job):
                                 await self._take_part(remote, job)
                         pause = self._first_pause

@@ -41,9 +41,11 @@ from oneround.v1 import federation_pb2_grpc as rpc
 from tests.coordinator.test_server import ALICE, BOB, SPEC, join, judged, nothing, running, trained, written
 
 MALLORY = "e" * 32
+_LOSSES = ("base_loss", "own_loss", "published_loss")
 # What gRPC's own client says, in place of the answer, when it was still sending as the answer came.
 _BROKEN = "Internal error from Core"
 HUGE = [2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1]
+EVALUATION = pb.Evaluation(version=1, base_loss=3.0, own_loss=2.5, published_loss=2.4, tokens=1000)
 # Terminal escapes, a title, a line that a log would take for another, right-to-left, and paths.
 NAMES = [
     *("", " ", "\0", "../../x", "/etc/passwd", "a/b", "..", "\x1b[2J\x1b[31mroot", "\x1b]0;owned\x07", "[red]x[/red]"),
@@ -110,6 +112,8 @@ def test_who_one_is_cannot_be_guessed(tmp_path: Path) -> None:
                 assert guess != lease
                 await refused(stub.Heartbeat(pb.HeartbeatRequest(lease=guess)), StatusCode.PERMISSION_DENIED)
                 await refused(stub.Withdraw(pb.WithdrawRequest(lease=guess)), StatusCode.PERMISSION_DENIED)
+                reported = pb.ReportRequest(lease=guess, evaluation=EVALUATION)
+                await refused(stub.Report(reported), StatusCode.PERMISSION_DENIED)
                 opened = pb.OpenUploadRequest(lease=guess, declaration=pb.Declaration(digest="0" * 64, size=1))
                 await refused(stub.OpenUpload(opened), StatusCode.PERMISSION_DENIED)
                 await refused(stub.Upload(iter([pb.UploadRequest(lease=guess)])), StatusCode.PERMISSION_DENIED)
@@ -226,6 +230,28 @@ def test_numbers_that_cannot_be(tmp_path: Path) -> None:
                     wanted = pb.DownloadRequest(job="notes", digest=digest, offset=offset)
                     code, details = await status_of(stub.Download(wanted))
                     assert code in (StatusCode.OK, StatusCode.INVALID_ARGUMENT), (offset, code, details)
+
+            for changes in [
+                *({loss: odd} for loss in _LOSSES for odd in (math.nan, math.inf, -math.inf, -1e-9, 1001.0)),
+                *({"tokens": odd} for odd in (0, *HUGE[1:])),
+            ]:
+                told = pb.Evaluation()
+                told.CopyFrom(EVALUATION)
+                told.MergeFrom(pb.Evaluation(**changes))
+                report = pb.ReportRequest(lease=lease, evaluation=told)
+                await refused(stub.Report(report), StatusCode.INVALID_ARGUMENT, "cannot be")
+            for field in pb.Evaluation.DESCRIPTOR.fields:
+                told = pb.Evaluation()
+                told.CopyFrom(EVALUATION)
+                told.ClearField(field.name)  # type: ignore[arg-type]
+                report = pb.ReportRequest(lease=lease, evaluation=told)
+                await refused(stub.Report(report), StatusCode.INVALID_ARGUMENT, field.name)
+            for version in (0, 1, 2**31, 2**32 - 1):
+                told = pb.Evaluation()
+                told.CopyFrom(EVALUATION)
+                told.version = version
+                report = pb.ReportRequest(lease=lease, evaluation=told)
+                await refused(stub.Report(report), StatusCode.NOT_FOUND, "no version")
 
             for size in [0, *HUGE]:
                 declared = pb.Declaration(digest="0" * 64, size=size, num_examples=1)
@@ -732,6 +758,7 @@ async def _corpus(remote: Remote, folder: Path) -> list[Asked]:
             for lease, (_, data) in zip(leases, declared, strict=True)
         ],
         "Withdraw": [[pb.WithdrawRequest(lease=leases[3])]],
+        "Report": [[pb.ReportRequest(lease=lease, evaluation=EVALUATION)] for lease in leases],
         "Watch": [[pb.WatchRequest(job="prey")]],
         "Submit": [[pb.SubmitRequest(spec=job.parse({**SPEC, "name": "prey"}))]],
         "Show": [[pb.ShowRequest(job="prey")]],

@@ -934,6 +934,85 @@ class WithdrawReply(_message.Message):
 Global___WithdrawReply: _TypeAlias = WithdrawReply  # noqa: Y015
 
 @_typing.final
+class Evaluation(_message.Message):
+    """How well three models predict the data that one client held out; losses in nats per target token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    BASE_LOSS_FIELD_NUMBER: _builtins.int
+    OWN_LOSS_FIELD_NUMBER: _builtins.int
+    PUBLISHED_LOSS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The publication's version."""
+    base_loss: _builtins.float
+    """Of the base model alone."""
+    own_loss: _builtins.float
+    """Of the base with the adapter that this client trained."""
+    published_loss: _builtins.float
+    """Of the published model."""
+    tokens: _builtins.int
+    """Target tokens that were looked at, the same for all three."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int | None = ...,
+        base_loss: _builtins.float | None = ...,
+        own_loss: _builtins.float | None = ...,
+        published_loss: _builtins.float | None = ...,
+        tokens: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base_loss", b"base_loss", "own_loss", b"own_loss", "published_loss", b"published_loss", "tokens", b"tokens", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_loss", b"base_loss", "own_loss", b"own_loss", "published_loss", b"published_loss", "tokens", b"tokens", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Evaluation: _TypeAlias = Evaluation  # noqa: Y015
+
+@_typing.final
+class ReportRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    lease: _builtins.str
+    """From Join."""
+    @_builtins.property
+    def evaluation(self) -> Global___Evaluation:
+        """All five numbers."""
+
+    def __init__(
+        self,
+        *,
+        lease: _builtins.str | None = ...,
+        evaluation: Global___Evaluation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "lease", b"lease"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["evaluation", b"evaluation", "lease", b"lease"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportRequest: _TypeAlias = ReportRequest  # noqa: Y015
+
+@_typing.final
+class ReportReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportReply: _TypeAlias = ReportReply  # noqa: Y015
+
+@_typing.final
 class DownloadRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1211,6 +1290,7 @@ class ClientStatus(_message.Message):
     LAST_SEEN_UNIX_FIELD_NUMBER: _builtins.int
     CONTRIBUTION_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
+    EVALUATIONS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """What people call it."""
     phase: Global___Phase.ValueType
@@ -1235,6 +1315,10 @@ class ClientStatus(_message.Message):
     def contribution(self) -> Global___Contribution:
         """Set once its contribution is in."""
 
+    @_builtins.property
+    def evaluations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Evaluation]:
+        """What it reported of publications, oldest version first."""
+
     def __init__(
         self,
         *,
@@ -1248,14 +1332,61 @@ class ClientStatus(_message.Message):
         last_seen_unix: _builtins.float | None = ...,
         contribution: Global___Contribution | None = ...,
         id: _builtins.str | None = ...,
+        evaluations: _abc.Iterable[Global___Evaluation] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["contribution", b"contribution", "id", b"id", "last_seen_unix", b"last_seen_unix", "loss", b"loss", "machine", b"machine", "name", b"name", "phase", b"phase", "step", b"step", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["contribution", b"contribution", "evaluations", b"evaluations", "id", b"id", "last_seen_unix", b"last_seen_unix", "loss", b"loss", "machine", b"machine", "name", b"name", "phase", b"phase", "step", b"step", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contribution", b"contribution", "id", b"id", "last_seen_unix", b"last_seen_unix", "loss", b"loss", "machine", b"machine", "name", b"name", "phase", b"phase", "step", b"step", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contribution", b"contribution", "evaluations", b"evaluations", "id", b"id", "last_seen_unix", b"last_seen_unix", "loss", b"loss", "machine", b"machine", "name", b"name", "phase", b"phase", "step", b"step", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ClientStatus: _TypeAlias = ClientStatus  # noqa: Y015
+
+@_typing.final
+class Comparison(_message.Message):
+    """What the clients' reports of one version come to. Every client counts the same, however much it held out."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    CLIENTS_FIELD_NUMBER: _builtins.int
+    BETTER_THAN_BASE_FIELD_NUMBER: _builtins.int
+    BETTER_THAN_OWN_FIELD_NUMBER: _builtins.int
+    BASE_LOSS_FIELD_NUMBER: _builtins.int
+    OWN_LOSS_FIELD_NUMBER: _builtins.int
+    PUBLISHED_LOSS_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The publication's version."""
+    clients: _builtins.int
+    """Clients that reported."""
+    better_than_base: _builtins.int
+    """Clients on whose data the published model is better than the base."""
+    better_than_own: _builtins.int
+    """Clients on whose data it is better than the adapter that they trained alone."""
+    base_loss: _builtins.float
+    """Mean over clients of the base's loss, in nats per target token."""
+    own_loss: _builtins.float
+    """Mean over clients of the loss of each one's own adapter."""
+    published_loss: _builtins.float
+    """Mean over clients of the published model's loss."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int | None = ...,
+        clients: _builtins.int | None = ...,
+        better_than_base: _builtins.int | None = ...,
+        better_than_own: _builtins.int | None = ...,
+        base_loss: _builtins.float | None = ...,
+        own_loss: _builtins.float | None = ...,
+        published_loss: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base_loss", b"base_loss", "better_than_base", b"better_than_base", "better_than_own", b"better_than_own", "clients", b"clients", "own_loss", b"own_loss", "published_loss", b"published_loss", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_loss", b"base_loss", "better_than_base", b"better_than_base", "better_than_own", b"better_than_own", "clients", b"clients", "own_loss", b"own_loss", "published_loss", b"published_loss", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Comparison: _TypeAlias = Comparison  # noqa: Y015
 
 @_typing.final
 class Contribution(_message.Message):
@@ -1395,6 +1526,7 @@ class JobStatus(_message.Message):
     CONTRIBUTED_FIELD_NUMBER: _builtins.int
     ADMITTED_FIELD_NUMBER: _builtins.int
     TAKES_CONTRIBUTIONS_FIELD_NUMBER: _builtins.int
+    COMPARISONS_FIELD_NUMBER: _builtins.int
     state: Global___State.ValueType
     """Where it stands."""
     reason: _builtins.str
@@ -1425,6 +1557,10 @@ class JobStatus(_message.Message):
     def publications(self) -> _containers.RepeatedCompositeFieldContainer[Global___Publication]:
         """Oldest first."""
 
+    @_builtins.property
+    def comparisons(self) -> _containers.RepeatedCompositeFieldContainer[Global___Comparison]:
+        """Did it help, by version, oldest first; for the operator alone."""
+
     def __init__(
         self,
         *,
@@ -1440,10 +1576,11 @@ class JobStatus(_message.Message):
         contributed: _builtins.int | None = ...,
         admitted: _builtins.int | None = ...,
         takes_contributions: _builtins.bool | None = ...,
+        comparisons: _abc.Iterable[Global___Comparison] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "clients", b"clients", "contributed", b"contributed", "deadline_unix", b"deadline_unix", "joined", b"joined", "opened_unix", b"opened_unix", "publications", b"publications", "reason", b"reason", "spec", b"spec", "stage", b"stage", "state", b"state", "takes_contributions", b"takes_contributions"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "clients", b"clients", "comparisons", b"comparisons", "contributed", b"contributed", "deadline_unix", b"deadline_unix", "joined", b"joined", "opened_unix", b"opened_unix", "publications", b"publications", "reason", b"reason", "spec", b"spec", "stage", b"stage", "state", b"state", "takes_contributions", b"takes_contributions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "clients", b"clients", "contributed", b"contributed", "deadline_unix", b"deadline_unix", "joined", b"joined", "opened_unix", b"opened_unix", "publications", b"publications", "reason", b"reason", "spec", b"spec", "stage", b"stage", "state", b"state", "takes_contributions", b"takes_contributions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "clients", b"clients", "comparisons", b"comparisons", "contributed", b"contributed", "deadline_unix", b"deadline_unix", "joined", b"joined", "opened_unix", b"opened_unix", "publications", b"publications", "reason", b"reason", "spec", b"spec", "stage", b"stage", "state", b"state", "takes_contributions", b"takes_contributions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

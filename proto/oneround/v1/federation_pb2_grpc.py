@@ -75,6 +75,11 @@ class FederationStub:
                 request_serializer=oneround_dot_v1_dot_federation__pb2.WithdrawRequest.SerializeToString,
                 response_deserializer=oneround_dot_v1_dot_federation__pb2.WithdrawReply.FromString,
                 _registered_method=True)
+        self.Report = channel.unary_unary(
+                '/oneround.v1.Federation/Report',
+                request_serializer=oneround_dot_v1_dot_federation__pb2.ReportRequest.SerializeToString,
+                response_deserializer=oneround_dot_v1_dot_federation__pb2.ReportReply.FromString,
+                _registered_method=True)
         self.Watch = channel.unary_stream(
                 '/oneround.v1.Federation/Watch',
                 request_serializer=oneround_dot_v1_dot_federation__pb2.WatchRequest.SerializeToString,
@@ -142,6 +147,14 @@ class FederationServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Report(self, request, context):
+        """Say how well a publication does on this client's held-out data, in numbers and nothing else. Idempotent: the last
+        word on a version holds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Watch(self, request, context):
         """The job's status without its clients, now and whenever it changes.
         """
@@ -191,6 +204,11 @@ def add_FederationServicer_to_server(servicer, server):
                     servicer.Withdraw,
                     request_deserializer=oneround_dot_v1_dot_federation__pb2.WithdrawRequest.FromString,
                     response_serializer=oneround_dot_v1_dot_federation__pb2.WithdrawReply.SerializeToString,
+            ),
+            'Report': grpc.unary_unary_rpc_method_handler(
+                    servicer.Report,
+                    request_deserializer=oneround_dot_v1_dot_federation__pb2.ReportRequest.FromString,
+                    response_serializer=oneround_dot_v1_dot_federation__pb2.ReportReply.SerializeToString,
             ),
             'Watch': grpc.unary_stream_rpc_method_handler(
                     servicer.Watch,
@@ -415,6 +433,33 @@ class Federation:
             '/oneround.v1.Federation/Withdraw',
             oneround_dot_v1_dot_federation__pb2.WithdrawRequest.SerializeToString,
             oneround_dot_v1_dot_federation__pb2.WithdrawReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Report(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/oneround.v1.Federation/Report',
+            oneround_dot_v1_dot_federation__pb2.ReportRequest.SerializeToString,
+            oneround_dot_v1_dot_federation__pb2.ReportReply.FromString,
             options,
             channel_credentials,
             insecure,

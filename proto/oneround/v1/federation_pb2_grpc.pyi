@@ -53,6 +53,10 @@ class FederationStub:
     """Send the contribution from the committed offset. The receipt means: synced, digest checked, row committed."""
     Withdraw: _grpc.UnaryUnaryMultiCallable[_federation_pb2.WithdrawRequest, _federation_pb2.WithdrawReply]
     """Leave a job. What is here of this client's upload is dropped; a contribution that is in takes no part any more."""
+    Report: _grpc.UnaryUnaryMultiCallable[_federation_pb2.ReportRequest, _federation_pb2.ReportReply]
+    """Say how well a publication does on this client's held-out data, in numbers and nothing else. Idempotent: the last
+    word on a version holds.
+    """
     Watch: _grpc.UnaryStreamMultiCallable[_federation_pb2.WatchRequest, _federation_pb2.JobStatus]
     """The job's status without its clients, now and whenever it changes."""
 
@@ -77,6 +81,10 @@ class FederationAsyncStub(FederationStub):
     """Send the contribution from the committed offset. The receipt means: synced, digest checked, row committed."""
     Withdraw: _aio.UnaryUnaryMultiCallable[_federation_pb2.WithdrawRequest, _federation_pb2.WithdrawReply]  # type: ignore[assignment]
     """Leave a job. What is here of this client's upload is dropped; a contribution that is in takes no part any more."""
+    Report: _aio.UnaryUnaryMultiCallable[_federation_pb2.ReportRequest, _federation_pb2.ReportReply]  # type: ignore[assignment]
+    """Say how well a publication does on this client's held-out data, in numbers and nothing else. Idempotent: the last
+    word on a version holds.
+    """
     Watch: _aio.UnaryStreamMultiCallable[_federation_pb2.WatchRequest, _federation_pb2.JobStatus]  # type: ignore[assignment]
     """The job's status without its clients, now and whenever it changes."""
 
@@ -146,6 +154,16 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_federation_pb2.WithdrawReply, _abc.Awaitable[_federation_pb2.WithdrawReply]]:
         """Leave a job. What is here of this client's upload is dropped; a contribution that is in takes no part any more."""
+
+    @_abc_1.abstractmethod
+    def Report(
+        self,
+        request: _federation_pb2.ReportRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.ReportReply, _abc.Awaitable[_federation_pb2.ReportReply]]:
+        """Say how well a publication does on this client's held-out data, in numbers and nothing else. Idempotent: the last
+        word on a version holds.
+        """
 
     @_abc_1.abstractmethod
     def Watch(

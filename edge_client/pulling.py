@@ -1,0 +1,142 @@
+"""Which of a job's published files are wanted, and having them here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+from converters.errors import NotEnough, Refused, Unreachable, UsageError
+from edge_client import fitting, outbox, reach, session
+from edge_client.outbox import Source
+from edge_client.remote import Remote, local_path
+from edge_client.screen import Screen
+from oneround import stream
+from oneround.v1 import federation_pb2 as pb
+
+
+def publication(status: pb.JobStatus, version: int) -> pb.Publication:
+    """The publication that is meant.
+
+    Raises:
+        Refused: there is none yet.
+        UsageError: there is none of this version.
+    """
+    job = status.spec.name
+    if not status.publications:
+        state = pb.State.Name(status.state).removeprefix("STATE_").lower()
+        raise Refused(
+            f"{job} has published nothing yet; it is {state}" + (f" ({status.reason})" if status.reason else "")
+        )
+    made = {each.version: each for each in status.publications}
+    if version and version not in made:
+        there = ", ".join(str(number) for number in made)
+        raise UsageError(f"{job} has no version {version}", hint=f"--version with one of: {there}")
+    return made[version or max(made)]
+
+
+def wanted(made: pb.Publication, artifact: str, screen: Screen) -> Sequence[pb.Artifact]:
+    """The named files; without a name the merged GGUF that is best for this machine, and why is said."""
+    files = list(made.artifacts)
+    if artifact == "all":
+        return files
+    if artifact:
+        chosen = [file for file in files if file.name == artifact or file.name.startswith(f"{artifact.rstrip('/')}/")]
+        if not chosen:
+            raise UsageError(
+                f"the publication has no {artifact!r}", hint="one of: " + ", ".join(file.name for file in files)
+            )
+        return chosen
+    merged = fitting.merged(files)
+    if not merged:
+        raise UsageError("the publication has no merged GGUF", hint="--artifact all")
+    choice = fitting.choose(merged, fitting.this_machine())
+    screen.say(
+        "chosen",
+        name=choice.artifact.name,
+        reason=choice.reason,
+        needs=fitting.size(choice.needs),
+        total=fitting.size(choice.memory.total),
+        needs_bytes=choice.needs,
+        total_bytes=choice.memory.total,
+        fit=choice.fit,
+    )
+    if choice.fit is not fitting.Fit.COMFORTABLE:
+        screen.say(choice.fit, available=fitting.size(choice.memory.available))
+    return [choice.artifact]
+
+
+async def fetch(
+    remote: Remote, job: str, artifacts: Sequence[pb.Artifact], folder: Path, screen: Screen
+) -> Sequence[Path]:
+    """Have these files in a folder; those that are there already, whole, are not fetched again."""
+    fetched = []
+    for artifact in artifacts:
+        file = local_path(folder, artifact)
+        if not await asyncio.to_thread(_is_here, file, artifact):
+            with screen.bar(artifact.name, artifact.size) as advance:
+                await remote.download(job, artifact, file, advance)
+        screen.say("pulled", name=artifact.name, size=artifact.size)
+        fetched.append(file)
+    return fetched
+
+
+async def fetch_model(
+    remote: Remote, job: str, version: int, state: Path, screen: Screen
+) -> tuple[Path, pb.Publication]:
+    """The best published model for this machine, kept in the state folder."""
+    made = publication(await remote.job(job), version)
+    folder = outbox.published_folder(state, job) / f"v{made.version}"
+    there = outbox.published_here(state, job, made.version)
+    for artifact in fitting.merged(made.artifacts):
+        if there is not None and artifact.name == there.name and await asyncio.to_thread(_is_here, there, artifact):
+            return there, made
+    (file,) = await fetch(remote, job, wanted(made, "", screen), folder, screen)
+    return file, made
+
+
+def _is_here(file: Path, artifact: pb.Artifact) -> bool:
+    return file.is_file() and stream.digest(file) == artifact.digest
+
+
+def model_file(model: str, version: int, server: str, state: Path, insecure: bool, screen: Screen) -> Path:
+    """A GGUF file that is here, or a job's published model, fetched if it is not."""
+    if Path(model).is_file():
+        return Path(model)
+    here = outbox.published_here(state, model, version)
+    if here is not None:
+        return here
+
+    async def run() -> Path:
+        async with reach.connected(server, state, screen, insecure, model) as remote:
+            return (await fetch_model(remote, model, version, state, screen))[0]
+
+    return asyncio.run(run())
+
+
+async def to_measure(
+    server: str,
+    state: Path,
+    screen: Screen,
+    insecure: bool,
+    job: pb.Job,
+    source: Source,
+    version: int,
+    *,
+    must: bool,
+) -> tuple[Path, Path, int]:
+    """The base's folder, the published model and its version; without a coordinator what is here, unless it `must` be
+    reached anyway."""
+    name, model = job.spec.name, Path(source.model) if source.model else None
+    try:
+        async with reach.connected(server, state, screen, insecure, name) as remote:
+            file, made = await fetch_model(remote, name, version, state, screen)
+            return await session.fetch_base(remote, job, state, model, screen), file, made.version
+    except (Unreachable, NotEnough) as error:
+        base = model or outbox.model_folder(state, job)
+        here = outbox.published_here(state, name, version)
+        if must or here is None or not all(local_path(base, file).is_file() for file in job.base_files):
+            raise
+        number = int(here.parent.name.removeprefix("v"))
+        screen.say("offline", why=str(error).splitlines()[0], version=number)
+        return base, here, number
