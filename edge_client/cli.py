@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +20,7 @@ from rich.table import Table
 
 from converters import command, llama
 from converters.errors import BadData, NotEnough, Refused, Unreachable, UsageError
-from edge_client import backends, discovery, identity, local_model, outbox, reach, session
+from edge_client import backends, consent, discovery, identity, local_model, outbox, reach, session
 from edge_client.remote import Remote, local_path
 from edge_client.screen import Screen
 from oneround import stream, tls
@@ -65,6 +65,9 @@ def join(
         bool, typer.Option("--again", help="Train anew and replace what was sent, where the operator allows it.")
     ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Stay until the result is published.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Agree to what will be sent, without being asked; for scripts.")
+    ] = False,
     state: State = _DEFAULT_STATE,
     insecure: Insecure = False,
     as_json: Json = False,
@@ -92,7 +95,21 @@ def join(
     async def run() -> None:
         async with reach.connected(server, state, screen, insecure) as remote:
             with command.only_one(state, "edge-client join"):
-                receipt = await session.take_part(remote, job, taker, screen)
+                wanted = consent.meant(await remote.jobs(), job)
+                name, key = wanted.spec.name, identity.Pins(state).all().get(remote.server, "")
+                terms = consent.terms(wanted, taker.request(name), "" if insecure else key)
+                if not consent.given(outbox.all_outboxes(state), terms) and not await consent.ask(
+                    screen,
+                    terms,
+                    server=remote.server,
+                    base=wanted.spec.model.base,
+                    deadline=wanted.deadline_unix,
+                    data=data,
+                    yes=yes,
+                ):
+                    screen.say("declined")
+                    raise typer.Exit(Refused.exit_code)
+                receipt = await session.take_part(remote, name, replace(taker, consent=terms.digest), screen)
             if wait:
                 await _until_published(remote, receipt.job, screen)
 

@@ -1,9 +1,9 @@
 """What survives on this machine: the job, the finished adapter until it has its receipt, and the receipt.
 
     STATE/models/FINGERPRINT/      base models, shared by all jobs
-    STATE/jobs/NAME-ID/            one job: joined.json, initial.safetensors, training.safetensors while it is trained,
-                                   trained.safetensors, trained.json, receipt.json; ID is the job's own, so a job made
-                                   anew is another one
+    STATE/jobs/NAME-ID/            one job: consent, joined.json, initial.safetensors, training.safetensors while it
+                                   is trained, trained.safetensors, trained.json, receipt.json; ID is the job's own, so
+                                   a job made anew is another one
 
 Each file is put in place whole; a step is done when its file is there.
 """
@@ -64,6 +64,15 @@ class Outbox:
         self.folder.mkdir(parents=True, exist_ok=True)
         tensors.replace(self.folder / "server", [server.encode()])
         _write(self.folder / "joined.json", reply)
+
+    def consent(self) -> str:
+        """The digest of the terms that the person agreed to; empty if there are none."""
+        file = self.folder / "consent"
+        return file.read_text() if file.exists() else ""
+
+    def keep_consent(self, digest: str) -> None:
+        """The person has agreed to the terms of this digest."""
+        tensors.replace(self.folder / "consent", [digest.encode()])
 
     def server(self) -> str:
         """The coordinator's address when this job was last joined."""

@@ -56,6 +56,11 @@ class Remote:
         async with self._readable():
             return await self._stub.Heartbeat(beat, timeout=CALL_SECONDS)
 
+    async def jobs(self) -> list[pb.JobStatus]:
+        """What anybody may know of the coordinator's jobs, newest first. Says nothing of who asks."""
+        async with self._readable():
+            return list((await self._stub.ListJobs(pb.ListJobsRequest(), timeout=CALL_SECONDS)).jobs)
+
     async def job(self, name: str) -> pb.JobStatus:
         """The job's status now."""
         async with self._readable():

@@ -49,6 +49,20 @@ class Taker:
     skip_bad_rows: bool = False
     save_every: float = SAVE_SECONDS  # seconds
     again: bool = False  # train anew, where the operator lets this machine send another contribution
+    consent: str = ""  # digest of the terms that the person has agreed to
+
+    def request(self, job: str) -> pb.JoinRequest:
+        """What is said of this machine to join a job."""
+        return pb.JoinRequest(
+            job=job,
+            client_id=self.client_id,
+            client_name=self.name,
+            machine=pb.Machine(
+                platform=f"{platform.system()} {platform.machine()}",
+                backend=self.backend.name,
+                device=self.backend.device(),
+            ),
+        )
 
 
 async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen) -> pb.Receipt:
@@ -58,21 +72,12 @@ async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen)
         Refused: the coordinator says no, or has quarantined the contribution.
         BadData: the data, or what the coordinator sent, is not sound.
     """
-    reply = await remote.join(
-        pb.JoinRequest(
-            job=job_name,
-            client_id=taker.client_id,
-            client_name=taker.name,
-            machine=pb.Machine(
-                platform=f"{platform.system()} {platform.machine()}",
-                backend=taker.backend.name,
-                device=taker.backend.device(),
-            ),
-        )
-    )
+    reply = await remote.join(taker.request(job_name))
     check(reply.job)
     box = outbox.outbox(taker.state, reply.job)
     box.keep_joined(remote.server, reply)
+    if taker.consent:
+        box.keep_consent(taker.consent)
     screen.say("joined", job=reply.job.spec.name, server=remote.server, client=taker.name)
 
     if reply.HasField("receipt") and not (taker.again and reply.may_replace):

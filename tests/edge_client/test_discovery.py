@@ -122,7 +122,7 @@ def test_a_coordinator_that_moves_is_found_again_by_its_key(tmp_path: Path) -> N
         "[train]\nepochs = 1\nmax_seq_len = 32\n[round]\nmin_clients = 5\n"
     )
     common = ("--json", "--state", tmp_path / "client")
-    joins = ("join", "--data", tmp_path / "notes.jsonl", "--backend", "torch", *common)
+    joins = ("join", "--yes", "--data", tmp_path / "notes.jsonl", "--backend", "torch", *common)
     with commands.coordinator(tmp_path / "coordinator") as before:
         commands.run("coordinator", "submit", tmp_path / "job.toml", "--state", tmp_path / "coordinator")
         first, _ = commands.run("edge-client", *joins, "--server", before)
