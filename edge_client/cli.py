@@ -20,7 +20,7 @@ from rich.table import Table
 
 from converters import command, llama
 from converters.errors import BadData, NotEnough, Refused, Unreachable, UsageError
-from edge_client import backends, consent, discovery, identity, local_model, outbox, reach, session
+from edge_client import backends, consent, discovery, identity, local_model, outbox, patience, reach, session
 from edge_client.remote import Remote, local_path
 from edge_client.screen import Screen
 from oneround import stream, tls
@@ -111,7 +111,12 @@ def join(
                     raise typer.Exit(Refused.exit_code)
                 receipt = await session.take_part(remote, name, replace(taker, consent=terms.digest), screen)
             if wait:
-                await _until_published(remote, receipt.job, screen)
+                joined = outbox.find(state, receipt.job).joined()
+                assert joined is not None, "find looks at joined jobs"
+                deadline = joined.job.deadline_unix
+                await patience.through(
+                    remote, deadline, screen, lambda _: _until_published(remote, receipt.job, screen)
+                )
 
     asyncio.run(run())
 

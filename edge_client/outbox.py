@@ -113,6 +113,13 @@ def all_outboxes(state: Path) -> Sequence[Outbox]:
     ]
 
 
+def moved(state: Path, before: str, now: str) -> None:
+    """The coordinator at one address is at another now."""
+    for box in all_outboxes(state):
+        if box.server() == before:
+            tensors.replace(box.folder / "server", [now.encode()])
+
+
 def find(state: Path, name: str) -> Outbox:
     """The last job of this name.
 

@@ -25,6 +25,7 @@ _OPTIONS = [
     ("grpc.max_receive_message_length", stream.MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.max_reconnect_backoff_ms", 10_000),
 ]
 
 _GONE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED})
@@ -47,6 +48,14 @@ class Remote:
     def __init__(self, server: str, channel: grpc.aio.Channel) -> None:
         self.server = server
         self._stub = rpc.FederationStub(channel)
+
+    def go_on_over(self, other: Remote) -> None:
+        """Use another's connection from now on: the same coordinator, at another place."""
+        self.server, self._stub = other.server, other._stub
+
+    async def find_again(self, lost: str) -> bool:
+        """Whether there is another place to go on at, when nobody answers at `lost`. See reach.Roaming."""
+        return self.server != lost
 
     async def join(self, request: pb.JoinRequest) -> pb.JoinReply:
         async with self._readable():
@@ -192,6 +201,14 @@ def local_path(folder: Path, artifact: pb.Artifact) -> Path:
     if not stream.is_digest(artifact.digest):
         raise BadData(f"the coordinator names no SHA-256 for {artifact.name}")
     return folder.joinpath(*name.parts)
+
+
+async def answers(server: str, key: str) -> bool:
+    """Whether somebody shows this key at an address."""
+    try:
+        return tls.fingerprint(await _certificate(server)) == key
+    except Unreachable:
+        return False
 
 
 async def _certificate(server: str) -> bytes:

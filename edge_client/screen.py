@@ -30,6 +30,7 @@ SENTENCES = {
     "  at last    {at_last}\n"
     "The files stay here. The adapter is what was learnt from them.",
     "declined": "Nothing was sent, and the coordinator knows nothing of this machine.",
+    "several": "Several coordinators make themselves known on this network:\n{rows}",
     "found": "Found [bold]{name}[/bold] on this network, at {server}",
     "moved": "Nobody answers at {before}; the coordinator with the same key is at {server} now.",
     "joined": "Joined [bold]{job}[/bold] at {server} as {client}",

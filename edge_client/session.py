@@ -8,17 +8,17 @@ from __future__ import annotations
 import asyncio
 import math
 import platform
-import random
 import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from converters import adapter, checkpoint
 from converters.adapter import Adapter, Shape
 from converters.errors import BadData, NotEnough, OneroundError, Refused, Unreachable
-from edge_client import examples, outbox, snapshot
+from edge_client import examples, outbox, patience, snapshot
 from edge_client.backends import Backend, Progress
 from edge_client.batches import Batches
 from edge_client.outbox import Outbox
@@ -33,7 +33,6 @@ HEARTBEAT_SECONDS = 2.0
 VERDICT_SECONDS = 30.0  # how long to wait for what the coordinator makes of a contribution
 SAVE_SECONDS = 30.0  # between two looks at how training stands that are kept
 SAVING_SHARE = 0.05  # of the time, at most, goes into keeping them
-LONGEST_PAUSE = 60.0  # seconds between two tries to send
 
 
 @dataclass(frozen=True)
@@ -116,13 +115,21 @@ class Pulse:
 
     async def beat(self, remote: Remote) -> None:
         """Tell until cancelled. A coordinator that does not answer, or has troubles, is no reason to stop training."""
-        pause = HEARTBEAT_SECONDS
+        pause, waits, misses = HEARTBEAT_SECONDS, patience.pauses(), 0
         while True:
-            with suppress(OneroundError):
+            place = remote.server
+            try:
                 answer = await remote.heartbeat(self.now)
-                pause = min(max(HEARTBEAT_SECONDS, answer.next_seconds), LONGEST_PAUSE)
+                pause = min(max(HEARTBEAT_SECONDS, answer.next_seconds), patience.LONGEST_PAUSE)
+                waits, misses = patience.pauses(), 0
                 if answer.directive == pb.DIRECTIVE_STOP:
                     self.stop = answer.reason
+            except Unreachable:
+                pause, misses = max(HEARTBEAT_SECONDS, next(waits)), misses + 1
+                if misses >= patience.LOST_AFTER and await remote.find_again(place):
+                    continue
+            except OneroundError:
+                pass
             await asyncio.sleep(pause)
 
 
@@ -177,7 +184,8 @@ async def fetch_base(remote: Remote, job: pb.Job, state: Path, model: Path | Non
                 advance(before + done)
 
             for file, artifact in missing:
-                await remote.download(job.spec.name, artifact, file, on_bytes)
+                fetch = partial(remote.download, job.spec.name, artifact, file)
+                await patience.through(remote, job.deadline_unix, screen, fetch, on_bytes)
                 before += artifact.size
     return folder
 
@@ -190,7 +198,8 @@ async def _train(
     base = await fetch_base(remote, job, taker.state, taker.model, screen)
     if not box.initial.exists():
         with screen.bar("adapter", job.initial.size) as advance:
-            await remote.download(job.spec.name, job.initial, box.initial, advance)
+            fetch = partial(remote.download, job.spec.name, job.initial, box.initial)
+            await patience.through(remote, job.deadline_unix, screen, fetch, advance)
     initial = adapter.read(box.initial)
     adapter.check(initial, {module.name: Shape(module.out_features, module.in_features) for module in job.modules})
 
@@ -305,18 +314,9 @@ async def _send(
     remote: Remote, reply: pb.JoinReply, declaration: pb.Declaration, box: Outbox, screen: Screen
 ) -> pb.Receipt:
     """Upload until there is a receipt; breaks are resumed, and only the deadline ends the trying."""
-    pause = 1.0
-    while True:
-        try:
-            with screen.bar("sending", declaration.size) as advance:
-                return await remote.upload(reply.lease, declaration, box.adapter, advance)
-        except Unreachable as error:
-            if time.time() > reply.job.deadline_unix:
-                raise
-            wait = pause * random.uniform(0.5, 1.5)  # so that a cohort does not come back at once
-            screen.say("retry", why=str(error), seconds=wait)
-            await asyncio.sleep(wait)
-            pause = min(2 * pause, LONGEST_PAUSE)
+    with screen.bar("sending", declaration.size) as advance:
+        upload = partial(remote.upload, reply.lease, declaration, box.adapter)
+        return await patience.through(remote, reply.job.deadline_unix, screen, upload, advance)
 
 
 def _safe(receipt: pb.Receipt, screen: Screen) -> None:
