@@ -1,6 +1,7 @@
 """A piece of network between a client and a coordinator that can be cut, as Wi-Fi is, and lead to another daemon."""
 
 import asyncio
+import subprocess
 from contextlib import suppress
 
 
@@ -56,3 +57,8 @@ class Relay:
                     due.pop(0)
                     self.cut()
         writer.transport.abort()
+
+
+def ip(*arguments: str) -> None:
+    """The system's own command for networks."""
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)

@@ -4,11 +4,8 @@ import asyncio
 import ipaddress
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -137,35 +134,6 @@ def test_a_coordinator_that_moves_is_found_again_by_its_key(tmp_path: Path) -> N
         assert events["receipt"]["digest"] == commands.events(first)["receipt"]["digest"]
         left, _ = commands.run("edge-client", "leave", "moves", *common)
         assert "moved" not in commands.events(left), "the new address is kept"
-
-
-@pytest.fixture
-def namespaces() -> Iterator[tuple[str, str]]:
-    """Two machines on one cable: network namespaces with 10.77.0.1 and 10.77.0.2, and IPv6 beside."""
-    if os.geteuid() != 0 or not shutil.which("ip"):
-        pytest.skip("making network namespaces takes root, and ip")
-    names = f"oneround-a{os.getpid()}", f"oneround-b{os.getpid()}"
-    try:
-        try:
-            for name in names:
-                _ip("netns", "add", name)
-            _ip("link", "add", "lan0", "netns", names[0], "type", "veth", "peer", "name", "lan0", "netns", names[1])
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"this machine lets nobody make network namespaces: {error.stderr}")
-        for number, name in enumerate(names, 1):
-            _ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "lan0")
-            _ip("-n", name, "addr", "add", f"fd77::{number}/64", "dev", "lan0", "nodad")
-            for device in ("lo", "lan0"):
-                _ip("-n", name, "link", "set", device, "up")
-        yield names
-    finally:
-        for name in names:
-            with suppress(subprocess.CalledProcessError):
-                _ip("netns", "delete", name)
-
-
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
 
 
 ADVERTISE = """

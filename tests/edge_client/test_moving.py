@@ -1,7 +1,9 @@
 """A coordinator that goes away, comes back or moves while a client is at work; and a network that breaks."""
 
 import asyncio
+import json
 import socket
+import subprocess
 import threading
 import time
 from collections import defaultdict
@@ -23,9 +25,10 @@ from edge_client.remote import Remote
 from edge_client.screen import Screen
 from edge_client.snapshot import Snapshot
 from oneround.v1 import federation_pb2 as pb
+from tests import commands
 from tests.coordinator.test_server import SPEC, running
 from tests.edge_client.test_session import Quick, taker
-from tests.network import Relay
+from tests.network import Relay, ip
 
 LARGE = {**SPEC, "lora": {"rank": 64, "target_modules": ["all-linear"]}, "upload": {"dtype": "float32"}}
 
@@ -188,3 +191,49 @@ def test_pauses_grow_and_differ() -> None:
     many = [[next(waits) for _ in range(12)] for waits in (patience.pauses() for _ in range(20))]
     assert all(0.5 <= row[0] <= 1.5 and 2 <= row[2] <= 6 and 30 <= row[9] <= 60 for row in many)
     assert len({row[0] for row in many}) > 1
+
+
+@pytest.mark.slow  # a connection is given up after 20 s in which nothing gets across
+def test_a_laptop_whose_own_address_changes(namespaces: tuple[str, str], tmp_path: Path) -> None:
+    """In the middle of a download, on a cable of 8 Mbit/s, between real processes in two network namespaces."""
+    here, there = (("ip", "netns", "exec", name) for name in namespaces)
+    slowly = ("dev", "lan0", "root", "tbf", "rate", "8mbit", "burst", "32kb", "latency", "400ms")
+    subprocess.run([*there, "tc", "qdisc", "add", *slowly], check=True)
+    base = Path(__file__).parents[2] / "benchmarks" / "base"
+    (tmp_path / "job.toml").write_text(f'name = "notes"\n[model]\nbase = "{base}"\n[lora]\nrank = 2\n')
+    (tmp_path / "notes.txt").write_text("for line in file:\n    print(line)\n" * 100)
+    serves = (commands.BIN / "coordinator", "serve", "--listen", "10.77.0.2:50051", "--no-advertise")
+    joins = (
+        commands.BIN / "edge-client",
+        "join",
+        "--yes",
+        "--json",
+        "--server",
+        "10.77.0.2:50051",
+        "--backend",
+        "torch",
+    )
+    with (tmp_path / "log").open("w") as log:
+        job_file = ("--job", tmp_path / "job.toml", "--state", tmp_path / "coordinator")
+        daemon = subprocess.Popen([*there, *serves, *job_file], stdout=log, stderr=log)
+        try:
+            while not (tmp_path / "coordinator" / "daemon.json").exists():
+                assert daemon.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.1)
+            data = ("--data", tmp_path / "notes.txt", "--state", tmp_path / "client")
+            said = []
+            with subprocess.Popen([*here, *joins, *data], stdout=subprocess.PIPE, text=True) as client:
+                assert client.stdout is not None
+                for line in client.stdout:
+                    said.append(json.loads(line))
+                    if said[-1].get("what") == "base" and said[-1]["done"] > 2_000_000:
+                        break
+                ip("-n", namespaces[0], "addr", "del", "10.77.0.1/24", "dev", "lan0")
+                ip("-n", namespaces[0], "addr", "add", "10.77.0.9/24", "dev", "lan0")
+                said += map(json.loads, client.stdout)
+            assert client.returncode == 0, said
+        finally:
+            daemon.terminate()
+            daemon.wait()
+    events = [each["event"] for each in said]
+    assert "retry" in events and "moved" not in events and events[-1] == "done"
