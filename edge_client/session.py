@@ -18,7 +18,7 @@ from pathlib import Path
 from converters import adapter, checkpoint
 from converters.adapter import Adapter, Shape
 from converters.errors import BadData, NotEnough, OneroundError, Refused, Unreachable
-from edge_client import examples, outbox, patience, snapshot
+from edge_client import examples, gaps, outbox, patience, snapshot
 from edge_client.backends import Backend, Progress
 from edge_client.batches import Batches
 from edge_client.outbox import Outbox
@@ -208,6 +208,7 @@ async def _train(
         examples.tokenise, rows.train, tokenizer, job.spec.train.max_seq_len, skip_bad_rows=taker.skip_bad_rows
     )
     plan = Batches(prepared.examples, job.spec.train.batch_size, job.spec.train.epochs, job.spec.train.seed)
+    gaps.check(taker.backend.name, base, (len(example.ids) for example in prepared.examples))
     recipe = Recipe.from_spec(job.spec, plan.total_steps)
     if skipped := rows.skipped + prepared.skipped:
         screen.say("skipped", skipped=skipped)

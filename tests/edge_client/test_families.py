@@ -1,5 +1,5 @@
-"""The map of modules between PyTorch and MLX: the same layers of the same shapes, the same logits, the same training, for
-every family, also where transformers 5 wrote the config."""
+"""The map of modules between PyTorch and MLX: for every family the same layers of the same shapes, the same logits, and
+the same training; also where transformers 5 wrote the config."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from converters import architectures
-from edge_client import backends
+from converters.errors import UsageError
+from edge_client import backends, gaps
 from edge_client.batches import Batches
 from edge_client.examples import Example
 from tests.converters import tiny_families
@@ -17,14 +18,26 @@ from tests.edge_client.test_backends import both, difference, recipe_for, traine
 
 needs_mlx = pytest.mark.skipif(backends.load("mlx").available() is not None, reason="needs mlx")
 
-# What mlx-lm 0.32 does otherwise than transformers. Gemma 2 has a sliding window there in no layer, so texts longer than
-# the window (4096 tokens) differ; Gemma 3's text models have no final soft cap, which none of Google's uses.
-KNOWN_GAPS = {"gemma2": {"sliding_window": 64}, "gemma3-untied": {"final_logit_softcapping": None}}
+# Where mlx-lm computes something else; see edge_client/gaps.py. With this the model is outside of the gap.
+OUTSIDE: dict[str, dict[str, Any]] = {
+    "gemma2": {"sliding_window": 64},
+    "gemma3-untied": {"final_logit_softcapping": None},
+    "phi-4-mini": {"original_max_position_embeddings": 2},
+}
+INSIDE: list[tuple[str, dict[str, Any]]] = [
+    ("gemma2", {"sliding_window": 8}),
+    ("mistral", {"sliding_window": 8}),
+    ("phi-3", {"sliding_window": 8}),
+    ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}),
+    ("qwen3", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}),
+    ("phi-4-mini", {"original_max_position_embeddings": 64}),
+    ("gemma3-untied", {"final_logit_softcapping": 5.0}),
+]
 
 
 @pytest.fixture(scope="module", params=tiny_families.KINDS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    more = KNOWN_GAPS.get(request.param, {})
+    more = OUTSIDE.get(request.param, {})
     return tiny_families.save(tmp_path_factory.mktemp("families") / request.param, request.param, **more)
 
 
@@ -69,6 +82,24 @@ def test_logits(folder: Path) -> None:
     found = np.array(backend._model(folder)(mx.array([tiny_families.PROMPT])))[0]
     expected = tiny_families.torch_logits(folder)
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    gaps.check("mlx", folder, [len(tiny_families.PROMPT)])
+
+
+@both
+@pytest.mark.parametrize(("kind", "more"), INSIDE, ids=[kind for kind, _ in INSIDE])
+def test_what_mlx_lm_computes_otherwise_is_refused(tmp_path: Path, kind: str, more: dict[str, Any]) -> None:
+    import mlx.core as mx
+
+    from edge_client.backends import mlx as backend
+
+    folder = tiny_families.save(tmp_path / kind, kind, **more)
+    found = np.array(backend._model(folder)(mx.array([tiny_families.PROMPT])))[0]
+    expected = tiny_families.torch_logits(folder)
+    assert np.abs(found - expected).max() > 0.05 * np.abs(expected).max(), "mlx-lm has closed the gap: take it out"
+    with pytest.raises(UsageError, match="mlx-lm computes something else") as caught:
+        gaps.check("mlx", folder, [3, len(tiny_families.PROMPT)])
+    assert "--backend torch" in caught.value.hint
+    gaps.check("torch", folder, [3, len(tiny_families.PROMPT)])
 
 
 @both
@@ -76,6 +107,7 @@ def test_training(folder: Path) -> None:
     """Five steps in float32: the same losses, the same update."""
     examples = [Example(each.ids * 5 + 3, each.is_target) for each in tiny.examples(20, seed=4)]  # beyond tiny's 61 ids
     plan = Batches(examples, batch_size=4, epochs=1, seed=3)
+    gaps.check("mlx", folder, (len(example.ids) for example in examples))
     initial = tiny.nonzero(dict(architectures.describe(folder).linears), ranks=(4, 2, 3))
     recipe = recipe_for(plan)
     (torch_losses, by_torch), (mlx_losses, by_mlx) = (
