@@ -35,7 +35,7 @@ def _of_mlx(config: Settings, lengths: Sequence[int]) -> str:
     shortest, longest = lengths[0] - 1, lengths[-1] - 1  # the last token is a target only
     kind = config.text("model_type", "")
     slides = kind in _WINDOWS and (not kind.startswith("qwen") or config.flag("use_sliding_window"))
-    window = config.get("sliding_window", _WINDOWS[kind]) if slides else 0
+    window = config.values.get("sliding_window", _WINDOWS[kind]) if slides else 0  # null: none
     if isinstance(window, int) and 0 < window < longest:
         return f"it has no sliding window for {kind}, and there is text of more than {window} tokens"
     rope = config.table("rope_parameters" if config.get("rope_parameters") else "rope_scaling")
