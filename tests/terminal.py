@@ -9,7 +9,7 @@ import struct
 import subprocess
 import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from tests import commands
@@ -59,17 +59,21 @@ class Terminal:
 
 
 @contextmanager
-def running(name: str, *arguments: object, columns: int = 100) -> Iterator[Terminal]:
-    """A command of ours, or the program of this path, in a terminal of so many columns."""
+def running(
+    name: str, *arguments: object, columns: int = 100, env: Mapping[str, str] | None = None
+) -> Iterator[Terminal]:
+    """A command of ours, or the program of this path, in a terminal of so many columns; `env` over our own."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    environment = {**os.environ, "TERM": "xterm-256color", **(env or {})}
+    environment.pop("COLUMNS", None)
     program = name if "/" in name else str(commands.BIN / name)
     process = subprocess.Popen(
         [program, *map(str, arguments)],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
-        env={**{key: value for key, value in os.environ.items() if key != "COLUMNS"}, "TERM": "xterm-256color"},
+        env=environment,
         preexec_fn=_take_the_terminal,
     )
     os.close(theirs)

@@ -16,7 +16,7 @@ from coordinator import discovery as advertising
 from edge_client import discovery
 from edge_client.discovery import Found
 from oneround import lan
-from tests import commands
+from tests import commands, terminal
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,6 +134,24 @@ def test_a_coordinator_that_moves_is_found_again_by_its_key(tmp_path: Path) -> N
         assert events["receipt"]["digest"] == commands.events(first)["receipt"]["digest"]
         left, _ = commands.run("edge-client", "leave", "moves", *common)
         assert "moved" not in commands.events(left), "the new address is kept"
+
+
+def test_of_several_coordinators_a_person_chooses_one(tmp_path: Path) -> None:
+    pulls = ("pull", "notes", "--state", tmp_path / "client")
+    with (
+        commands.coordinator(tmp_path / "one", advertise=True) as one,
+        commands.coordinator(tmp_path / "two", advertise=True) as two,
+    ):
+        _, err = commands.run("edge-client", *pulls, code=2)
+        assert "several coordinators" in err and one in err and two in err and "add --server" in err
+        for keys, code, says in (("", 2, "no coordinator was chosen"), ("0\nx\n", 3, f"First time at {two}")):
+            with terminal.running("edge-client", *pulls, columns=120) as screen:
+                screen.expect("Which one?")
+                rows = screen.text.splitlines()
+                (number,) = [row.split()[0] for row in rows if f" at {two}, key " in row]
+                assert any(f" at {one}, key " in row for row in rows)
+                screen.type(f"{keys}{number}\n" if keys else "\x04")  # Ctrl-D
+                assert says in screen.finish(code=code)
 
 
 ADVERTISE = """
