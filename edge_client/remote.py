@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -156,7 +157,8 @@ class Remote:
             yield
         except grpc.aio.AioRpcError as error:
             if error.code() in _GONE:
-                raise _unreachable(self.server, error.details() or "") from error
+                # "failed to connect to all addresses; last error: UNKNOWN: ipv4:…: Connection refused"
+                raise _unreachable(self.server, (error.details() or "").rpartition(": ")[2]) from error
             if error.code() in passing:
                 raise Unreachable(f"the coordinator at {self.server} has a trouble: {error.details()}") from error
             hint: Any = dict(error.trailing_metadata() or ()).get("hint-bin", b"")
@@ -228,7 +230,9 @@ async def _certificate(server: str) -> bytes:
     except TimeoutError as error:
         raise _unreachable(server, f"no answer in {CONNECT_SECONDS:.0f} s") from error
     except (OSError, UnicodeError) as error:  # UnicodeError: a host that cannot be a name
-        raise _unreachable(server, getattr(error, "strerror", None) or str(error)) from error
+        number = getattr(error, "errno", None) or 0
+        why = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or str(error)
+        raise _unreachable(server, why) from error
     seen = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
     writer.close()
     return ssl.DER_cert_to_PEM_cert(seen).encode()

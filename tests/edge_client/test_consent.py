@@ -15,6 +15,7 @@ from edge_client import consent, outbox
 from oneround.v1 import federation_pb2 as pb
 from tests import commands, terminal
 from tests.coordinator.test_server import ALICE, SPEC, running
+from tests.edge_client.test_backends import usable
 from tests.edge_client.test_session import Quick, take_part, taker
 
 BASE = Path(__file__).parents[2] / "benchmarks" / "base"
@@ -157,23 +158,26 @@ def test_a_script_has_to_agree_in_advance(served: tuple[Path, str]) -> None:
     assert said["job"] == "notes" and "the name 'script'" in said["to_join"] and said["server"] == address
 
 
+def joins(served: tuple[Path, str]) -> tuple[object, ...]:
+    folder, address = served
+    common = ("--backend", usable[-1], "--name", "vera", "--save-every", "0")
+    return ("join", "--server", address, "--data", folder / "notes.txt", "--state", folder / "person", *common)
+
+
+def test_who_says_no_leaves_no_trace(served: tuple[Path, str]) -> None:
+    folder, address = served
+    for keys, code, says in (("n\n", 3, "Nothing was sent"), ("\x03", 130, "To go on:")):  # the latter is Ctrl-C
+        with terminal.running("edge-client", *joins(served), columns=60) as screen:
+            screen.expect("Take part, and send this? [y/N]")
+            assert f"at    {address}" in screen.text and "the name 'vera'" in screen.text
+            screen.type(keys)
+            assert says in screen.finish(code=code)
+    assert "vera" not in clients(folder)
+
+
 def test_a_person_is_asked_once_and_may_go_on_later(served: tuple[Path, str]) -> None:
     folder, address = served
-    joins = ("join", "--server", address, "--data", folder / "notes.txt", "--state", folder / "person")
-    joins = (*joins, "--backend", "torch", "--name", "vera", "--save-every", "0")
-    with terminal.running("edge-client", *joins, columns=60) as screen:
-        screen.expect("Take part, and send this? [y/N]")
-        assert f"at    {address}" in screen.text and "the name 'vera'" in screen.text
-        assert "vera" not in clients(folder), "nothing is sent before the answer"
-        screen.type("n\n")
-        assert "Nothing was sent" in screen.finish(code=3)
-    assert "vera" not in clients(folder)
-    with terminal.running("edge-client", *joins, columns=60) as screen:
-        screen.expect("Take part, and send this? [y/N]")
-        screen.type("\x03")  # Ctrl-C
-        screen.finish(code=130)
-    assert "vera" not in clients(folder)
-    with terminal.running("edge-client", *joins, columns=300) as screen:
+    with terminal.running("edge-client", *joins(served), columns=300) as screen:
         screen.expect("Take part, and send this? [y/N]")
         screen.type("y\n")
         screen.expect("bytes and a header, once")
@@ -181,7 +185,7 @@ def test_a_person_is_asked_once_and_may_go_on_later(served: tuple[Path, str]) ->
         screen.type("\x03")
         assert f"To go on:\n  edge-client join --server {address} --data {folder}" in screen.finish(code=130)
     assert "vera" in clients(folder)
-    with terminal.running("edge-client", *joins) as screen:
+    with terminal.running("edge-client", *joins(served)) as screen:
         screen.expect("Training goes on after step")
         assert "Take part" not in screen.text
         screen.type("\x03")
