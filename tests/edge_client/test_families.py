@@ -102,6 +102,16 @@ def test_what_mlx_lm_computes_otherwise_is_refused(tmp_path: Path, kind: str, mo
     gaps.check("torch", folder, [3, len(tiny_families.PROMPT)])
 
 
+def test_a_window_that_is_null_is_none(tmp_path: Path) -> None:
+    """As in Mistral 7B since v0.2; where the key is missing, it is transformers' default."""
+    (tmp_path / "config.json").write_text('{"model_type": "mistral", "sliding_window": null}')
+    gaps.check("mlx", tmp_path, [5000])
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    gaps.check("mlx", tmp_path, [4097])
+    with pytest.raises(UsageError, match="more than 4096 tokens"):
+        gaps.check("mlx", tmp_path, [4098])
+
+
 @both
 def test_training(folder: Path) -> None:
     """Five steps in float32: the same losses, the same update."""
