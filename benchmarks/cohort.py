@@ -50,7 +50,7 @@ class Client:
         self._board = board
         self._row = board.add(f"{name} ({backend})")
         command = [tool("edge-client"), "join", "--server", server, "--job", job, "--data", str(data), "--name", name]
-        command += ["--backend", backend, "--state", str(out / "clients" / name), "--json", "--wait"]
+        command += ["--backend", backend, "--state", str(out / "clients" / name), "--json", "--wait", "--yes"]
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,

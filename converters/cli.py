@@ -46,7 +46,7 @@ class _Converting(TyperGroup):
         return [f"SRC DST --to {'|'.join(formats.NAMES)} [--base MODEL] [OPTIONS]\n       {NAME} inspect SRC"]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in {*self.commands, "--help"}:
+        if args and args[0] not in {*self.commands, "--help", "--install-completion", "--show-completion"}:
             args = ["convert", *args]
         parsed: list[str] = super().parse_args(ctx, args)
         return parsed

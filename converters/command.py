@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,8 @@ def run(app: typer.Typer, name: str) -> NoReturn:
         app(prog_name=name)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            print(f"\nInterrupted. What was finished is kept: run the same {name} command to go on.", file=sys.stderr)
+            again = shlex.join([name, *sys.argv[1:]])
+            print(f"\nInterrupted. What was done is kept. To go on:\n  {again}", file=sys.stderr)
         raise
     except BrokenPipeError:  # `edge-client status | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

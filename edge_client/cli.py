@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +19,19 @@ from rich.table import Table
 
 from converters import command
 from converters.errors import BadData, Refused, Unreachable
-from edge_client import backends, discovery, identity, options, outbox, published, reach, service_cli, session
+from edge_client import (
+    backends,
+    consent,
+    discovery,
+    identity,
+    options,
+    outbox,
+    patience,
+    published,
+    reach,
+    service_cli,
+    session,
+)
 from edge_client import doctor as examination
 from edge_client.finding import Case
 from edge_client.options import DEFAULT_STATE, Insecure, Json, Server, State
@@ -56,6 +68,9 @@ def join(
         bool, typer.Option("--again", help="Train anew and replace what was sent, where the operator allows it.")
     ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Stay until the result is published.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Agree to what will be sent, without being asked; for scripts.")
+    ] = False,
     when: options.When = options.ALWAYS,
     min_battery: options.MinBattery = options.MANNERS.min_battery,
     min_memory: options.MinMemory = options.MANNERS.min_memory,
@@ -89,9 +104,28 @@ def join(
     async def run() -> None:
         async with reach.connected(server, state, screen, insecure) as remote:
             with command.only_one(state, "edge-client join"):
-                receipt = await session.take_part(remote, job, taker, screen)
+                wanted = consent.meant((await remote.jobs()).jobs, job)
+                name, key = wanted.spec.name, identity.Pins(state).all().get(remote.server, "")
+                terms = consent.terms(wanted, taker.request(name), "" if insecure else key)
+                if not consent.given(outbox.all_outboxes(state), terms) and not await consent.ask(
+                    screen,
+                    terms,
+                    server=remote.server,
+                    base=wanted.spec.model.base,
+                    deadline=wanted.deadline_unix,
+                    data=data,
+                    yes=yes,
+                ):
+                    screen.say("declined")
+                    raise typer.Exit(Refused.exit_code)
+                receipt = await session.take_part(remote, name, replace(taker, consent=terms.digest), screen)
             if wait:
-                await _until_published(remote, receipt.job, screen)
+                joined = outbox.find(state, receipt.job).joined()
+                assert joined is not None, "find looks at joined jobs"
+                deadline = joined.job.deadline_unix
+                await patience.through(
+                    remote, deadline, screen, lambda _: _until_published(remote, receipt.job, screen)
+                )
 
     asyncio.run(run())
 

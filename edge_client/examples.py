@@ -139,11 +139,11 @@ def _chat(row: Dialogue, tokenizer: Tokenizer) -> Example:
     turns = row.messages
     try:
         ids = rendered(turns, False)
-        spans = [
-            (_shared(ids, rendered(turns[:i], True)) if i else 0, _shared(ids, rendered(turns[: i + 1], False)))
-            for i in range(row.learn_from, len(turns))
-            if turns[i]["role"] == "assistant"
-        ]
+        spans = []
+        for i in range(row.learn_from, len(turns)):
+            if turns[i]["role"] == "assistant":
+                start = _shared(ids, rendered(turns[:i], True)) if i else 0
+                spans.append((start, _end(ids, start, rendered(turns[: i + 1], False))))
     except Exception as error:  # a template is a program from the model's folder: it may raise anything
         raise BadData(
             f"{row.where}: the model's chat template refuses this conversation: {error}", hint=SKIP
@@ -156,6 +156,22 @@ def _example(ids: Sequence[int], spans: Iterable[tuple[int, int]]) -> Example:
     for start, end in spans:
         is_target[max(start, 1) : end] = True
     return Example(np.asarray(ids, dtype=np.int32), is_target)
+
+
+def _end(ids: Sequence[int], start: int, said: Sequence[int]) -> int:
+    """Where the turn ends that begins at `start`; `said` is the conversation up to and with it.
+
+    Some templates write a turn otherwise when it is the last: Qwen3 puts (empty) thoughts in front of it. Then the turn
+    is what both end with.
+    """
+    shared = _shared(ids, said)
+    if shared == len(said):
+        return shared
+    for skipped in range(start, len(said)):
+        rest = said[skipped:]
+        if ids[start : start + len(rest)] == rest:
+            return max(shared, start + len(rest))
+    return shared
 
 
 def _shared(ids: Sequence[int], other: Sequence[int]) -> int:

@@ -2,9 +2,9 @@
 
     STATE/models/FINGERPRINT/      base models, shared by all jobs
     STATE/models/FINGERPRINT.gguf  the same as a GGUF, once it is needed to evaluate
-    STATE/jobs/NAME-ID/            one job: joined.json, source.json, initial.safetensors, training.safetensors while it
-                                   is trained, trained.safetensors, trained.json, receipt.json, left (by its person);
-                                   ID is the job's own, so a job made anew is another one
+    STATE/jobs/NAME-ID/            one job: consent, joined.json, source.json, initial.safetensors, training.safetensors
+                                   while it is trained, trained.safetensors, trained.json, receipt.json, left (by its
+                                   person); ID is the job's own, so a job made anew is another one
     STATE/published/NAME/vN/       published models that were fetched to be used
 
 Each file is put in place whole; a step is done when its file is there.
@@ -106,6 +106,15 @@ class Outbox:
                 f"{self.folder / 'source.json'} is damaged: {error}", hint="remove it, and use --data"
             ) from error
 
+    def consent(self) -> str:
+        """The digest of the terms that the person agreed to; empty if there are none."""
+        file = self.folder / "consent"
+        return file.read_text() if file.exists() else ""
+
+    def keep_consent(self, digest: str) -> None:
+        """The person has agreed to the terms of this digest."""
+        tensors.replace(self.folder / "consent", [digest.encode()])
+
     def server(self) -> str:
         """The coordinator's address when this job was last joined."""
         return (self.folder / "server").read_text()
@@ -159,6 +168,13 @@ def of_job(state: Path, name: str, deadline: float) -> Iterator[Outbox]:
         joined = found.joined()
         if joined is not None and joined.job.spec.name == name and joined.job.deadline_unix == deadline:
             yield found
+
+
+def moved(state: Path, before: str, now: str) -> None:
+    """The coordinator at one address is at another now."""
+    for box in all_outboxes(state):
+        if box.server() == before:
+            tensors.replace(box.folder / "server", [now.encode()])
 
 
 def find(state: Path, name: str) -> Outbox:

@@ -3,21 +3,48 @@ one on this network."""
 
 from __future__ import annotations
 
-import sys
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-import click
-import typer
-
-from converters.errors import NotEnough, Unreachable, UsageError
+from converters.errors import NotEnough, OneroundError, Unreachable, UsageError
 from edge_client import discovery, identity, outbox
 from edge_client.discovery import Found
-from edge_client.remote import Remote, connect
+from edge_client.remote import Remote, answers, connect
 from edge_client.screen import Screen
 from oneround import tls
+
+_MOST_PLACES = 8  # that are tried; anybody on the network can say anything
+
+
+class Roaming(Remote):
+    """A connection to the coordinator with a key, wherever it is."""
+
+    def __init__(self, first: Remote, key: str, state: Path, screen: Screen, open_now: AsyncExitStack) -> None:
+        self.server = first.server
+        self.go_on_over(first)
+        self._key, self._state, self._screen, self._open_now = key, state, screen, open_now
+        self._looking = asyncio.Lock()
+
+    async def find_again(self, lost: str) -> bool:
+        """Look for it where the network says it is, and where it has been before.
+
+        A place that still answers is kept: gRPC connects there again by itself, also when this machine's own address
+        has changed. Connections that were left stay open until the end, for calls that are still on them.
+        """
+        async with self._looking:
+            if self.server != lost:
+                return True
+            if await answers(self.server, self._key):
+                return False
+            with suppress(OneroundError):
+                other = await _elsewhere(self._key, self.server, self._state, self._open_now)
+                self.go_on_over(other)
+                self._screen.say("moved", before=lost, server=other.server)
+                outbox.moved(self._state, lost, other.server)
+            return self.server != lost
 
 
 @asynccontextmanager
@@ -37,7 +64,7 @@ async def connected(
             raise UsageError("which coordinator?", hint="add --server HOST:PORT, as `coordinator serve` prints it")
         with screen.busy("looking for a coordinator on this network"):
             found = await discovery.look()
-        chosen = discovery.only(found) if len(found) < 2 or not sys.stdin.isatty() else _ask_which(found)
+        chosen = await _ask_which(found, screen) if len(found) > 1 and screen.can_ask else discovery.only(found)
         screen.say("found", name=chosen.name, server=chosen.addresses[0])
         places = list(chosen.addresses)
     async with AsyncExitStack() as open_now:
@@ -45,21 +72,37 @@ async def connected(
             remote = await _first_that_answers(
                 [partial(connect, place, pins, on_first_use, insecure=insecure) for place in places], open_now
             )
-        except Unreachable:
+        except Unreachable as nobody:
             key = pins.all().get(places[0])
             if insecure or key is None:
                 raise
-            moved: list[Found] = []
-            with screen.busy("looking for the coordinator on this network"), suppress(NotEnough):
-                moved = await discovery.look(enough=lambda found: found.fingerprint == key)
-            elsewhere = [place for found in moved if found.fingerprint == key for place in found.addresses]
-            if not set(elsewhere) - set(places):
-                raise
-            remote = await _first_that_answers(
-                [partial(connect, place, pins, on_first_use, key=key) for place in elsewhere], open_now
-            )
+            with screen.busy("looking for the coordinator on this network"):
+                try:
+                    remote = await _elsewhere(key, places[0], state, open_now)
+                except Unreachable:
+                    raise nobody from None
             screen.say("moved", before=places[0], server=remote.server)
-        yield remote
+            outbox.moved(state, places[0], remote.server)
+        yield remote if insecure else Roaming(remote, pins.all()[remote.server], state, screen, open_now)
+
+
+async def _elsewhere(key: str, but: str, state: Path, open_now: AsyncExitStack) -> Remote:
+    """A connection to the coordinator with this key at another place: where the network says it is, or where it was.
+
+    Raises:
+        Unreachable: it is at none that is known of.
+    """
+    pins, heard = identity.Pins(state), list[Found]()
+    with suppress(NotEnough):
+        heard = await discovery.look(enough=lambda found: found.fingerprint == key)
+    said = [place for found in heard if found.fingerprint == key for place in found.addresses]
+    been = [place for place, pinned in pins.all().items() if pinned == key]
+    places = [place for place in dict.fromkeys(said + been) if place != but][:_MOST_PLACES]
+    if not places:
+        raise Unreachable("nobody on this network has the coordinator's key")
+    return await _first_that_answers(
+        [partial(connect, place, pins, lambda *_: None, key=key) for place in places], open_now
+    )
 
 
 async def _first_that_answers(
@@ -77,9 +120,15 @@ def _joined_at(state: Path, job: str) -> str:
     return next((box.server() for box in joined if not job or box.folder.name.rpartition("-")[0] == job), "")
 
 
-def _ask_which(found: Sequence[Found]) -> Found:
-    print("Several coordinators make themselves known on this network:")
-    for index, each in enumerate(found, 1):
-        print(f"  {index}  {each.name}  {each.addresses[0]}  {tls.grouped(each.fingerprint[:16])} …")
-    number = int(typer.prompt("Which one", type=click.IntRange(1, len(found))))
-    return found[number - 1]
+async def _ask_which(found: Sequence[Found], screen: Screen) -> Found:
+    rows = [
+        f"  {number}  {each.name} at {each.addresses[0]}, key {tls.grouped(each.fingerprint[:16])} …"
+        for number, each in enumerate(found, 1)
+    ]
+    screen.say("several", rows="\n".join(rows))
+    while True:
+        answer = await screen.ask(f"Which one? \\[1-{len(found)}]")
+        if not answer:
+            raise UsageError("no coordinator was chosen", hint="add --server HOST:PORT")
+        if answer.isdecimal() and 1 <= int(answer) <= len(found):
+            return found[int(answer) - 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ _OPTIONS = [
     ("grpc.max_receive_message_length", stream.MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.max_reconnect_backoff_ms", 10_000),
 ]
 
 _GONE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED})
@@ -49,12 +51,20 @@ class Remote:
         self.certificate = certificate  # PEM; empty without TLS
         self._stub = rpc.FederationStub(channel)
 
+    def go_on_over(self, other: Remote) -> None:
+        """Use another's connection from now on: the same coordinator, at another place."""
+        self.server, self._stub = other.server, other._stub
+
+    async def find_again(self, lost: str) -> bool:
+        """Whether there is another place to go on at, when nobody answers at `lost`. See reach.Roaming."""
+        return self.server != lost
+
     async def join(self, request: pb.JoinRequest) -> pb.JoinReply:
         async with self._readable():
             return await self._stub.Join(request, timeout=CALL_SECONDS)
 
     async def jobs(self) -> pb.ListJobsReply:
-        """The jobs that the coordinator has, and its clock."""
+        """What anybody may know of the coordinator's jobs, newest first, and its clock. Says nothing of who asks."""
         async with self._readable():
             return await self._stub.ListJobs(pb.ListJobsRequest(), timeout=CALL_SECONDS)
 
@@ -158,7 +168,8 @@ class Remote:
             yield
         except grpc.aio.AioRpcError as error:
             if error.code() in _GONE:
-                raise _unreachable(self.server, error.details() or "") from error
+                # "failed to connect to all addresses; last error: UNKNOWN: ipv4:…: Connection refused"
+                raise _unreachable(self.server, (error.details() or "").rpartition(": ")[2]) from error
             if error.code() in passing:
                 raise Unreachable(f"the coordinator at {self.server} has a trouble: {error.details()}") from error
             hint: Any = dict(error.trailing_metadata() or ()).get("hint-bin", b"")
@@ -211,6 +222,14 @@ def partial_path(to: Path, artifact: pb.Artifact) -> Path:
     return to.with_name(f".{to.name}.{artifact.digest[:12]}")
 
 
+async def answers(server: str, key: str) -> bool:
+    """Whether somebody shows this key at an address."""
+    try:
+        return tls.fingerprint(await _certificate(server)) == key
+    except Unreachable:
+        return False
+
+
 async def _certificate(server: str) -> bytes:
     """The PEM certificate that the server shows; not trusted by this, only seen."""
     host, _, port = server.rpartition(":")
@@ -228,7 +247,9 @@ async def _certificate(server: str) -> bytes:
     except TimeoutError as error:
         raise _unreachable(server, f"no answer in {CONNECT_SECONDS:.0f} s") from error
     except (OSError, UnicodeError) as error:  # UnicodeError: a host that cannot be a name
-        raise _unreachable(server, getattr(error, "strerror", None) or str(error)) from error
+        number = getattr(error, "errno", None) or 0
+        why = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or str(error)
+        raise _unreachable(server, why) from error
     seen = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
     writer.close()
     return ssl.DER_cert_to_PEM_cert(seen).encode()

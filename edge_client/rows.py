@@ -11,6 +11,7 @@ file), or a folder of these. Rows, recognised per file by the first that fits:
 A folder with `train.*` is read as mlx-lm does: `train.*` to train on, `valid.*` or `validation.*`, else `test.*`, held
 out. Otherwise all its files count, in the order of their names. Without a validation file a tenth is held out, by a
 hash of each row's content: the same row lands on the same side whatever is around it, and equal rows stay together.
+Only where a side would be empty the row whose hash is nearest is taken.
 A lone text is cut in two: its last tenth is held out, from a paragraph's, line's or word's end if there is one near.
 """
 

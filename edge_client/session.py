@@ -8,17 +8,17 @@ from __future__ import annotations
 import asyncio
 import math
 import platform
-import random
 import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from converters import adapter, checkpoint
 from converters.adapter import Adapter, Shape
 from converters.errors import BadData, NotEnough, OneroundError, Refused, Unreachable
-from edge_client import disk, examples, footprint, outbox, snapshot
+from edge_client import disk, examples, footprint, gaps, outbox, patience, snapshot
 from edge_client.backends import Backend, Progress
 from edge_client.batches import Batches
 from edge_client.guest import Guest
@@ -34,7 +34,6 @@ HEARTBEAT_SECONDS = 2.0
 VERDICT_SECONDS = 30.0  # how long to wait for what the coordinator makes of a contribution
 SAVE_SECONDS = 30.0  # between two looks at how training stands that are kept
 SAVING_SHARE = 0.05  # of the time, at most, goes into keeping them
-LONGEST_PAUSE = 60.0  # seconds between two tries to send
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,20 @@ class Taker:
     save_every: float = SAVE_SECONDS  # seconds
     again: bool = False  # train anew, where the operator lets this machine send another contribution
     guest: Guest = field(default_factory=Guest)  # keeps to the manners that the person asks for
+    consent: str = ""  # digest of the terms that the person has agreed to
+
+    def request(self, job: str) -> pb.JoinRequest:
+        """What is said of this machine to join a job."""
+        return pb.JoinRequest(
+            job=job,
+            client_id=self.client_id,
+            client_name=self.name,
+            machine=pb.Machine(
+                platform=f"{platform.system()} {platform.machine()}",
+                backend=self.backend.name,
+                device=self.backend.device(),
+            ),
+        )
 
 
 async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen) -> pb.Receipt:
@@ -60,21 +73,12 @@ async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen)
         Refused: the coordinator says no, or has quarantined the contribution.
         BadData: the data, or what the coordinator sent, is not sound.
     """
-    reply = await remote.join(
-        pb.JoinRequest(
-            job=job_name,
-            client_id=taker.client_id,
-            client_name=taker.name,
-            machine=pb.Machine(
-                platform=f"{platform.system()} {platform.machine()}",
-                backend=taker.backend.name,
-                device=taker.backend.device(),
-            ),
-        )
-    )
+    reply = await remote.join(taker.request(job_name))
     check(reply.job)
     box = outbox.outbox(taker.state, reply.job)
     box.keep_joined(remote.server, reply)
+    if taker.consent:
+        box.keep_consent(taker.consent)
     screen.say("joined", job=reply.job.spec.name, server=remote.server, client=taker.name)
 
     if reply.HasField("receipt") and not (taker.again and reply.may_replace):
@@ -117,13 +121,21 @@ class Pulse:
 
     async def beat(self, remote: Remote) -> None:
         """Tell until cancelled. A coordinator that does not answer, or has troubles, is no reason to stop training."""
-        pause = HEARTBEAT_SECONDS
+        pause, waits, misses = HEARTBEAT_SECONDS, patience.pauses(), 0
         while True:
-            with suppress(OneroundError):
+            place = remote.server
+            try:
                 answer = await remote.heartbeat(self.now)
-                pause = min(max(HEARTBEAT_SECONDS, answer.next_seconds), LONGEST_PAUSE)
+                pause = min(max(HEARTBEAT_SECONDS, answer.next_seconds), patience.LONGEST_PAUSE)
+                waits, misses = patience.pauses(), 0
                 if answer.directive == pb.DIRECTIVE_STOP:
                     self.stop = answer.reason
+            except Unreachable:
+                pause, misses = max(HEARTBEAT_SECONDS, next(waits)), misses + 1
+                if misses >= patience.LOST_AFTER and await remote.find_again(place):
+                    continue
+            except OneroundError:
+                pass
             await asyncio.sleep(pause)
 
     def check(self) -> None:
@@ -183,7 +195,8 @@ async def fetch_base(remote: Remote, job: pb.Job, state: Path, model: Path | Non
                 advance(before + done)
 
             for file, artifact in missing:
-                await remote.download(job.spec.name, artifact, file, on_bytes)
+                fetch = partial(remote.download, job.spec.name, artifact, file)
+                await patience.through(remote, job.deadline_unix, screen, fetch, on_bytes)
                 before += artifact.size
     return folder
 
@@ -198,7 +211,8 @@ async def _train(
     base = await fetch_base(remote, job, taker.state, taker.model, screen)
     if not box.initial.exists():
         with screen.bar("adapter", job.initial.size) as advance:
-            await remote.download(job.spec.name, job.initial, box.initial, advance)
+            fetch = partial(remote.download, job.spec.name, job.initial, box.initial)
+            await patience.through(remote, job.deadline_unix, screen, fetch, advance)
     initial = adapter.read(box.initial)
     adapter.check(initial, {module.name: Shape(module.out_features, module.in_features) for module in job.modules})
 
@@ -207,6 +221,7 @@ async def _train(
         examples.tokenise, rows.train, tokenizer, job.spec.train.max_seq_len, skip_bad_rows=taker.skip_bad_rows
     )
     plan = Batches(prepared.examples, job.spec.train.batch_size, job.spec.train.epochs, job.spec.train.seed)
+    gaps.check(taker.backend.name, base, (len(example.ids) for example in prepared.examples))
     recipe = Recipe.from_spec(job.spec, plan.total_steps)
     if skipped := rows.skipped + prepared.skipped:
         screen.say("skipped", skipped=skipped)
@@ -321,18 +336,9 @@ async def _send(
     remote: Remote, reply: pb.JoinReply, declaration: pb.Declaration, box: Outbox, screen: Screen
 ) -> pb.Receipt:
     """Upload until there is a receipt; breaks are resumed, and only the deadline ends the trying."""
-    pause = 1.0
-    while True:
-        try:
-            with screen.bar("sending", declaration.size) as advance:
-                return await remote.upload(reply.lease, declaration, box.adapter, advance)
-        except Unreachable as error:
-            if time.time() > reply.job.deadline_unix:
-                raise
-            wait = pause * random.uniform(0.5, 1.5)  # so that a cohort does not come back at once
-            screen.say("retry", why=str(error), seconds=wait)
-            await asyncio.sleep(wait)
-            pause = min(2 * pause, LONGEST_PAUSE)
+    with screen.bar("sending", declaration.size) as advance:
+        upload = partial(remote.upload, reply.lease, declaration, box.adapter)
+        return await patience.through(remote, reply.job.deadline_unix, screen, upload, advance)
 
 
 def _safe(receipt: pb.Receipt, screen: Screen) -> None:

@@ -61,14 +61,14 @@ def test_data_that_cannot_be_used(served: tuple[Path, str], name: str, content: 
     folder, address = served
     if content is not None:
         (folder / name).write_text(content, "utf-8")
-    join = ("join", "--server", address, "--data", folder / name, "--state", folder / "client")
+    join = ("join", "--yes", "--server", address, "--data", folder / name, "--state", folder / "client")
     _, err = commands.run("edge-client", *join, code=5)
     assert says in err
 
 
 def test_a_coordinator_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "data.txt").write_text("some text\n" * 100)
-    join = ("join", "--server", "127.0.0.1:1", "--data", tmp_path / "data.txt", "--state", tmp_path)
+    join = ("join", "--yes", "--server", "127.0.0.1:1", "--data", tmp_path / "data.txt", "--state", tmp_path)
     _, err = commands.run("edge-client", *join, code=4)
     assert "no coordinator answers at 127.0.0.1:1" in err
     _, err = commands.run("coordinator", "jobs", "--state", tmp_path, code=4)
@@ -89,7 +89,7 @@ def test_commands_that_need_a_server_say_so(tmp_path: Path) -> None:
 def test_a_job_that_is_not_there_and_a_model_that_is_another(served: tuple[Path, str]) -> None:
     folder, address = served
     (folder / "data.txt").write_text("some text\n" * 100)
-    join = ("join", "--server", address, "--data", folder / "data.txt", "--state", folder / "client")
+    join = ("join", "--yes", "--server", address, "--data", folder / "data.txt", "--state", folder / "client")
     _, err = commands.run("edge-client", *join, "--job", "nothing", code=3)
     assert "there is no job 'nothing'" in err
     _, err = commands.run("edge-client", *join, "--model", folder, code=5)
@@ -106,14 +106,14 @@ def test_interrupted_training_says_how_to_go_on(served: tuple[Path, str]) -> Non
     folder, address = served
     (folder / "long.txt").write_text("for line in file:\n    print(line)\n" * 5000)
     data = ("--data", folder / "long.txt", "--state", folder / "client")
-    client = commands.start("edge-client", "join", "--server", address, *data, "--json")
+    client = commands.start("edge-client", "join", "--yes", "--server", address, *data, "--json")
     assert client.stdout is not None
     for line in client.stdout:
         if '"tokens_per_second"' in line:
             break
     client.send_signal(signal.SIGINT)
     _, err = commands.finish(client, code=130)
-    assert "run the same edge-client command to go on" in err
+    assert f"To go on:\n  edge-client join --yes --server {address} --data {folder / 'long.txt'}" in err
 
 
 def test_one_daemon_a_state_folder(served: tuple[Path, str]) -> None:

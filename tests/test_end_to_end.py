@@ -68,7 +68,7 @@ def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         (folder / f"{name}.jsonl").write_text("".join(rows))
     with commands.coordinator(folder / "coordinator") as address:
         commands.run("coordinator", "submit", folder / "plays.toml", "--state", folder / "coordinator")
-        common = ("join", "--server", address, "--json", "--wait")
+        common = ("join", "--yes", "--server", address, "--json", "--wait")
         clients = {
             name: commands.start(
                 "edge-client",

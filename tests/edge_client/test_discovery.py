@@ -4,11 +4,8 @@ import asyncio
 import ipaddress
 import json
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +16,7 @@ from coordinator import discovery as advertising
 from edge_client import discovery
 from edge_client.discovery import Found
 from oneround import lan
-from tests import commands
+from tests import commands, terminal
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,7 +119,7 @@ def test_a_coordinator_that_moves_is_found_again_by_its_key(tmp_path: Path) -> N
         "[train]\nepochs = 1\nmax_seq_len = 32\n[round]\nmin_clients = 5\n"
     )
     common = ("--json", "--state", tmp_path / "client")
-    joins = ("join", "--data", tmp_path / "notes.jsonl", "--backend", "torch", *common)
+    joins = ("join", "--yes", "--data", tmp_path / "notes.jsonl", "--backend", "torch", *common)
     with commands.coordinator(tmp_path / "coordinator") as before:
         commands.run("coordinator", "submit", tmp_path / "job.toml", "--state", tmp_path / "coordinator")
         first, _ = commands.run("edge-client", *joins, "--server", before)
@@ -139,33 +136,22 @@ def test_a_coordinator_that_moves_is_found_again_by_its_key(tmp_path: Path) -> N
         assert "moved" not in commands.events(left), "the new address is kept"
 
 
-@pytest.fixture
-def namespaces() -> Iterator[tuple[str, str]]:
-    """Two machines on one cable: network namespaces with 10.77.0.1 and 10.77.0.2, and IPv6 beside."""
-    if os.geteuid() != 0 or not shutil.which("ip"):
-        pytest.skip("making network namespaces takes root, and ip")
-    names = f"oneround-a{os.getpid()}", f"oneround-b{os.getpid()}"
-    try:
-        try:
-            for name in names:
-                _ip("netns", "add", name)
-            _ip("link", "add", "lan0", "netns", names[0], "type", "veth", "peer", "name", "lan0", "netns", names[1])
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"this machine lets nobody make network namespaces: {error.stderr}")
-        for number, name in enumerate(names, 1):
-            _ip("-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", "lan0")
-            _ip("-n", name, "addr", "add", f"fd77::{number}/64", "dev", "lan0", "nodad")
-            for device in ("lo", "lan0"):
-                _ip("-n", name, "link", "set", device, "up")
-        yield names
-    finally:
-        for name in names:
-            with suppress(subprocess.CalledProcessError):
-                _ip("netns", "delete", name)
-
-
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+def test_of_several_coordinators_a_person_chooses_one(tmp_path: Path) -> None:
+    pulls = ("pull", "notes", "--state", tmp_path / "client")
+    with (
+        commands.coordinator(tmp_path / "one", advertise=True) as one,
+        commands.coordinator(tmp_path / "two", advertise=True) as two,
+    ):
+        _, err = commands.run("edge-client", *pulls, code=2)
+        assert "several coordinators" in err and one in err and two in err and "add --server" in err
+        for keys, code, says in (("", 2, "no coordinator was chosen"), ("0\nx\n", 3, f"First time at {two}")):
+            with terminal.running("edge-client", *pulls, columns=120) as screen:
+                screen.expect("Which one?")
+                rows = screen.text.splitlines()
+                (number,) = [row.split()[0] for row in rows if f" at {two}, key " in row]
+                assert any(f" at {one}, key " in row for row in rows)
+                screen.type(f"{keys}{number}\n" if keys else "\x04")  # Ctrl-D
+                assert says in screen.finish(code=code)
 
 
 ADVERTISE = """

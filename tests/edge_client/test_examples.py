@@ -1,5 +1,8 @@
 import itertools
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -285,6 +288,55 @@ def test_a_tenth_is_held_out(tmp_path: Path) -> None:
     assert 240 < len(load(file).held_out) < 360
 
 
+def in_another_process(path: Path) -> tuple[set[str], set[str]]:
+    """(train, held out) there, with other hashes of strings."""
+    program = (
+        "import json, sys\nfrom pathlib import Path\nfrom edge_client.rows import load\n"
+        "rows = load(Path(sys.argv[1]))\n"
+        "print(json.dumps([[row.text for row in side] for side in (rows.train, rows.held_out)]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)],
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    train, held_out = json.loads(done.stdout)
+    return set(train), set(held_out)
+
+
+def test_the_same_rows_are_held_out_whenever_and_wherever(tmp_path: Path) -> None:
+    """In another process, from files of other names and another order, in another format, and beside new files."""
+    texts_ = [f"note {n}" for n in range(300)]
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    (here / "a.jsonl").write_text(lines([{"text": text} for text in texts_[:150]]))
+    (here / "b.jsonl").write_text(lines([{"text": text} for text in texts_[150:]]))
+    (there / "2.json").write_text(json.dumps([{"text": text} for text in texts_[:100]]))
+    (there / "1.jsonl").write_text(lines([{"text": text, "source": "ward"} for text in reversed(texts_[100:])]))
+    rows = load(here)
+    train, held_out = texts(rows.train), texts(rows.held_out)
+    assert len(held_out) > 15 and not train & held_out
+    assert in_another_process(here) == in_another_process(there) == (train, held_out)
+    (here / "0.jsonl").write_text(lines([{"text": f"later note {n}"} for n in range(200)]))
+    more = load(here)
+    assert texts(more.train) & set(texts_) == train and texts(more.held_out) & set(texts_) == held_out
+    assert texts(more.held_out) > held_out
+
+
+def test_a_folders_files_are_each_of_their_own_format(tmp_path: Path) -> None:
+    for name, row in {"a": TEXT, "b": EXCHANGE, "c": ALPACA, "d": CHAT}.items():
+        (tmp_path / f"{name}.jsonl").write_text(lines(many(row, 5)))
+    rows = load(tmp_path)
+    found = sorted(rows.train + rows.held_out, key=lambda row: row.where)
+    assert [type(row) for row in found] == [Text] * 5 + [Dialogue] * 15
+    (tmp_path / "b.jsonl").write_text(lines([EXCHANGE, ALPACA]))
+    with pytest.raises(BadData, match=r"b\.jsonl:2: found the keys instruction, input, output; expected prompt and"):
+        load(tmp_path)
+
+
 def test_equal_rows_still_give_both_sides(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text(lines([TEXT] * 3))
@@ -352,6 +404,33 @@ def test_every_assistant_turn_is_learnt_and_nothing_else(tokenizer: Any) -> None
     assert learnt(tokenizer, example) == "4<|im_end|>\nsix<|im_end|>\n"
     (example,) = examples.tokenise([Dialogue("a:1", (*TURNS, *more), learn_from=3)], tokenizer, 512).examples
     assert learnt(tokenizer, example) == "six<|im_end|>\n"
+
+
+def test_turns_of_a_template_that_writes_the_last_one_otherwise(tokenizer: Any) -> None:
+    """As Qwen3's, which puts thoughts in front of the last turn and leaves them out of those before it."""
+    from copy import copy
+
+    thinking = copy(tokenizer)
+    thinking.chat_template = CHATML.replace(
+        "{{ m.content }}",
+        "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}",
+    )
+    more = ({"role": "user", "content": "3 + 3?"}, {"role": "assistant", "content": "six"})
+    (example,) = examples.tokenise([Dialogue("a:1", (*TURNS, *more))], thinking, 512).examples
+    assert learnt(thinking, example) == "4<|im_end|>\n<think>\n\n</think>\n\nsix<|im_end|>\n"
+
+
+def test_a_conversations_tools_reach_the_template(tokenizer: Any, tmp_path: Path) -> None:
+    from copy import copy
+
+    knowing = copy(tokenizer)
+    knowing.chat_template = "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}" + CHATML
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    (tmp_path / "a.jsonl").write_text(lines([{**CHAT, "tools": [tool]}, {**CHAT, "tools": [tool, tool]}]))
+    rows = load(tmp_path / "a.jsonl")
+    made = examples.tokenise(rows.train + rows.held_out, knowing, 512).examples
+    assert sorted(str(knowing.decode(example.ids)).split("<")[0] for example in made) == ["[add]", "[add][add]"]
+    assert {learnt(knowing, example) for example in made} == {"4<|im_end|>\n"}
 
 
 def test_an_exchange_with_and_without_a_chat_template(tokenizer: Any, plain: Any) -> None:

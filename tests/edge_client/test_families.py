@@ -1,26 +1,131 @@
-"""MLX computes what transformers computes, for every family, also where transformers 5 wrote the config."""
+"""The map of modules between PyTorch and MLX: for every family the same layers of the same shapes, the same logits, and
+the same training; also where transformers 5 wrote the config."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from edge_client import backends
+from converters import architectures
+from converters.errors import UsageError
+from edge_client import backends, gaps
+from edge_client.batches import Batches
+from edge_client.examples import Example
 from tests.converters import tiny_families
+from tests.edge_client import tiny
+from tests.edge_client.test_backends import both, difference, recipe_for, trained
 
-pytestmark = pytest.mark.skipif(backends.load("mlx").available() is not None, reason="needs mlx")
+needs_mlx = pytest.mark.skipif(backends.load("mlx").available() is not None, reason="needs mlx")
 
-# mlx-lm 0.32 has no sliding window for Gemma 2, and no final soft cap for Gemma 3.
-SAME = [kind for kind in tiny_families.KINDS if kind not in ("gemma2", "gemma3-untied")]
+# Where mlx-lm computes something else; see edge_client/gaps.py. With this the model is outside of the gap.
+OUTSIDE: dict[str, dict[str, Any]] = {
+    "gemma2": {"sliding_window": 64},
+    "gemma3-untied": {"final_logit_softcapping": None},
+    "phi-4-mini": {"original_max_position_embeddings": 2},
+}
+INSIDE: list[tuple[str, dict[str, Any]]] = [
+    ("gemma2", {"sliding_window": 8}),
+    ("mistral", {"sliding_window": 8}),
+    ("phi-3", {"sliding_window": 8}),
+    ("qwen2", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}),
+    ("qwen3", {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}),
+    ("phi-4-mini", {"original_max_position_embeddings": 64}),
+    ("gemma3-untied", {"final_logit_softcapping": 5.0}),
+]
 
 
-@pytest.mark.parametrize("kind", SAME)
-def test_logits(tmp_path: Path, kind: str) -> None:
+@pytest.fixture(scope="module", params=tiny_families.KINDS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    more = OUTSIDE.get(request.param, {})
+    return tiny_families.save(tmp_path_factory.mktemp("families") / request.param, request.param, **more)
+
+
+def of_a_job(folder: Path) -> dict[str, tuple[int, int]]:
+    """What a job with `all-linear` adapts."""
+    shapes = architectures.adapted(architectures.describe(folder), ["all-linear"])
+    return {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def test_a_jobs_modules_are_those_that_peft_adapts(folder: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    shapes = {name: tuple(layer.weight.shape) for name, layer in linears.items()}
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    names = {name.removeprefix("base_model.model.") for name, m in adapted.named_modules() if isinstance(m, LoraLayer)}
+    assert of_a_job(folder) == {name: shapes[name] for name in names}
+    assert "lm_head" in shapes and "lm_head" not in names
+
+
+@needs_mlx
+def test_a_jobs_modules_are_mlx_lms(folder: Path) -> None:
+    import mlx.nn as nn
+
+    from edge_client.backends import mlx as backend
+
+    linears = {name: m for name, m in backend._model(folder).named_modules() if isinstance(m, nn.Linear)}
+    shapes = {name: tuple(layer.weight.shape) for name, layer in linears.items() if name != "lm_head"}
+    assert of_a_job(folder) == shapes
+
+
+@needs_mlx
+def test_logits(folder: Path) -> None:
     import mlx.core as mx
 
     from edge_client.backends import mlx as backend
 
-    folder = tiny_families.save(tmp_path / kind, kind)
     found = np.array(backend._model(folder)(mx.array([tiny_families.PROMPT])))[0]
     expected = tiny_families.torch_logits(folder)
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    gaps.check("mlx", folder, [len(tiny_families.PROMPT)])
+
+
+@both
+@pytest.mark.parametrize(("kind", "more"), INSIDE, ids=[kind for kind, _ in INSIDE])
+def test_what_mlx_lm_computes_otherwise_is_refused(tmp_path: Path, kind: str, more: dict[str, Any]) -> None:
+    import mlx.core as mx
+
+    from edge_client.backends import mlx as backend
+
+    folder = tiny_families.save(tmp_path / kind, kind, **more)
+    found = np.array(backend._model(folder)(mx.array([tiny_families.PROMPT])))[0]
+    expected = tiny_families.torch_logits(folder)
+    assert np.abs(found - expected).max() > 0.05 * np.abs(expected).max(), "mlx-lm has closed the gap: take it out"
+    with pytest.raises(UsageError, match="mlx-lm computes something else") as caught:
+        gaps.check("mlx", folder, [3, len(tiny_families.PROMPT)])
+    assert "--backend torch" in caught.value.hint
+    gaps.check("torch", folder, [3, len(tiny_families.PROMPT)])
+
+
+def test_a_window_that_is_null_is_none(tmp_path: Path) -> None:
+    """As in Mistral 7B since v0.2; where the key is missing, it is transformers' default."""
+    (tmp_path / "config.json").write_text('{"model_type": "mistral", "sliding_window": null}')
+    gaps.check("mlx", tmp_path, [5000])
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    gaps.check("mlx", tmp_path, [4097])
+    with pytest.raises(UsageError, match="more than 4096 tokens"):
+        gaps.check("mlx", tmp_path, [4098])
+
+
+@both
+def test_training(folder: Path) -> None:
+    """Five steps in float32: the same losses, the same update."""
+    examples = [Example(each.ids * 5 + 3, each.is_target) for each in tiny.examples(20, seed=4)]  # beyond tiny's 61 ids
+    plan = Batches(examples, batch_size=4, epochs=1, seed=3)
+    gaps.check("mlx", folder, (len(example.ids) for example in examples))
+    initial = tiny.nonzero(dict(architectures.describe(folder).linears), ranks=(4, 2, 3))
+    recipe = recipe_for(plan)
+    (torch_losses, by_torch), (mlx_losses, by_mlx) = (
+        trained(name, folder, initial, recipe, plan) for name in ("torch", "mlx")
+    )
+    assert np.abs(torch_losses - mlx_losses).max() < 1e-4
+    for name, start in initial.modules.items():
+        moved = [result.modules[name].delta() - start.delta() for result in (by_torch, by_mlx)]
+        size = np.linalg.norm(moved[0])
+        assert size > 0 and np.linalg.norm(moved[0] - moved[1]) < 0.01 * size, f"{name} is trained, and the same way"
+    assert difference(by_torch, by_mlx) < 1e-3

@@ -130,7 +130,7 @@ def test_kill_nine_and_join_again(tmp_path: Path, name: str) -> None:
 
         def joins(state: str) -> tuple[object, ...]:
             common = ("--server", address, "--json", "--backend", name, "--state", tmp_path / state)
-            return ("edge-client", "join", "--data", tmp_path / "notes.jsonl", "--save-every", 0, *common)
+            return ("edge-client", "join", "--yes", "--data", tmp_path / "notes.jsonl", "--save-every", 0, *common)
 
         reached = [0]
         for how in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL):

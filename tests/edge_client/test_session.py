@@ -1,8 +1,10 @@
 """Taking part, with a real coordinator and a backend that honours the contract and trains in no time."""
 
 import asyncio
+import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from edge_client.remote import OnBytes, Remote
 from edge_client.screen import Screen
 from edge_client.snapshot import Snapshot
 from oneround.v1 import federation_pb2 as pb
+from tests import commands
 from tests.coordinator.test_server import ALICE, BASE, SPEC, running
 
 
@@ -194,3 +197,27 @@ def test_a_job_that_makes_no_sense_is_refused(tmp_path: Path, field: str) -> Non
             session.check(announced)
 
     asyncio.run(test())
+
+
+def test_what_is_cut_dropped_or_skipped_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async def test() -> None:
+        rows = [{"prompt": f"p{n}", "completion": "a b" * (200 if n < 3 else 1)} for n in range(40)]
+        rows += [{"prompt": "very long " * 200, "completion": str(n)} for n in range(2)]
+        who = taker(tmp_path, Quick())
+        who.data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": 3, "completion": "x"}]))
+        (tmp_path / "valid.jsonl").write_text('{"prompt": "p", "completion": "a"}\n')
+        who.data.rename(tmp_path / "train.jsonl")
+        who = replace(who, data=tmp_path / "train.jsonl", skip_bad_rows=True)
+        async with running(tmp_path / "one") as (daemon, address):
+            await daemon.submit(job.parse({**SPEC, "train": {"max_seq_len": 64}}))
+            async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
+                await session.take_part(remote, "notes", who, Screen(as_json=True))
+
+    asyncio.run(test())
+    events = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("{")
+    ]  # the daemon logs there too
+    said = commands.events("\n".join(events))
+    assert said["truncated"] == {"event": "truncated", "truncated": 3, "dropped": 2, "max_seq_len": 64}
+    assert said["skipped"]["skipped"] == 1
+    assert (said["plan"]["examples"], said["plan"]["held_out"]) == (40, 1)

@@ -1,0 +1,116 @@
+"""What `join` sends, in words, and whether the person agrees. Until then a coordinator is asked for its jobs, no more.
+
+An answer is kept with the job: it holds for the same job of the same coordinator, and for what was shown.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from converters.errors import NotFound, Refused, UsageError
+from edge_client.outbox import Outbox
+from edge_client.screen import Screen
+from oneround import tls
+from oneround.v1 import federation_pb2 as pb
+
+# All of it: a test holds these against every field of the protocol's messages, and against the adapter's file.
+TO_JOIN = (
+    "the name {name!r}; {platform}, {backend} on {device}; a random number that stands for this machine; and, as to "
+    "any server, its network address"
+)
+MEANWHILE = (
+    "every few seconds the step, how many there will be, the loss, and tokens per second; and which files of the base "
+    "model are missing here"
+)
+AT_LAST = (
+    "one LoRA adapter, rank {rank} in {dtype} (how many bytes is shown before training begins), with its size and "
+    "SHA-256; the numbers of examples, target tokens and steps; the mean loss of the last epoch; and the fingerprints "
+    "of base model, tokenizer and chat template"
+)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the person is asked to agree to. `opened` (Unix seconds) and `key` tell a job from another of its name."""
+
+    job: str
+    key: str
+    opened: float
+    to_join: str
+    meanwhile: str
+    at_last: str
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
+
+
+def meant(jobs: Sequence[pb.JobStatus], name: str) -> pb.JobStatus:
+    """The job of this name, or the only one that is open.
+
+    Raises:
+        Refused: there is none, or there are several.
+    """
+    if name:
+        found = next((job for job in jobs if job.spec.name == name), None)
+        if found is None:
+            there = ", ".join(job.spec.name for job in jobs)
+            raise NotFound(f"there is no job {name!r} here", hint=f"--job with one of: {there}" if there else "")
+        return found
+    taking = {job.spec.name: job for job in jobs if job.takes_contributions}
+    if not taking:
+        raise Refused("no job is open here", hint="coordinator submit JOB.toml, on the coordinator's machine")
+    if len(taking) > 1:
+        names = ", ".join(sorted(taking))
+        raise Refused(f"several jobs are open here: {names}", hint=f"edge-client join --job {min(taking)}")
+    return next(iter(taking.values()))
+
+
+def terms(status: pb.JobStatus, request: pb.JoinRequest, key: str) -> Terms:
+    """What will be sent when a request to join a job is, and after it."""
+    machine = request.machine
+    return Terms(
+        job=status.spec.name,
+        key=key,
+        opened=status.opened_unix,
+        to_join=TO_JOIN.format(
+            name=request.client_name, platform=machine.platform, backend=machine.backend, device=machine.device
+        ),
+        meanwhile=MEANWHILE,
+        at_last=AT_LAST.format(rank=status.spec.lora.rank, dtype=status.spec.upload.dtype),
+    )
+
+
+def given(boxes: Iterable[Outbox], wanted: Terms) -> bool:
+    """Whether the person has agreed to these terms before."""
+    return any(box.consent() == wanted.digest for box in boxes)
+
+
+async def ask(screen: Screen, wanted: Terms, *, server: str, base: str, deadline: float, data: Path, yes: bool) -> bool:
+    """Show what will be sent, and ask; with `yes` only show.
+
+    Raises:
+        UsageError: nobody is there to be asked.
+    """
+    screen.say(
+        "terms",
+        **{name: value for name, value in asdict(wanted).items() if name not in ("key", "opened")},
+        server=server,
+        key=f"{tls.grouped(wanted.key[:16])} …" if wanted.key else "none, without TLS",
+        base=base,
+        until=time.strftime("%a %d %b %Y, %H:%M", time.localtime(deadline)),
+        data=str(data),
+    )
+    if yes:
+        return True
+    if not screen.can_ask:
+        raise UsageError(
+            "before anything is sent somebody has to agree, and without a terminal nobody can be asked",
+            hint="add --yes, to agree to what is said above",
+        )
+    return await screen.ask("Take part, and send this? \\[y/N]") in ("y", "yes")

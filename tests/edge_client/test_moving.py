@@ -1,0 +1,239 @@
+"""A coordinator that goes away, comes back or moves while a client is at work; and a network that breaks."""
+
+import asyncio
+import json
+import socket
+import subprocess
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from converters.adapter import Adapter
+from converters.errors import Unreachable
+from coordinator import discovery as advertising
+from coordinator import identity, job
+from edge_client import outbox, patience, reach, session
+from edge_client.backends import Progress
+from edge_client.batches import Batches
+from edge_client.recipe import Recipe
+from edge_client.remote import Remote
+from edge_client.screen import Screen
+from edge_client.snapshot import Snapshot
+from oneround.v1 import federation_pb2 as pb
+from tests import commands
+from tests.coordinator.test_server import SPEC, running
+from tests.edge_client.test_session import Quick, taker
+from tests.network import Relay, ip
+
+LARGE = {**SPEC, "lora": {"rank": 64, "target_modules": ["all-linear"]}, "upload": {"dtype": "float32"}}
+
+
+class Watched(Screen):
+    """Notes what is said."""
+
+    def __init__(self) -> None:
+        super().__init__(as_json=True)
+        self.said: list[tuple[str, dict[str, Any]]] = []
+        self._events = defaultdict[str, asyncio.Event](asyncio.Event)
+
+    def say(self, event: str, **fields: object) -> None:
+        self.said.append((event, fields))
+        self._events[event].set()
+
+    def times(self, event: str) -> int:
+        return sum(each == event for each, _ in self.said)
+
+    async def until(self, event: str) -> None:
+        async with asyncio.timeout(60):
+            await self._events[event].wait()
+
+
+class Waits(Quick):
+    """Trains until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enough = threading.Event()
+
+    def train(
+        self,
+        base: Path,
+        initial: Adapter,
+        recipe: Recipe,
+        plan: Batches,
+        on_step: Callable[[Progress], None],
+        snapshot: Snapshot | None = None,
+    ) -> Adapter:
+        assert self.enough.wait(60)
+        return super().train(base, initial, recipe, plan, on_step, snapshot)
+
+
+async def take_part(address: str, who: session.Taker, screen: Screen) -> pb.Receipt:
+    async with reach.connected(address, who.state, screen, insecure=False) as remote:
+        return await session.take_part(remote, "notes", who, screen)
+
+
+def test_a_network_that_breaks_costs_what_was_on_its_way(tmp_path: Path) -> None:
+    """While the base comes, while the adapter goes, and by a daemon that starts again meanwhile."""
+
+    async def test() -> None:
+        who, screen = taker(tmp_path, Quick()), Watched()
+        async with Relay() as wire:
+            async with running(tmp_path / "one") as (daemon, wire.target):
+                await daemon.submit(job.parse(LARGE))
+                wire.cut_at_down = [2_000_000, 4_000_000]
+                receiving = asyncio.create_task(take_part(wire.address, who, screen))
+                await screen.until("trained")
+                assert screen.times("retry") > 0 and not wire.cut_at_down
+                sizes = sum(file.stat().st_size for file in (who.state / "models").rglob("*") if file.is_file())
+                (box,) = outbox.all_outboxes(who.state)
+                assert wire.down < 1.3 * (sizes + box.initial.stat().st_size), "downloads go on where they broke off"
+                size, before = box.adapter.stat().st_size, wire.up
+                wire.cut_at_up = [before + size // 3]
+                wire.broken.clear()
+                async with asyncio.timeout(30):
+                    await wire.broken.wait()
+                wire.target = ""
+            async with running(tmp_path / "one") as (daemon, wire.target):
+                receipt = await receiving
+            assert receipt.size == size
+            assert wire.up - before < 1.3 * size, "the upload goes on where it broke off"
+            assert screen.times("moved") == 0 and screen.times("pinned") == 1
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("during", ["training", "sending"])
+def test_a_coordinator_that_moves_meanwhile_is_found_by_its_key(tmp_path: Path, during: str) -> None:
+    async def test() -> None:
+        who, screen = taker(tmp_path, backend := Waits()), Watched()
+        async with running(tmp_path / "one") as (daemon, before):
+            await daemon.submit(job.parse(SPEC))
+            receiving = asyncio.create_task(take_part(before, who, screen))
+            await screen.until("plan")
+        if during == "sending":
+            backend.enough.set()
+            await screen.until("retry")
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", int(before.rpartition(":")[2])))  # so that the next daemon gets another port
+            async with running(tmp_path / "one") as (_, after):
+                key = identity.load_or_create(tmp_path / "one").fingerprint
+                saying = asyncio.create_task(advertising.advertise("127.0.0.1", int(after.rpartition(":")[2]), key))
+                await screen.until("moved")
+                backend.enough.set()
+                receipt = await receiving
+                saying.cancel()
+                await asyncio.gather(saying, return_exceptions=True)
+        assert dict(screen.said)["moved"] == {"before": before, "server": after}
+        (box,) = outbox.all_outboxes(who.state)
+        assert box.receipt() == receipt and box.server() == after
+
+    asyncio.run(test())
+
+
+def test_a_coordinator_is_found_where_it_was_before(tmp_path: Path) -> None:
+    """Without mDNS: at an address of another day, as with a cable here and Wi-Fi there."""
+
+    async def test() -> None:
+        screen = Watched()
+        async with Relay() as cable, Relay() as wifi, running(tmp_path / "one") as (_, there):
+            for wire in (cable, wifi):
+                wire.target = there
+                async with reach.connected(wire.address, tmp_path, screen, insecure=False):
+                    pass
+            async with reach.connected(cable.address, tmp_path, screen, insecure=False) as remote:
+                assert not await remote.find_again(cable.address), "it answers there, so there it stays"
+                cable.target = ""
+                cable.cut()
+                assert await remote.find_again(cable.address)
+                assert remote.server == wifi.address and await remote.jobs() == []
+                assert await remote.find_again(cable.address), "found already, for another who has lost it"
+
+    asyncio.run(test())
+
+
+class Away(Remote):
+    """Nobody, anywhere."""
+
+    def __init__(self) -> None:
+        self.server, self.looked = "nowhere:1", 0
+
+    async def find_again(self, lost: str) -> bool:
+        self.looked += 1
+        return False
+
+
+def test_only_the_deadline_ends_the_trying() -> None:
+    async def test() -> None:
+        remote, screen, tries = Away(), Watched(), 0
+
+        async def never(_: object) -> None:
+            nonlocal tries
+            tries += 1
+            raise Unreachable("nobody answers")
+
+        now = asyncio.get_running_loop().time()
+        with pytest.raises(Unreachable, match="nobody answers"):
+            await patience.through(remote, time.time() + 2.5, screen, never)
+        assert asyncio.get_running_loop().time() - now > 2.4
+        assert 3 <= tries <= 6 and remote.looked == tries - 2
+        assert screen.times("retry") == 1, "the same trouble is told once"
+
+    asyncio.run(test())
+
+
+def test_pauses_grow_and_differ() -> None:
+    many = [[next(waits) for _ in range(12)] for waits in (patience.pauses() for _ in range(20))]
+    assert all(0.5 <= row[0] <= 1.5 and 2 <= row[2] <= 6 and 30 <= row[9] <= 60 for row in many)
+    assert len({row[0] for row in many}) > 1
+
+
+@pytest.mark.slow  # a connection is given up after 20 s in which nothing gets across
+def test_a_laptop_whose_own_address_changes(namespaces: tuple[str, str], tmp_path: Path) -> None:
+    """In the middle of a download, on a cable of 8 Mbit/s, between real processes in two network namespaces."""
+    here, there = (("ip", "netns", "exec", name) for name in namespaces)
+    slowly = ("dev", "lan0", "root", "tbf", "rate", "8mbit", "burst", "32kb", "latency", "400ms")
+    subprocess.run([*there, "tc", "qdisc", "add", *slowly], check=True)
+    base = Path(__file__).parents[2] / "benchmarks" / "base"
+    (tmp_path / "job.toml").write_text(f'name = "notes"\n[model]\nbase = "{base}"\n[lora]\nrank = 2\n')
+    (tmp_path / "notes.txt").write_text("for line in file:\n    print(line)\n" * 100)
+    serves = (commands.BIN / "coordinator", "serve", "--listen", "10.77.0.2:50051", "--no-advertise")
+    joins = (
+        commands.BIN / "edge-client",
+        "join",
+        "--yes",
+        "--json",
+        "--server",
+        "10.77.0.2:50051",
+        "--backend",
+        "torch",
+    )
+    with (tmp_path / "log").open("w") as log:
+        job_file = ("--job", tmp_path / "job.toml", "--state", tmp_path / "coordinator")
+        daemon = subprocess.Popen([*there, *serves, *job_file], stdout=log, stderr=log)
+        try:
+            while not (tmp_path / "coordinator" / "daemon.json").exists():
+                assert daemon.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.1)
+            data = ("--data", tmp_path / "notes.txt", "--state", tmp_path / "client")
+            said = []
+            with subprocess.Popen([*here, *joins, *data], stdout=subprocess.PIPE, text=True) as client:
+                assert client.stdout is not None
+                for line in client.stdout:
+                    said.append(json.loads(line))
+                    if said[-1].get("what") == "base" and said[-1]["done"] > 2_000_000:
+                        break
+                ip("-n", namespaces[0], "addr", "del", "10.77.0.1/24", "dev", "lan0")
+                ip("-n", namespaces[0], "addr", "add", "10.77.0.9/24", "dev", "lan0")
+                said += map(json.loads, client.stdout)
+            assert client.returncode == 0, said
+        finally:
+            daemon.terminate()
+            daemon.wait()
+    events = [each["event"] for each in said]
+    assert "retry" in events and "moved" not in events and events[-1] == "done"
