@@ -71,6 +71,8 @@ def join(
     yes: Annotated[
         bool, typer.Option("--yes", help="Agree to what will be sent, without being asked; for scripts.")
     ] = False,
+    precision: options.Precision = "auto",
+    bits: options.Bits = 0,
     when: options.When = options.ALWAYS,
     min_battery: options.MinBattery = options.MANNERS.min_battery,
     min_memory: options.MinMemory = options.MANNERS.min_memory,
@@ -99,6 +101,7 @@ def join(
         save_every=save_every,
         again=again,
         guest=guest,
+        setup=options.setup(chosen, precision, bits),
     )
 
     async def run() -> None:

@@ -18,6 +18,7 @@ from converters.errors import BadData, NotEnough, OneroundError, Refused, Unreac
 from edge_client import disk, examples, footprint, outbox, reach, session
 from edge_client.batches import Batches
 from edge_client.finding import Case, Finding, note, ok
+from edge_client.recipe import Setup
 from edge_client.remote import local_path
 from edge_client.screen import Screen
 from oneround import tls
@@ -231,7 +232,8 @@ async def room(case: Case) -> Finding:
 async def memory(case: Case) -> Finding | None:
     if case.job is None or case.base is None or case.backend is None:
         return None
-    return outlook(footprint.outlook(case.base, case.job, case.backend, case.longest), case.job)
+    setup = Setup(case.backend.precision())
+    return outlook(footprint.outlook(case.base, case.job, case.backend, case.longest, setup), case.job)
 
 
 def outlook(expected: footprint.Outlook | None, job: pb.Job) -> Finding:
@@ -248,4 +250,5 @@ def outlook(expected: footprint.Outlook | None, job: pb.Job) -> Finding:
             "close other programs; or ask the operator for a smaller train.batch_size "
             f"({job.spec.train.batch_size}) or train.max_seq_len ({job.spec.train.max_seq_len})",
         )
-    return ok("memory", f"{needed}, and {disk.size(expected.available)} are free")
+    parts = f" (a batch in {expected.setup.parts} parts)" if expected.setup.parts > 1 else ""
+    return ok("memory", f"{needed}{parts}, and {disk.size(expected.available)} are free")

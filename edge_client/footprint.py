@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,12 @@ from converters.errors import BadModel
 from converters.settings import Settings
 from edge_client import disk
 from edge_client.backends import Backend
+from edge_client.recipe import EXACT, LOGITS_AT_ONCE, Setup
 from oneround.v1 import federation_pb2 as pb
 
-_FLOAT = 4  # bytes; training is in float32
+_FLOAT = 4  # bytes
+_WIDTH = {"float32": 4, "bfloat16": 2}
+_SCALES = 0.5  # bits that the scales of a quantised base take for each weight
 _RUNTIME_BYTES = 64 << 20  # threads, libraries that are loaded late
 
 # Peak memory over what the tensors alone would take: temporaries, and freed blocks that are not given back. PyTorch
@@ -80,20 +84,18 @@ def memory_needed(
     *,
     backend: str = "torch",
     longest: int | None = None,
-    bytes_per_parameter: float = _FLOAT,
-    logits_at_once: int | None = None,
+    setup: Setup = EXACT,
 ) -> int:
     """Bytes that training a job takes over what the process has with its framework loaded.
 
-    `longest` is the longest example in tokens, the job's max_seq_len if not given; `bytes_per_parameter` is how the
-    frozen base is held; `logits_at_once` is for how many positions logits are made together, all of a batch's if not
-    given.
+    `longest` is the longest example in tokens, the job's max_seq_len if not given.
 
     The base, once; the adapter seven times (factors, gradients, two moments, and a snapshot of three); and for the
-    longest batch what the backward pass needs, without checkpointing. For each token in each layer these are: two
-    residuals and two normed inputs, queries and the attention's output, keys and values, gate, up, their product and
-    the activation, and the rank of every adapter; with dropout also every adapter's input again and a mask. Then the
-    logits, their logarithm and its gradient. Times what was measured for the framework; see _OVERHEAD.
+    longest part of a batch what the backward pass needs. For each token in each layer these are: two residuals and two
+    normed inputs, queries and the attention's output, keys and values, gate, up, their product and the activation, and
+    the rank of every adapter; with dropout also every adapter's input again and a mask; with checkpointing the layer's
+    input, and all of it for one layer at a time. Then the logits, their logarithm and its gradient, of a chunk or of
+    all tokens. Times what was measured for the framework; see _OVERHEAD.
 
     Held against the peak of a child process on Linux x86-64, float32 on the CPU (PyTorch 2.13, MLX 0.32), for random
     Llamas of 0.1M, 29M and 113M parameters, batches of 1 × 64 to 8 × 512 tokens, with and without dropout: 1.0 to 1.35
@@ -101,7 +103,8 @@ def memory_needed(
     """
     spec = job.spec
     length = min(longest or spec.train.max_seq_len, spec.train.max_seq_len)
-    tokens = spec.train.batch_size * length
+    width = _WIDTH[setup.precision]
+    tokens = math.ceil(spec.train.batch_size / setup.parts) * length
     queries, keys = base.heads * base.head_dim, base.kv_heads * base.head_dim
     each = 4 * base.hidden + 2 * queries + 2 * keys + 4 * base.intermediate
     if backend in _KEEPS_ATTENTION:
@@ -109,9 +112,17 @@ def memory_needed(
     adapters = spec.lora.rank * len(job.modules)
     if spec.lora.dropout:
         adapters += sum(module.in_features for module in job.modules) * 5 // 4
-    activations = _FLOAT * tokens * (base.layers * each + adapters)
-    logits = 3 * _FLOAT * base.vocabulary * min(logits_at_once or tokens, tokens)
-    held = base.parameters * bytes_per_parameter + 7 * _FLOAT * disk.elements(job)
+    kept = (
+        base.hidden * base.layers + each + adapters // base.layers
+        if setup.checkpointing
+        else base.layers * each + adapters
+    )
+    activations = width * tokens * kept
+    chunk = max(1, LOGITS_AT_ONCE // base.vocabulary) if backend == "torch" else tokens
+    logits = 3 * _FLOAT * base.vocabulary * min(chunk, tokens)
+    rounded = sum(module.out_features * module.in_features for module in job.modules) if setup.bits else 0
+    weights = (base.parameters - rounded) * width + rounded * (setup.bits + _SCALES) / 8
+    held = weights + 7 * _FLOAT * disk.elements(job)
     return int(_RUNTIME_BYTES + held + _OVERHEAD.get(backend, max(_OVERHEAD.values())) * (activations + logits))
 
 
@@ -121,14 +132,18 @@ class Outlook:
 
     needed: int
     available: int | None
+    setup: Setup = EXACT
 
     @property
     def short(self) -> bool:
         return self.available is not None and self.needed > self.available
 
 
-def outlook(folder: Path, job: pb.Job, backend: Backend, longest: int | None = None) -> Outlook | None:
-    """What training over the base in a folder will take here; None when its config.json does not say enough.
+def outlook(
+    folder: Path, job: pb.Job, backend: Backend, longest: int | None = None, setup: Setup = EXACT
+) -> Outlook | None:
+    """What training over the base in a folder will take here, with the first setup that fits, from the given one on; or
+    with the smallest, if none does. None when the base's config.json does not say enough.
 
     Where the folder has no weights yet, their announced sizes count.
     """
@@ -139,8 +154,10 @@ def outlook(folder: Path, job: pb.Job, backend: Backend, longest: int | None = N
         base = model(config, count)
     except BadModel:
         return None
-    shared = backend.device().startswith(_ON_THIS_MEMORY)
-    return Outlook(
-        memory_needed(base, job, backend=backend.name, longest=longest),
-        psutil.virtual_memory().available if shared else None,
-    )
+    available = psutil.virtual_memory().available if backend.device().startswith(_ON_THIS_MEMORY) else None
+    while True:
+        needed = memory_needed(base, job, backend=backend.name, longest=longest, setup=setup)
+        smaller = setup.smaller(job.spec.train.batch_size)
+        if available is None or needed <= available or smaller is None:
+            return Outlook(needed, available, setup)
+        setup = smaller

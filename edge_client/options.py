@@ -8,10 +8,11 @@ from typing import Annotated
 import platformdirs
 import typer
 
-from converters.errors import NotEnough
-from edge_client import machine, manners
+from converters.errors import NotEnough, UsageError
+from edge_client import backends, machine, manners
 from edge_client.guest import Guest
 from edge_client.manners import Manners
+from edge_client.recipe import BITS, PRECISIONS, Setup
 
 DEFAULT_STATE = Path(platformdirs.user_data_dir("oneround")) / "client"
 State = Annotated[Path, typer.Option("--state", help="Where jobs are kept.", show_default="the user's data folder")]
@@ -30,6 +31,13 @@ Backend = Annotated[str, typer.Option(help="auto, torch or mlx.")]
 Model = Annotated[Path | None, typer.Option(help="The base model's folder, if it is on this machine.")]
 Name = Annotated[str, typer.Option(help="What others see.", show_default="this machine's name")]
 SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Skip and count rows that cannot be used.")]
+
+Precision = Annotated[
+    str, typer.Option(help=f"auto, {' or '.join(PRECISIONS)}; auto: what this machine is fastest with.")
+]
+Bits = Annotated[
+    int, typer.Option(help="4 or 8: round the base's weights while training, to save memory; 0: do not.", min=0)
+]
 
 When = Annotated[
     list[manners.When],
@@ -53,6 +61,19 @@ Nice = Annotated[bool, typer.Option("--nice", help="Let other programs go first,
 MANNERS = Manners()
 ALWAYS = [manners.When.ALWAYS]
 PLUGGED_IN = [manners.When.PLUGGED_IN]
+
+
+def setup(backend: backends.Backend, precision: str, bits: int) -> Setup:
+    """How a backend is to train.
+
+    Raises:
+        UsageError: there is no such precision, or number of bits.
+    """
+    if precision not in ("auto", *PRECISIONS):
+        raise UsageError(f"there is no precision {precision!r}", hint=f"--precision auto, {' or '.join(PRECISIONS)}")
+    if bits not in BITS:
+        raise UsageError(f"a base cannot be rounded to {bits} bits", hint="--bits 4 or 8; 0 for not at all")
+    return Setup(backend.precision() if precision == "auto" else precision, bits)
 
 
 def guest(when: list[manners.When], min_battery: float, min_memory: float, nice: bool) -> Guest:

@@ -22,10 +22,12 @@ _MOST_PLACES = 8  # that are tried; anybody on the network can say anything
 class Roaming(Remote):
     """A connection to the coordinator with a key, wherever it is."""
 
-    def __init__(self, first: Remote, key: str, state: Path, screen: Screen, open_now: AsyncExitStack) -> None:
-        self.server = first.server
+    def __init__(
+        self, first: Remote, pins: identity.Pins, state: Path, screen: Screen, open_now: AsyncExitStack
+    ) -> None:
         self.go_on_over(first)
-        self._key, self._state, self._screen, self._open_now = key, state, screen, open_now
+        self._key = tls.fingerprint(first.certificate)
+        self._pins, self._state, self._screen, self._open_now = pins, state, screen, open_now
         self._looking = asyncio.Lock()
 
     async def find_again(self, lost: str) -> bool:
@@ -40,7 +42,7 @@ class Roaming(Remote):
             if await answers(self.server, self._key):
                 return False
             with suppress(OneroundError):
-                other = await _elsewhere(self._key, self.server, self._state, self._open_now)
+                other = await _elsewhere(self._key, self.server, self._pins, self._open_now)
                 self.go_on_over(other)
                 self._screen.say("moved", before=lost, server=other.server)
                 outbox.moved(self._state, lost, other.server)
@@ -78,21 +80,21 @@ async def connected(
                 raise
             with screen.busy("looking for the coordinator on this network"):
                 try:
-                    remote = await _elsewhere(key, places[0], state, open_now)
+                    remote = await _elsewhere(key, places[0], pins, open_now)
                 except Unreachable:
                     raise nobody from None
             screen.say("moved", before=places[0], server=remote.server)
             outbox.moved(state, places[0], remote.server)
-        yield remote if insecure else Roaming(remote, pins.all()[remote.server], state, screen, open_now)
+        yield remote if insecure else Roaming(remote, pins, state, screen, open_now)
 
 
-async def _elsewhere(key: str, but: str, state: Path, open_now: AsyncExitStack) -> Remote:
+async def _elsewhere(key: str, but: str, pins: identity.Pins, open_now: AsyncExitStack) -> Remote:
     """A connection to the coordinator with this key at another place: where the network says it is, or where it was.
 
     Raises:
         Unreachable: it is at none that is known of.
     """
-    pins, heard = identity.Pins(state), list[Found]()
+    heard: list[Found] = []
     with suppress(NotEnough):
         heard = await discovery.look(enough=lambda found: found.fingerprint == key)
     said = [place for found in heard if found.fingerprint == key for place in found.addresses]

@@ -1,10 +1,11 @@
-"""The optimizer's settings and the schedule: one recipe that every backend follows, so that results agree."""
+"""The optimizer's settings and the schedule: one recipe that every backend follows, so that results agree; and the
+setup by which a machine carries it out."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from oneround.v1 import federation_pb2 as pb
 
@@ -21,7 +22,7 @@ class Recipe:
     """AdamW with bias correction and without weight decay, and gradients clipped by their global norm.
 
     What a job can choose comes from its spec, where the defaults stand; what it cannot stands here. The loss is the
-    mean over the target tokens of a batch, everything is float32.
+    mean over the target tokens of a batch.
     """
 
     alpha: float
@@ -68,3 +69,35 @@ class Recipe:
     def dropout_seed(self, step: int) -> int:
         """Seeds dropout anew at every step, so that a run that goes on from a checkpoint draws the same masks."""
         return (self.seed * 1_000_003 + step) % 2**63
+
+
+PRECISIONS = ("float32", "bfloat16")
+BITS = (0, 4, 8)
+LOGITS_AT_ONCE = 1 << 22  # elements that PyTorch holds of a batch's logits: 16 MiB in float32
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How this machine carries a recipe out. It decides on rounding, memory and time, not on what is computed.
+
+    The adapter, its gradients' sum and the optimizer are float32 in any case.
+    """
+
+    precision: str = "float32"  # of the base and of activations; one of PRECISIONS
+    bits: int = 0  # that the weights of the base's linear layers are rounded to, one of BITS; 0: they are not
+    parts: int = 1  # a batch is taken in so many, one after the other
+    checkpointing: bool = False  # activations are not kept for the way back, but computed again
+
+    @property
+    def rounding(self) -> str:
+        """What the base is rounded to; as for people, so in the digest of a run."""
+        return f"{self.precision}, base in {self.bits} bits" if self.bits else self.precision
+
+    def smaller(self, batch_size: int) -> Setup | None:
+        """The next that needs less memory: parts of half the size; when they are single examples, checkpointing."""
+        if self.parts < batch_size:
+            return replace(self, parts=min(2 * self.parts, batch_size))
+        return None if self.checkpointing else replace(self, checkpointing=True)
+
+
+EXACT = Setup()

@@ -53,7 +53,7 @@ class Remote:
 
     def go_on_over(self, other: Remote) -> None:
         """Use another's connection from now on: the same coordinator, at another place."""
-        self.server, self._stub = other.server, other._stub
+        self.server, self.certificate, self._stub = other.server, other.certificate, other._stub
 
     async def find_again(self, lost: str) -> bool:
         """Whether there is another place to go on at, when nobody answers at `lost`. See reach.Roaming."""

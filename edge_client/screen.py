@@ -36,11 +36,14 @@ SENTENCES = {
     "joined": "Joined [bold]{job}[/bold] at {server} as {client}",
     "plan": "  base      {base}\n"
     "  data      {examples:,} examples, {tokens:,} target tokens; {held_out:,} rows held out. They stay here.\n"
-    "  training  {steps:,} steps with {backend} on {device}\n"
+    "  training  {steps:,} steps with {backend} on {device}, {rounding}\n"
     "  to send   {send_bytes:,} bytes and a header, once: LoRA of rank {rank} for {modules} modules",
     "truncated": "[yellow]{truncated} examples were longer than {max_seq_len} tokens and were cut; "
     "{dropped} had no answer left and were dropped.[/yellow]",
     "skipped": "[yellow]{skipped} bad rows were skipped.[/yellow]",
+    "parts": "A batch is taken in {parts} parts, one after the other, so that it fits into memory.",
+    "halved": "[yellow]Memory ran out. From step {step} on a batch is taken in {parts} parts, one after "
+    "the other.[/yellow]",
     "memory": "[yellow]Training may take {needed_gb:.1f} GB of memory, and {available_gb:.1f} GB are free: it may be "
     "slow, or the system may end it. Close other programs.[/yellow]",
     "continued": "Training goes on after step {step} of {steps}",

@@ -37,6 +37,8 @@ def stay(
     model: options.Model = None,
     name: options.Name = "",
     skip_bad_rows: options.SkipBadRows = False,
+    precision: options.Precision = "auto",
+    bits: options.Bits = 0,
     when: options.When = options.PLUGGED_IN,
     min_battery: options.MinBattery = options.MANNERS.min_battery,
     min_memory: options.MinMemory = options.MANNERS.min_memory,
@@ -64,6 +66,7 @@ def stay(
         model=model,
         skip_bad_rows=skip_bad_rows,
         guest=guest,
+        setup=options.setup(chosen, precision, bits),
     )
 
     def connect() -> AbstractAsyncContextManager[Remote]:

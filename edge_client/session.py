@@ -23,7 +23,7 @@ from edge_client.backends import Backend, Progress
 from edge_client.batches import Batches
 from edge_client.guest import Guest
 from edge_client.outbox import Outbox
-from edge_client.recipe import Recipe
+from edge_client.recipe import EXACT, Recipe, Setup
 from edge_client.remote import Remote, local_path
 from edge_client.screen import Screen
 from edge_client.snapshot import Snapshot
@@ -48,6 +48,7 @@ class Taker:
     model: Path | None = None  # the base model's folder, if it is on this machine
     skip_bad_rows: bool = False
     save_every: float = SAVE_SECONDS  # seconds
+    setup: Setup = EXACT  # how this machine trains, if memory is enough for it
     again: bool = False  # train anew, where the operator lets this machine send another contribution
     guest: Guest = field(default_factory=Guest)  # keeps to the manners that the person asks for
     consent: str = ""  # digest of the terms that the person has agreed to
@@ -220,7 +221,9 @@ async def _train(
     prepared = await asyncio.to_thread(
         examples.tokenise, rows.train, tokenizer, job.spec.train.max_seq_len, skip_bad_rows=taker.skip_bad_rows
     )
-    plan = Batches(prepared.examples, job.spec.train.batch_size, job.spec.train.epochs, job.spec.train.seed)
+    train = job.spec.train
+    room = train.batch_size * train.max_seq_len if train.packing else 0
+    plan = Batches(prepared.examples, train.batch_size, train.epochs, train.seed, room=room)
     gaps.check(taker.backend.name, base, (len(example.ids) for example in prepared.examples))
     recipe = Recipe.from_spec(job.spec, plan.total_steps)
     if skipped := rows.skipped + prepared.skipped:
@@ -244,20 +247,26 @@ async def _train(
         steps=plan.total_steps,
         backend=taker.backend.name,
         device=taker.backend.device(),
+        rounding=taker.setup.rounding,
     )
 
     disk.room(job, taker.state, taker.model).require()
     await asyncio.to_thread(disk.keep_room, job, box)
-    outlook = footprint.outlook(base, job, taker.backend, prepared.longest)
-    if outlook is not None and outlook.short:
-        screen.say("memory", needed_gb=outlook.needed / 1e9, available_gb=(outlook.available or 0) / 1e9)
-    run = snapshot.run_digest(taker.backend.name, job.initial.digest, recipe, plan)
+    run = snapshot.run_digest(taker.backend.name, job.initial.digest, recipe, plan, taker.setup.rounding)
     keeping = Keeping(box, run, taker.save_every, screen)
     kept = await asyncio.to_thread(snapshot.read, box.snapshot, run)
+    setup = kept.setup if kept else taker.setup
     if kept is not None:
         screen.say("continued", step=kept.step, steps=plan.total_steps)
     elif box.snapshot.exists():
         screen.say("anew")
+    outlook = footprint.outlook(base, job, taker.backend, prepared.longest, setup)
+    if outlook is not None and kept is None:
+        setup = outlook.setup
+        if setup != taker.setup:
+            screen.say("parts", parts=setup.parts, checkpointing=setup.checkpointing)
+    if outlook is not None and outlook.short:
+        screen.say("memory", needed_gb=outlook.needed / 1e9, available_gb=(outlook.available or 0) / 1e9)
     losses = list(kept.losses) if kept else []
     started = guest.clock()
     beat = pulse.now
@@ -265,6 +274,10 @@ async def _train(
     with screen.bar("training", plan.total_steps, guest.clock) as advance:
 
         def on_step(progress: Progress) -> None:
+            nonlocal setup
+            if progress.setup != setup:
+                setup = progress.setup
+                screen.say("halved", step=progress.step, parts=setup.parts, checkpointing=setup.checkpointing)
             losses.append(progress.loss)
             beat.step, beat.loss = progress.step, progress.loss
             beat.tokens_per_second = progress.tokens / max(progress.seconds, 1e-9)
@@ -282,7 +295,7 @@ async def _train(
             pulse.check()
 
         try:
-            trained = await asyncio.to_thread(taker.backend.train, base, initial, recipe, plan, on_step, kept)
+            trained = await asyncio.to_thread(taker.backend.train, base, initial, recipe, plan, on_step, kept, setup)
         except asyncio.CancelledError:
             pulse.stop = "interrupted"  # training runs in a thread, which only ends by itself
             raise
@@ -322,7 +335,7 @@ class Keeping:
             return
         began = time.monotonic()
         try:
-            snapshot.write(self._box.snapshot, Snapshot(tuple(losses), progress.arrays()), self._run)
+            snapshot.write(self._box.snapshot, Snapshot(tuple(losses), progress.arrays(), progress.setup), self._run)
             self._failed = False
         except (OSError, NotEnough) as error:
             if not self._failed:

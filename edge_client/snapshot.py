@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from converters import tensors
 from converters.errors import BadData
 from edge_client.batches import Batches
-from edge_client.recipe import Recipe
+from edge_client.recipe import EXACT, Recipe, Setup
 
 Arrays = Mapping[str, NDArray[np.float32]]
 
@@ -29,6 +29,7 @@ class Snapshot:
 
     losses: tuple[float, ...]  # of every step that is done
     arrays: Arrays
+    setup: Setup = EXACT  # of the last one: in other parts a batch's sum would be rounded otherwise
 
     @property
     def step(self) -> int:
@@ -55,7 +56,9 @@ def write(file: Path, snapshot: Snapshot, run: str) -> None:
         OSError: there is no room; the last one stays.
     """
     losses = np.array(snapshot.losses, dtype=np.float64)
-    tensors.write(file, {**snapshot.arrays, "losses": losses}, {"run": run})
+    tensors.write(
+        file, {**snapshot.arrays, "losses": losses}, {"run": run, "setup": json.dumps(asdict(snapshot.setup))}
+    )
 
 
 def read(file: Path, run: str) -> Snapshot | None:
@@ -67,8 +70,7 @@ def read(file: Path, run: str) -> Snapshot | None:
         if metadata.get("run") != run:
             return None
         losses = tuple(arrays["losses"].tolist())
-        return Snapshot(
-            losses, {name: np.asarray(array, np.float32) for name, array in arrays.items() if name != "losses"}
-        )
-    except (BadData, KeyError):
+        weights = {name: np.asarray(array, np.float32) for name, array in arrays.items() if name != "losses"}
+        return Snapshot(losses, weights, Setup(**json.loads(metadata["setup"])))
+    except (BadData, KeyError, ValueError, TypeError):
         return None

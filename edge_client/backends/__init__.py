@@ -12,45 +12,23 @@ import os
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, cast
 
 from converters.adapter import Adapter
 from converters.errors import BadData, NotEnough, UsageError
 from edge_client.batches import Batches
-from edge_client.recipe import Recipe
+from edge_client.recipe import EXACT, Recipe, Setup
 from edge_client.snapshot import Arrays, Snapshot
 
 # OpenMP threads that wait should sleep, not spin: on a machine that does other work as well, which is what a person's
 # laptop does, spinning made training 10 to 30 times slower. Read when the first framework loads OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+__all__ = ["BACKENDS", "EXACT", "Backend", "Progress", "Setup", "choose", "load", "too_little_memory"]
+
 BACKENDS = {"torch": "edge_client.backends.torch", "mlx": "edge_client.backends.mlx"}
-PRECISIONS = ("float32", "bfloat16")
-QUANTISED = (0, 4, 8)  # bits
-
-
-@dataclass(frozen=True)
-class Setup:
-    """How this machine carries a recipe out. It decides on rounding, memory and time, not on what is computed.
-
-    The adapter, its gradients' sum and the optimizer are float32 in any case.
-    """
-
-    precision: str = "float32"  # of the base and of activations; one of PRECISIONS
-    bits: int = 0  # that the weights of the base's linear layers are rounded to; 0: they are not
-    parts: int = 1  # a batch is taken in so many, one after the other
-    checkpointing: bool = False  # activations are not kept for the way back, but computed again
-
-    def smaller(self, batch_size: int) -> Setup | None:
-        """The next that needs less memory: parts of half the size; when they are single examples, checkpointing."""
-        if self.parts < batch_size:
-            return replace(self, parts=min(2 * self.parts, batch_size))
-        return None if self.checkpointing else replace(self, checkpointing=True)
-
-
-EXACT = Setup()
 
 
 @dataclass(frozen=True)

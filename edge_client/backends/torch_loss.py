@@ -9,11 +9,10 @@ import torch
 from torch.nn import functional
 
 from edge_client.batches import Batch
+from edge_client.recipe import LOGITS_AT_ONCE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-_LOGITS_AT_ONCE = 1 << 22  # elements: 16 MiB in float32
 
 
 class TargetLoss:
@@ -40,7 +39,7 @@ class TargetLoss:
         hidden = output.last_hidden_state.flatten(0, 1)[targets]  # (targets, D)
         there = hidden.detach().requires_grad_()
         total = torch.zeros((), device=device)
-        rows = max(1, _LOGITS_AT_ONCE // self._model.config.get_text_config().vocab_size)
+        rows = max(1, LOGITS_AT_ONCE // self._model.config.get_text_config().vocab_size)
         for piece, label in zip(there.split(rows), labels.split(rows), strict=True):  # type: ignore[no-untyped-call]
             self._given.output = replace(output, last_hidden_state=piece[None])
             logits = self._model(input_ids=inputs[:1, :1], use_cache=False).logits[0]  # (rows, V)

@@ -96,6 +96,7 @@ class Client:
         data.write_text("".join(f'{{"text": "def f{n}(x): return x + {n}"}}\n' for n in range(60)))
         arguments = (
             "join",
+            "--yes",
             "--server",
             server,
             "--data",

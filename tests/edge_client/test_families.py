@@ -10,6 +10,7 @@ import pytest
 from converters import architectures
 from converters.errors import UsageError
 from edge_client import backends, gaps
+from edge_client.backends import EXACT
 from edge_client.batches import Batches
 from edge_client.examples import Example
 from tests.converters import tiny_families
@@ -68,7 +69,7 @@ def test_a_jobs_modules_are_mlx_lms(folder: Path) -> None:
 
     from edge_client.backends import mlx as backend
 
-    linears = {name: m for name, m in backend._model(folder).named_modules() if isinstance(m, nn.Linear)}
+    linears = {name: m for name, m in backend._model(folder, EXACT).named_modules() if isinstance(m, nn.Linear)}
     shapes = {name: tuple(layer.weight.shape) for name, layer in linears.items() if name != "lm_head"}
     assert of_a_job(folder) == shapes
 
@@ -79,7 +80,7 @@ def test_logits(folder: Path) -> None:
 
     from edge_client.backends import mlx as backend
 
-    found = np.array(backend._model(folder)(mx.array([tiny_families.PROMPT])))[0]
+    found = np.array(backend._model(folder, EXACT)(mx.array([tiny_families.PROMPT])))[0]
     expected = tiny_families.torch_logits(folder)
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
     gaps.check("mlx", folder, [len(tiny_families.PROMPT)])
@@ -93,7 +94,7 @@ def test_what_mlx_lm_computes_otherwise_is_refused(tmp_path: Path, kind: str, mo
     from edge_client.backends import mlx as backend
 
     folder = tiny_families.save(tmp_path / kind, kind, **more)
-    found = np.array(backend._model(folder)(mx.array([tiny_families.PROMPT])))[0]
+    found = np.array(backend._model(folder, EXACT)(mx.array([tiny_families.PROMPT])))[0]
     expected = tiny_families.torch_logits(folder)
     assert np.abs(found - expected).max() > 0.05 * np.abs(expected).max(), "mlx-lm has closed the gap: take it out"
     with pytest.raises(UsageError, match="mlx-lm computes something else") as caught:

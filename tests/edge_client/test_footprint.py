@@ -12,6 +12,7 @@ from converters import architectures, checkpoint
 from converters.errors import BadModel
 from converters.settings import Settings
 from edge_client import backends, disk, footprint
+from edge_client.recipe import EXACT, Setup
 from oneround.v1 import federation_pb2 as pb
 from tests.edge_client.test_session import Quick
 
@@ -34,8 +35,14 @@ def test_it_grows_with_what_it_follows_from() -> None:
     job = job_over(BASE, batch_size=8, max_seq_len=512)
     whole = needed(job)
     assert needed(job, longest=512) == needed(job, longest=9999) == whole, "what is longer is cut"
-    assert needed(job, longest=64) < whole and needed(job, bytes_per_parameter=2) < whole
-    assert needed(job, logits_at_once=100) < whole == needed(job, logits_at_once=10**9)
+    assert needed(job, longest=64) < whole and needed(job, setup=Setup("bfloat16")) < 0.6 * whole
+    assert needed(job, backend="torch") != needed(job, backend="mlx") > 0
+    ladder = [setup := EXACT]
+    while (smaller := setup.smaller(8)) is not None:
+        ladder.append(setup := smaller)
+    costs = [needed(job, setup=setup) for setup in ladder]
+    assert costs == sorted(costs, reverse=True) and len(set(costs)) == len(ladder) == 5
+    assert needed(job, setup=Setup(bits=4)) < needed(job, setup=Setup(bits=8)) < whole
     assert needed(job_over(BASE, batch_size=16, max_seq_len=512)) > 1.5 * whole
     with_dropout = pb.Job()
     with_dropout.CopyFrom(job)

@@ -414,6 +414,7 @@ def test_ctrl_c_while_it_waits_for_an_idle_machine(tmp_path: Path) -> None:
             "-m",
             "edge_client.cli",
             "join",
+            "--yes",
             "--server",
             address,
             "--data",
@@ -444,7 +445,17 @@ def test_ctrl_c_while_it_waits_for_an_idle_machine(tmp_path: Path) -> None:
 
 def test_a_machine_that_cannot_tell_whether_it_is_idle_says_so(tmp_path: Path) -> None:
     environment = {**os.environ, "PATH": str(tmp_path), "WAYLAND_DISPLAY": "wayland-0"}
-    command = [sys.executable, "-m", "edge_client.cli", "join", "--when", "idle", "--state", str(tmp_path / "client")]
+    command = [
+        sys.executable,
+        "-m",
+        "edge_client.cli",
+        "join",
+        "--yes",
+        "--when",
+        "idle",
+        "--state",
+        str(tmp_path / "client"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2 and "does not say whether somebody uses it" in done.stderr
     assert "leave out --when idle" in done.stderr

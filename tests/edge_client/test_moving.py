@@ -151,7 +151,7 @@ def test_a_coordinator_is_found_where_it_was_before(tmp_path: Path) -> None:
                 cable.target = ""
                 cable.cut()
                 assert await remote.find_again(cable.address)
-                assert remote.server == wifi.address and await remote.jobs() == []
+                assert remote.server == wifi.address and not (await remote.jobs()).jobs
                 assert await remote.find_again(cable.address), "found already, for another who has lost it"
 
     asyncio.run(test())

@@ -341,6 +341,7 @@ class TrainSpec(_message.Message):
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
     MAX_SEQ_LEN_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    PACKING_FIELD_NUMBER: _builtins.int
     epochs: _builtins.float
     """Passes over each client's own data."""
     learning_rate: _builtins.float
@@ -355,6 +356,10 @@ class TrainSpec(_message.Message):
     """Longest example, in tokens. Text is cut into windows of this length; conversations are truncated, and counted."""
     seed: _builtins.int
     """Seeds the initial adapter, batch order and dropout."""
+    packing: _builtins.bool
+    """Fill every step with as many whole examples as fit into batch_size · max_seq_len tokens, rather than batch_size of
+    them. For many short examples; each is still by itself.
+    """
     def __init__(
         self,
         *,
@@ -365,10 +370,11 @@ class TrainSpec(_message.Message):
         batch_size: _builtins.int | None = ...,
         max_seq_len: _builtins.int | None = ...,
         seed: _builtins.int | None = ...,
+        packing: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "epochs", b"epochs", "learning_rate", b"learning_rate", "max_seq_len", b"max_seq_len", "schedule", b"schedule", "seed", b"seed", "warmup_ratio", b"warmup_ratio"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "epochs", b"epochs", "learning_rate", b"learning_rate", "max_seq_len", b"max_seq_len", "packing", b"packing", "schedule", b"schedule", "seed", b"seed", "warmup_ratio", b"warmup_ratio"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "epochs", b"epochs", "learning_rate", b"learning_rate", "max_seq_len", b"max_seq_len", "schedule", b"schedule", "seed", b"seed", "warmup_ratio", b"warmup_ratio"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "epochs", b"epochs", "learning_rate", b"learning_rate", "max_seq_len", b"max_seq_len", "packing", b"packing", "schedule", b"schedule", "seed", b"seed", "warmup_ratio", b"warmup_ratio"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
