@@ -161,17 +161,20 @@ def replace(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
 def placed(path: Path) -> Iterator[BinaryIO]:
     """A file to write under a temporary name, which appears at `path` when the block ends well, and else not at all.
 
-    Written, synced, renamed, and the folder synced. What is there under the temporary name is written over, so that
-    room which was reserved is used and not given back first.
+    Written, synced, renamed, and the folder synced. Room that was reserved is written over, from the start to the end,
+    and not given back first.
 
     Raises:
         NotEnough: the disk is full.
     """
-    temporary = partial(path)
-    with _whole_or_gone(path):
-        with temporary.open("r+b" if temporary.exists() else "wb") as file:
+    temporary, room = partial(path), reserved(path)
+    with _whole_or_gone(path, temporary):
+        if given := room.exists():
+            room.replace(temporary)
+        with temporary.open("r+b" if given else "wb") as file:
             yield file
-            file.truncate()
+            if given:
+                file.truncate()
             sync(file)
         temporary.replace(path)
     sync_folder(path.parent)
@@ -182,13 +185,19 @@ def partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def reserved(path: Path) -> Path:
+    """The name of the room that is kept for a file."""
+    return path.with_name(f".{path.name}.room")
+
+
 def reserve(path: Path, size: int) -> None:
     """Take room on the disk now for the `size` bytes that will be written to `path` by `placed`.
 
     Raises:
         NotEnough: there is none.
     """
-    with _whole_or_gone(path), partial(path).open("ab") as file:
+    room = reserved(path)
+    with _whole_or_gone(path, room), room.open("ab") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, size)
         except (AttributeError, OSError) as error:  # macOS has no such call, nor have some file systems
@@ -200,12 +209,12 @@ def reserve(path: Path, size: int) -> None:
 
 
 @contextmanager
-def _whole_or_gone(path: Path) -> Iterator[None]:
-    """Nothing is left under the temporary name when a block fails; a full disk is NotEnough."""
+def _whole_or_gone(path: Path, temporary: Path) -> Iterator[None]:
+    """Nothing is left under a temporary name when a block fails; a full disk is NotEnough."""
     try:
         yield
     except BaseException as error:
-        partial(path).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in FULL:
             raise NotEnough(f"there is no room on the disk for {path}") from error
         raise

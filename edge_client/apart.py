@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -57,7 +58,8 @@ class Child:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._complaints):
             assert stream is not None
-            stream.close()
+            with suppress(BrokenPipeError):  # what it did not read is still to be written
+                stream.close()
 
     def ask(self, **request: Any) -> Iterator[Message]:
         """The replies to a request, as they come."""

@@ -56,7 +56,7 @@ def room(job: pb.Job, state: Path, model: Path | None) -> Room:
     folder = outbox.model_folder(state, job)
     base = 0 if model else sum(_missing(local_path(folder, artifact), artifact) for artifact in job.base_files)
     snapshots = 2 * snapshot_bytes(job) - _allocated(box.snapshot)
-    finished = finished_bytes(job) - _allocated(tensors.partial(box.adapter))
+    finished = finished_bytes(job) - _allocated(tensors.reserved(box.adapter))
     training = _missing(box.initial, job.initial) + max(snapshots, 0) + max(finished, 0) + MARGIN_BYTES
     return Room(state, base, training, free)
 

@@ -19,7 +19,7 @@ from edge_client import remote as remotes
 from edge_client.backends import Progress
 from edge_client.batches import Batches
 from edge_client.identity import Pins
-from edge_client.recipe import Recipe
+from edge_client.recipe import EXACT, Recipe, Setup
 from edge_client.screen import Screen
 from edge_client.snapshot import Snapshot
 from oneround.v1 import federation_pb2 as pb
@@ -107,11 +107,11 @@ def test_too_little_room_says_how_much_and_where(tmp_path: Path) -> None:
 def test_reserved_room_is_written_over(tmp_path: Path) -> None:
     file = tmp_path / "result"
     tensors.reserve(file, MB)
-    kept = tensors.partial(file).stat()
+    kept = tensors.reserved(file).stat()
     assert kept.st_blocks * 512 >= MB and not file.exists()
     tensors.reserve(file, MB)  # once more, after an interruption
     tensors.replace(file, [b"short"])
-    assert file.read_bytes() == b"short" and file.stat().st_ino == kept.st_ino and not tensors.partial(file).exists()
+    assert file.read_bytes() == b"short" and file.stat().st_ino == kept.st_ino and not tensors.reserved(file).exists()
 
 
 class Fills:
@@ -126,6 +126,9 @@ class Fills:
     def available(self) -> str | None:
         return None
 
+    def precision(self) -> str:
+        return "float32"
+
     def device(self) -> str:
         return "cpu"
 
@@ -137,12 +140,13 @@ class Fills:
         plan: Batches,
         on_step: Callable[[Progress], None],
         snapshot: Snapshot | None = None,
+        setup: Setup = EXACT,
     ) -> Adapter:
         begin = snapshot.step if snapshot else 0
         self.began_at.append(begin)
         for step in range(begin, plan.total_steps):
             self.at(step)
-            on_step(Progress(step + 1, plan.total_steps, 1.0, 1, 0.01, lambda: arrays(initial)))
+            on_step(Progress(step + 1, plan.total_steps, 1.0, 1, 0.01, setup, lambda: arrays(initial)))
         return Adapter({name: LowRank(f.a, np.ones_like(f.b)) for name, f in initial.modules.items()})
 
 
@@ -194,7 +198,7 @@ def test_a_disk_that_fills_up_while_training(tmp_path: Path) -> None:
             receipt = await take_part(address, replace(who, backend=backend))
             assert (state / "filler").exists() and receipt.digest
         (box,) = outbox.all_outboxes(state)
-        assert box.receipt() == receipt and not list(box.folder.glob(".*.partial"))
+        assert box.receipt() == receipt and not list(box.folder.glob(".*.[pr]*"))
 
     with_a_disk(tmp_path, 80, test)
 
@@ -207,7 +211,7 @@ def test_where_no_room_could_be_kept_the_last_snapshot_is(tmp_path: Path) -> Non
 
             def fill(step: int) -> None:
                 if step == 5:
-                    for reserved in state.rglob(".trained.*.partial"):
+                    for reserved in state.rglob(".trained.*.room"):
                         reserved.unlink()
                     filled.enter_context(full(state))
 

@@ -20,7 +20,7 @@ from coordinator import identity, job
 from edge_client import outbox, patience, reach, session
 from edge_client.backends import Progress
 from edge_client.batches import Batches
-from edge_client.recipe import Recipe
+from edge_client.recipe import EXACT, Recipe, Setup
 from edge_client.remote import Remote
 from edge_client.screen import Screen
 from edge_client.snapshot import Snapshot
@@ -68,6 +68,7 @@ class Waits(Quick):
         plan: Batches,
         on_step: Callable[[Progress], None],
         snapshot: Snapshot | None = None,
+        setup: Setup = EXACT,
     ) -> Adapter:
         assert self.enough.wait(60)
         return super().train(base, initial, recipe, plan, on_step, snapshot)

@@ -32,7 +32,7 @@ from edge_client.examples import Example
 from edge_client.fitting import Fit, Memory
 from edge_client.identity import Pins
 from edge_client.outbox import Source
-from edge_client.recipe import Recipe
+from edge_client.recipe import EXACT, Recipe, Setup
 from edge_client.scores import Scores
 from edge_client.screen import SENTENCES, Screen
 from edge_client.snapshot import Snapshot
@@ -253,6 +253,7 @@ class Careful(Quick):
         plan: Batches,
         on_step: Callable[[Progress], None],
         snapshot: Snapshot | None = None,
+        setup: Setup = EXACT,
     ) -> Adapter:
         made = super().train(base, initial, recipe, plan, on_step, snapshot)
         return Adapter({name: LowRank(f.a, f.b * np.float32(0.5)) for name, f in made.modules.items()})

@@ -34,6 +34,7 @@ class Quick:
 
     def __init__(self, seconds_a_step: float = 0.0) -> None:
         self.runs = 0
+        self.setup = EXACT
         self._pause = seconds_a_step
 
     def available(self) -> str | None:
@@ -56,6 +57,7 @@ class Quick:
         setup: Setup = EXACT,
     ) -> Adapter:
         self.runs += 1
+        self.setup = setup
         assert (base / "model.safetensors").exists()
         for step in range(plan.total_steps):
             time.sleep(self._pause)
@@ -162,17 +164,18 @@ def test_a_model_of_ones_own_has_to_be_the_jobs(tmp_path: Path) -> None:
     asyncio.run(test())
 
 
-def test_too_little_memory_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By an estimate, which no backend has to share."""
+def test_a_batch_that_is_too_large_is_taken_in_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = Quick()
 
     async def test() -> None:
-        who = taker(tmp_path, Quick())
+        who = taker(tmp_path, quick)
         async with running(tmp_path / "one") as (daemon, address):
             await daemon.submit(job.parse({**SPEC, "train": {"batch_size": 65536}}))
             assert (await take_part(address, who)).digest
 
     asyncio.run(test())
-    assert "GB of memory, and" in capsys.readouterr().out
+    parts = quick.setup.parts
+    assert parts > 1 and f"A batch is taken in {parts} parts" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("field", ["name", "id", "base_fingerprint", "rank", "dtype"])
