@@ -21,6 +21,7 @@ from tests.edge_client import tiny
 
 SHARED = Path(__file__).parents[3] / "shared"
 STORIES = SHARED / "models" / "stories260K"
+DEMO = Path(__file__).parents[2] / "benchmarks" / "base"
 SHAKESPEARE = SHARED / "data" / "tinyshakespeare" / "input.txt"
 
 usable = [name for name in BACKENDS if backends.load(name).available() is None]
@@ -72,16 +73,30 @@ def test_parity_on_a_tiny_grouped_query_llama(tmp_path: Path, tied: bool) -> Non
     assert_parity(base, tiny.nonzero(tiny.modules_of(base), ranks=(4, 2, 3)), plan)
 
 
+def fifty_steps(base: Path, texts: list[str]) -> tuple[Adapter, Batches]:
+    """Where training over a base begins, and batches of texts."""
+    rows = [examples.Text("text", text) for text in texts]
+    tokenised = examples.tokenise(rows, examples.load_tokenizer(base), 64)
+    plan = Batches(tokenised.examples[:200], batch_size=8, epochs=2, seed=0)
+    assert plan.total_steps == 50
+    return adapter.initial(tiny.modules_of(base), rank=8, seed=0), plan
+
+
 @both
 @pytest.mark.skipif(not (STORIES.is_dir() and SHAKESPEARE.is_file()), reason=f"needs {STORIES} and {SHAKESPEARE}")
 def test_parity_and_learning_on_a_real_model_and_text() -> None:
-    rows = [examples.Text("play", text) for text in SHAKESPEARE.read_text()[:30_000].split("\n\n")]
-    tokenised = examples.tokenise(rows, examples.load_tokenizer(STORIES), 64)
-    plan = Batches(tokenised.examples[:160], batch_size=8, epochs=1.5, seed=0)  # 30 steps
-    initial = adapter.initial(tiny.modules_of(STORIES), rank=8, seed=0)
+    initial, plan = fifty_steps(STORIES, SHAKESPEARE.read_text()[:60_000].split("\n\n"))
     assert_parity(STORIES, initial, plan)
     losses, _ = trained("torch", STORIES, initial, recipe_for(plan), plan)
     assert losses[-5:].mean() < losses[:5].mean() - 0.3
+
+
+@both
+def test_parity_on_the_demos_base() -> None:
+    """On Python that it has never seen: a package that its pretraining left out."""
+    import asyncio.base_events
+
+    assert_parity(DEMO, *fifty_steps(DEMO, Path(asyncio.base_events.__file__).read_text().split("\n\n")))
 
 
 @each
