@@ -68,9 +68,7 @@ def join(
         bool, typer.Option("--again", help="Train anew and replace what was sent, where the operator allows it.")
     ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Stay until the result is published.")] = False,
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Agree to what will be sent, without being asked; for scripts.")
-    ] = False,
+    yes: options.Yes = False,
     precision: options.Precision = "auto",
     bits: options.Bits = 0,
     when: options.When = options.ALWAYS,

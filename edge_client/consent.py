@@ -106,6 +106,33 @@ async def ask(screen: Screen, wanted: Terms, *, server: str, base: str, deadline
         until=time.strftime("%a %d %b %Y, %H:%M", time.localtime(deadline)),
         data=str(data),
     )
+    return await _agreed(screen, "Take part, and send this?", yes)
+
+
+async def ask_standing(
+    screen: Screen, request: pb.JoinRequest, accept: Sequence[str], *, server: str, data: Path, yes: bool
+) -> bool:
+    """The same for every job of these names that will ever appear, before any of them is known.
+
+    Raises:
+        UsageError: nobody is there to be asked.
+    """
+    machine = request.machine
+    screen.say(
+        "standing",
+        accept=" or ".join(accept),
+        server=server or "the coordinator on this network",
+        data=str(data),
+        to_join=TO_JOIN.format(
+            name=request.client_name, platform=machine.platform, backend=machine.backend, device=machine.device
+        ),
+        meanwhile=MEANWHILE,
+        at_last=AT_LAST.format(rank="and size as the job says", dtype="its type"),
+    )
+    return await _agreed(screen, "Take part in each of them by itself, and send this?", yes)
+
+
+async def _agreed(screen: Screen, question: str, yes: bool) -> bool:
     if yes:
         return True
     if not screen.can_ask:
@@ -113,4 +140,4 @@ async def ask(screen: Screen, wanted: Terms, *, server: str, base: str, deadline
             "before anything is sent somebody has to agree, and without a terminal nobody can be asked",
             hint="add --yes, to agree to what is said above",
         )
-    return await screen.ask("Take part, and send this? \\[y/N]") in ("y", "yes")
+    return await screen.ask(f"{question} \\[y/N]") in ("y", "yes")

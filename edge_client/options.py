@@ -32,6 +32,7 @@ Model = Annotated[Path | None, typer.Option(help="The base model's folder, if it
 Name = Annotated[str, typer.Option(help="What others see.", show_default="this machine's name")]
 SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help="Skip and count rows that cannot be used.")]
 
+Yes = Annotated[bool, typer.Option("--yes", help="Agree to what will be sent, without being asked; for scripts.")]
 Precision = Annotated[
     str, typer.Option(help=f"auto, {' or '.join(PRECISIONS)}; auto: what this machine is fastest with.")
 ]

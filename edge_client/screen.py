@@ -29,6 +29,13 @@ SENTENCES = {
     "  meanwhile  {meanwhile}\n"
     "  at last    {at_last}\n"
     "The files stay here. The adapter is what was learnt from them.",
+    "standing": "\nEvery job named {accept}, at {server}\n"
+    "  data       {data}\n"
+    "What leaves this machine for each of them, and nothing else:\n"
+    "  to join    {to_join}\n"
+    "  meanwhile  {meanwhile}\n"
+    "  at last    {at_last}\n"
+    "The files stay here. The adapter is what was learnt from them.",
     "declined": "Nothing was sent, and the coordinator knows nothing of this machine.",
     "several": "Several coordinators make themselves known on this network:\n{rows}",
     "found": "Found [bold]{name}[/bold] on this network, at {server}",

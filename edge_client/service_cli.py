@@ -14,13 +14,14 @@ from typing import Annotated
 
 import typer
 
-from converters.errors import BadData, Unreachable, UsageError
-from edge_client import backends, identity, machine, options, reach, service, staying
+from converters.errors import BadData, Refused, Unreachable, UsageError
+from edge_client import backends, consent, identity, machine, options, reach, service, staying
 from edge_client.manners import When
 from edge_client.options import DEFAULT_STATE, Insecure, Json, Server, State
 from edge_client.remote import Remote
 from edge_client.screen import Screen
 from edge_client.session import Taker
+from oneround.v1 import federation_pb2 as pb
 
 Accept = Annotated[
     list[str],
@@ -43,6 +44,7 @@ def stay(
     min_battery: options.MinBattery = options.MANNERS.min_battery,
     min_memory: options.MinMemory = options.MANNERS.min_memory,
     nice: Nice = True,
+    yes: options.Yes = False,
     look_every: Annotated[float, typer.Option(help="Seconds between two looks for new jobs.", min=1)] = (
         staying.LOOK_SECONDS
     ),
@@ -73,6 +75,7 @@ def stay(
         return reach.connected(server, state, screen, insecure)
 
     async def run() -> None:
+        await _agree(screen, taker.request(""), accept, server, data, yes)
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # a service is ended by it
         await staying.Staying(connect, accept, taker, screen, look_seconds=look_every).stay()
 
@@ -91,6 +94,7 @@ def install_service(
     min_battery: options.MinBattery = options.MANNERS.min_battery,
     min_memory: options.MinMemory = options.MANNERS.min_memory,
     nice: Nice = True,
+    yes: options.Yes = False,
     state: State = DEFAULT_STATE,
     insecure: Insecure = False,
     as_json: Json = False,
@@ -103,9 +107,11 @@ def install_service(
         machine.require_idle()
     options.make(state)
     with screen.busy("loading the training backend"):
-        backends.choose(backend)
+        chosen = backends.choose(backend)
+    taker = Taker(state, identity.client_id(state), name or socket.gethostname(), data, chosen)
+    asyncio.run(_agree(screen, taker.request(""), accept, server, data, yes))
     place = asyncio.run(_reach_once(server, state, screen, insecure))
-    command = [sys.executable, "-P", "-m", "edge_client.cli", "stay", "--server", place]
+    command = [sys.executable, "-P", "-m", "edge_client.cli", "stay", "--yes", "--server", place]
     for pattern in accept:
         command += ["--accept", pattern]
     for each in when:
@@ -157,6 +163,14 @@ async def _reach_once(server: str, state: Path, screen: Screen, insecure: bool) 
         if server and (insecure or server in identity.Pins(state).all()):
             return server
         raise
+
+
+async def _agree(
+    screen: Screen, request: pb.JoinRequest, accept: list[str], server: str, data: Path, yes: bool
+) -> None:
+    if not await consent.ask_standing(screen, request, accept, server=server, data=data, yes=yes):
+        screen.say("declined")
+        raise typer.Exit(Refused.exit_code)
 
 
 def _check(accept: list[str], data: Path) -> None:

@@ -243,7 +243,18 @@ def test_the_command_takes_part_in_what_appears_and_ends_with_sigterm(tmp_path: 
             (tmp_path / "job.toml").write_text(JOB.format(name=name, base=ROOT / "benchmarks" / "base"))
             commands.run("coordinator", "submit", tmp_path / "job.toml", "--state", tmp_path / "coordinator")
 
-        stay = (sys.executable, "-m", "edge_client.cli", "stay", "--server", address, "--accept", "ward-*", "--json")
+        stay = (
+            sys.executable,
+            "-m",
+            "edge_client.cli",
+            "stay",
+            "--yes",
+            "--server",
+            address,
+            "--accept",
+            "ward-*",
+            "--json",
+        )
         options = ("--data", tmp_path / "notes.jsonl", "--state", tmp_path / "client", "--look-every", 1)
         process = subprocess.Popen(
             [*map(str, (*stay, *options))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -335,9 +346,12 @@ def test_installing_and_uninstalling(tmp_path: Path, home: dict[str, str]) -> No
     (tmp_path / "notes.jsonl").write_text('{"text": "x"}\n')
     asked = tmp_path / "asked"
     with commands.coordinator(tmp_path / "coordinator") as address:
-        install = ("install-service", "--server", address, "--state", tmp_path / "client")
+        install = ("install-service", "--yes", "--server", address, "--state", tmp_path / "client")
         install += ("--data", tmp_path / "notes.jsonl", "--backend", "torch")
+        unasked = [word for word in install if word != "--yes"]
+        assert "add --yes" in run(home, *unasked, "--accept", "clinic-*", code=2)[1] and not file.exists()
         out, _ = run(home, *install, "--accept", "clinic-*")
+        assert "What leaves this machine for each of them, and nothing else" in out
         assert "fingerprint" in out, "the key is pinned while a person looks on"
         assert str(file) in out and "clinic-*" in out and "journalctl --user -u oneround-client" in out
         assert "loginctl enable-linger" in out
@@ -365,7 +379,7 @@ def test_installing_and_uninstalling(tmp_path: Path, home: dict[str, str]) -> No
 
 
 def test_what_cannot_be_installed(tmp_path: Path, home: dict[str, str]) -> None:
-    away = ("install-service", "--server", "127.0.0.1:1", "--state", tmp_path / "client")
+    away = ("install-service", "--yes", "--server", "127.0.0.1:1", "--state", tmp_path / "client")
     (tmp_path / "notes.txt").write_text("words\n")
     _, err = run(home, *away, "--accept", "Clinic Notes", "--data", tmp_path / "notes.txt", code=2)
     assert "can be no job's name" in err
