@@ -85,9 +85,10 @@ def trained(task: Task, name: str) -> Found:
     found["growth_mb"] = round(found["peak_mb"] - found["imported_mb"], 1)
     found |= {key: round(found[key], 3) for key in ("seconds", "cpu_seconds")}
     found["losses"] = [round(loss, 5) for loss in found["losses"]]
+    last = f", last loss {found['losses'][-1]:.3f}" if found["losses"] else ""  # TRL tells none before step 10
     say(
         f"{task.data:8} {name:26} {found['target_tokens_per_second']:9.1f} target tokens/s, "
-        f"{found['seconds']:7.2f} s, peak {found['peak_mb']:7.1f} MB, last loss {found['losses'][-1]:.3f}"
+        f"{found['seconds']:7.2f} s, peak {found['peak_mb']:7.1f} MB{last}"
     )
     return found
 
