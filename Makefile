@@ -30,9 +30,11 @@ test: setup  ## the test suite
 test-all: setup  ## the test suite with the slow proofs
 	$(RUN)/python -m pytest -m "" --hypothesis-profile=new
 
-bench: setup  ## how fast publishing is, and how much a coordinator takes (some 30 minutes, 20 GB under build/)
+bench: setup  ## how fast publishing and training are, and how much a coordinator takes (some 90 minutes, 20 GB under build/)
+	$(RUN)/python -m pip install -q -c constraints.txt -e '.[bench]'
 	$(RUN)/python benchmarks/bench_publish.py --work build/bench
 	$(RUN)/python benchmarks/bench_coordinator.py --work build/bench
+	$(RUN)/python benchmarks/bench_train.py --work build/bench
 
 lint: setup  ## formatting, lint and types
 	$(RUN)/ruff format --check .
