@@ -108,6 +108,7 @@ def train(
     arrays = partial(_arrays, layers, optimizer)
     if setup.checkpointing:
         _checkpoint(model)
+    streams = _streams()
     for step in range(snapshot.step if snapshot else 0, plan.total_steps):
         began = time.perf_counter()
         batch = plan.batch(step)
@@ -118,18 +119,34 @@ def train(
                 loss: Any = 0.0
                 gradients = None
                 for part in batch.split(setup.parts):
-                    one, added = loss_and_gradients(*_arguments(part, batch.num_targets))
-                    gradients = added if gradients is None else tree_map(mx.add, gradients, added)
-                    loss = loss + one
+                    for piece, stream in zip(part.split(len(streams)), streams, strict=False):
+                        with mx.stream(stream):
+                            one, added = loss_and_gradients(*_arguments(piece, batch.num_targets))
+                        mx.async_eval(one, added)  # type: ignore[no-untyped-call]
+                        gradients = added if gradients is None else tree_map(mx.add, gradients, added)
+                        loss = loss + one
                     mx.eval(loss, gradients)  # so that the parts are taken one after the other
                 break
             except (RuntimeError, MemoryError) as error:
                 setup = _smaller(model, setup, len(batch.inputs), error)
         optimizer.update(model, _clipped(gradients, recipe.clip_norm))
+        # Gradients may come transposed in memory, and so would what they update; a snapshot gives it back as it is here.
+        model.update(tree_map(mx.contiguous, model.trainable_parameters()))
         mx.eval(model.trainable_parameters(), optimizer.state)
         seconds = time.perf_counter() - began
         on_step(Progress(step + 1, plan.total_steps, loss.item(), batch.num_targets, seconds, setup, arrays))
     return Adapter({name: _factors(layer) for name, layer in layers.items()})
+
+
+def _streams() -> list[Any]:
+    """What the pieces of a batch are computed on, side by side.
+
+    On a CPU a stream takes one operation after the other, and all but matrix products on one core; with two streams one
+    multiplies while the other adds (on two cores 1.17 times as fast, and four were no faster).
+    """
+    if mx.default_device() == mx.Device(mx.gpu):
+        return [mx.default_stream(mx.default_device())]
+    return [mx.new_stream(mx.cpu) for _ in range(min(2, os.cpu_count() or 1))]
 
 
 def _arguments(batch: Batch, count: int) -> tuple[Any, Any, Any, int]:
@@ -216,11 +233,16 @@ def _adapt(model: Any, initial: Adapter, recipe: Recipe) -> dict[str, Any]:
             raise LayoutMismatch(f"{name} adapts {factors.shape}, the model's is {shape}")
         scaling = recipe.scaling(factors.rank)
         layer = LoRALinear.from_base(linears[name], r=factors.rank, dropout=recipe.dropout, scale=scaling)
-        layer.lora_a, layer.lora_b = mx.array(factors.a.T), mx.array(factors.b.T / scaling)
+        layer.lora_a, layer.lora_b = _transposed(factors.a), _transposed(factors.b / scaling)
         layer.linear.freeze()
         layers[name] = layer
     model.update_modules(tree_unflatten(list(layers.items())))
     return layers
+
+
+def _transposed(array: NDArray[np.float32]) -> Any:
+    """In mlx-lm's orientation, and so in memory: a matrix product rounds otherwise over a transposed view."""
+    return mx.array(np.ascontiguousarray(array.T))
 
 
 def _shape(linear: Any) -> Shape:
@@ -243,9 +265,9 @@ def _go_on(model: Any, layers: dict[str, Any], optimizer: Any, snapshot: Snapsho
     state = dict(tree_flatten(optimizer.state))
     for name, layer in layers.items():
         for part, key in (("a", "lora_a"), ("b", "lora_b")):
-            layer[key] = mx.array(snapshot.arrays[f"{name}.{part}"].T)
-            state[f"{name}.{key}.m"] = mx.array(snapshot.arrays[f"{name}.{part}.first"].T)
-            state[f"{name}.{key}.v"] = mx.array(snapshot.arrays[f"{name}.{part}.second"].T)
+            layer[key] = _transposed(snapshot.arrays[f"{name}.{part}"])
+            state[f"{name}.{key}.m"] = _transposed(snapshot.arrays[f"{name}.{part}.first"])
+            state[f"{name}.{key}.v"] = _transposed(snapshot.arrays[f"{name}.{part}.second"])
     state["step"] = mx.array(snapshot.step, mx.uint64)
     optimizer.state = tree_unflatten(list(state.items()))
 
