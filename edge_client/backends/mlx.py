@@ -130,7 +130,7 @@ def train(
             except (RuntimeError, MemoryError) as error:
                 setup = _smaller(model, setup, len(batch.inputs), error)
         optimizer.update(model, _clipped(gradients, recipe.clip_norm))
-        # Gradients may come transposed in memory, and so would what they update; a snapshot gives it back as it is here.
+        # Gradients may come transposed in memory, and so would what they update; a snapshot gives it back as here.
         model.update(tree_map(mx.contiguous, model.trainable_parameters()))
         mx.eval(model.trainable_parameters(), optimizer.state)
         seconds = time.perf_counter() - began
