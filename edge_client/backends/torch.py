@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import platform
 import time
 from collections.abc import Callable
 from functools import partial
@@ -52,7 +53,7 @@ def precision() -> str:
     if torch.cuda.is_available():
         has = torch.cuda.is_bf16_supported(including_emulation=False)
     elif torch.backends.mps.is_available():
-        has = True
+        has = int(platform.mac_ver()[0].partition(".")[0] or 0) >= 14  # Metal has no bfloat16 before
     else:
         has = bool(torch.cpu.get_capabilities().get("avx512_bf16")) if hasattr(torch.cpu, "get_capabilities") else False
     return "bfloat16" if has else "float32"
