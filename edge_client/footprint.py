@@ -24,7 +24,7 @@ _RUNTIME_BYTES = 64 << 20  # threads, libraries that are loaded late
 
 # Peak memory over what the tensors alone would take: temporaries, and freed blocks that are not given back. PyTorch
 # on a CPU leaves that to malloc, which fragments; MLX pools its blocks.
-_OVERHEAD = {"torch": 2.25, "mlx": 1.25}
+_OVERHEAD = {"torch": 1.75, "mlx": 1.25}
 _ON_THIS_MEMORY = ("cpu", "mps", "metal")  # devices that share the machine's memory
 _KEEPS_ATTENTION = frozenset({"mlx"})  # (heads, T, T) for the backward pass, by what was measured
 
@@ -97,9 +97,10 @@ def memory_needed(
     input, and all of it for one layer at a time. Then the logits, their logarithm and its gradient, of a chunk or of
     all tokens. Times what was measured for the framework; see _OVERHEAD.
 
-    Held against the peak of a child process on Linux x86-64, float32 on the CPU (PyTorch 2.13, MLX 0.32), for random
-    Llamas of 0.1M, 29M and 113M parameters, batches of 1 × 64 to 8 × 512 tokens, with and without dropout: 1.0 to 1.35
-    times what was measured from 0.3 GB on, 0.9 to 2.5 times below. One run each; no GPU.
+    Held against the peak of a child process on Linux x86-64 CPUs (PyTorch 2.13, MLX 0.32), for random Llamas of 0.1M to
+    113M parameters, batches of 1 × 64 to 8 × 512 tokens: MLX in float32 0.9 to 1.35 times what was measured from 0.3 GB
+    on; PyTorch (5M and 28M parameters, no dropout) in float32 and bfloat16, whole and in parts, about 1.0 to 1.4 times,
+    with checkpointing 0.8. One run each; no GPU.
     """
     spec = job.spec
     length = min(longest or spec.train.max_seq_len, spec.train.max_seq_len)

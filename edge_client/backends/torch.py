@@ -82,7 +82,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate(step)
         while True:
-            _checkpoint(model, setup.checkpointing)
+            _checkpoint(loss.body, setup.checkpointing)
             torch.manual_seed(recipe.dropout_seed(step))
             try:
                 total = sum(loss.backward(part, batch.num_targets) for part in batch.split(setup.parts))
@@ -150,10 +150,10 @@ def _quantisation(bits: int, dtype: torch.dtype) -> Any:
     )
 
 
-def _checkpoint(model: PreTrainedModel, wanted: bool) -> None:
+def _checkpoint(body: torch.nn.Module, wanted: bool) -> None:
     """Whether decoder layers keep their activations or compute them again. A layer asks for it in training mode only;
     what is in it stays in evaluation mode."""
-    for module in model.modules():
+    for module in body.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = module.gradient_checkpointing = wanted
             module._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)

@@ -25,7 +25,7 @@ class TargetLoss:
     def __init__(self, model: PreTrainedModel) -> None:
         if model.base_model is model:
             raise ValueError("the model has no body apart from its head")
-        self._body = model.base_model
+        self.body = model.base_model
         self._given = _Given()
         setattr(model, model.base_model_prefix, self._given)
         self._model = model
@@ -35,7 +35,7 @@ class TargetLoss:
         device = self._model.device
         inputs, targets = (torch.from_numpy(a).to(device) for a in (batch.inputs, batch.targets))
         labels = torch.from_numpy(batch.targeted).to(device).long()
-        output = self._body(input_ids=inputs, use_cache=False)
+        output = self.body(input_ids=inputs, use_cache=False)
         hidden = output.last_hidden_state.flatten(0, 1)[targets]  # (targets, D)
         there = hidden.detach().requires_grad_()
         total = torch.zeros((), device=device)

@@ -50,6 +50,26 @@ def test_parts_and_checkpointing_change_nothing(tmp_path: Path, name: str, setup
 
 
 @needs_torch
+def test_checkpointing_keeps_less(tmp_path: Path) -> None:
+    import torch
+
+    base = tiny.llama(tmp_path / "base", tied=True, hidden=128, inner=192)
+    plan = Batches(tiny.examples(8, lengths=(64, 64)), batch_size=8, epochs=1, seed=0)
+    kept = {}
+    for setup in (EXACT, Setup(checkpointing=True)):
+        sizes: list[int] = []
+
+        def pack(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            trained("torch", base, recipe_for(plan), plan, setup)
+        kept[setup.checkpointing] = sum(sizes)
+    assert kept[True] < 0.5 * kept[False]
+
+
+@needs_torch
 def test_checkpointing_draws_the_same_dropout_twice(tmp_path: Path) -> None:
     """If the second forward pass dropped other units, its gradients would be those of another function."""
     base = tiny.llama(tmp_path / "base", tied=True)
