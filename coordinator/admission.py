@@ -57,7 +57,10 @@ def _absurd(declaration: pb.Declaration, spec: pb.JobSpec) -> str:
         return "it declares no training examples"
     if examples > most:
         return f"it declares {examples} training examples; the job takes at most {most} of one client"
-    if spec.train.epochs >= 1 and declaration.steps and examples > declaration.steps * spec.train.batch_size:
-        seen = declaration.steps * spec.train.batch_size
+    train = spec.train
+    # Packed, a step has room for the tokens of its batch of longest rows, and a row takes two at the least.
+    at_once = train.batch_size * train.max_seq_len // 2 if train.packing else train.batch_size
+    seen = declaration.steps * at_once
+    if train.epochs >= 1 and declaration.steps and examples > seen:
         return f"it declares {examples} training examples, and its {declaration.steps} steps have room for {seen}"
     return ""

@@ -105,7 +105,8 @@ def memory_needed(
     spec = job.spec
     length = min(longest or spec.train.max_seq_len, spec.train.max_seq_len)
     width = _WIDTH[setup.precision]
-    tokens = math.ceil(spec.train.batch_size / setup.parts) * length
+    examples = math.ceil(spec.train.batch_size / setup.parts)
+    tokens = examples * (spec.train.max_seq_len if spec.train.packing else length)
     queries, keys = base.heads * base.head_dim, base.kv_heads * base.head_dim
     each = 4 * base.hidden + 2 * queries + 2 * keys + 4 * base.intermediate
     if backend in _KEEPS_ATTENTION:

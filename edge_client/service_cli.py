@@ -90,6 +90,8 @@ def install_service(
     model: options.Model = None,
     name: options.Name = "",
     skip_bad_rows: options.SkipBadRows = False,
+    precision: options.Precision = "auto",
+    bits: options.Bits = 0,
     when: options.When = options.PLUGGED_IN,
     min_battery: options.MinBattery = options.MANNERS.min_battery,
     min_memory: options.MinMemory = options.MANNERS.min_memory,
@@ -108,6 +110,7 @@ def install_service(
     options.make(state)
     with screen.busy("loading the training backend"):
         chosen = backends.choose(backend)
+    options.setup(chosen, precision, bits)  # a wrong one is an error now, and not in a log
     taker = Taker(state, identity.client_id(state), name or socket.gethostname(), data, chosen)
     asyncio.run(_agree(screen, taker.request(""), accept, server, data, yes))
     place = asyncio.run(_reach_once(server, state, screen, insecure))
@@ -117,6 +120,7 @@ def install_service(
     for each in when:
         command += ["--when", each.value]
     command += ["--data", str(data.absolute()), "--backend", backend, "--state", str(state.absolute())]
+    command += ["--precision", precision, "--bits", str(bits)]
     command += ["--min-battery", f"{min_battery:g}", "--min-memory", f"{min_memory:g}"]
     command += ["--model", str(model.absolute())] if model else []
     command += ["--name", name] if name else []

@@ -71,6 +71,7 @@ def train(
     model = _model(base, setup)
     layers = torch_lora.adapt(model, initial, recipe)
     loss = TargetLoss(model)
+    _checkpoint(loss.body, setup.checkpointing)
     trained = [weight for _, weight in torch_lora.weights(layers)]
     optimizer = torch.optim.AdamW(trained, lr=0.0, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay)
     if snapshot is not None:
@@ -82,7 +83,6 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate(step)
         while True:
-            _checkpoint(loss.body, setup.checkpointing)
             torch.manual_seed(recipe.dropout_seed(step))
             try:
                 total = sum(loss.backward(part, batch.num_targets) for part in batch.split(setup.parts))
@@ -90,6 +90,7 @@ def train(
             except (RuntimeError, MemoryError) as error:
                 optimizer.zero_grad()
                 setup = _smaller(setup, len(batch.inputs), error)
+                _checkpoint(loss.body, setup.checkpointing)
         torch.nn.utils.clip_grad_norm_(trained, recipe.clip_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from converters.errors import BadModel
 from edge_client.batches import Batch
 from edge_client.recipe import LOGITS_AT_ONCE
 
@@ -23,8 +24,13 @@ class TargetLoss:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        """Takes the body out of the model.
+
+        Raises:
+            BadModel: it has none.
+        """
         if model.base_model is model:
-            raise ValueError("the model has no body apart from its head")
+            raise BadModel(f"{type(model).__name__} has no body apart from its head, so it cannot be trained here")
         self.body = model.base_model
         self._given = _Given()
         setattr(model, model.base_model_prefix, self._given)

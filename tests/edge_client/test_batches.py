@@ -1,4 +1,5 @@
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -45,6 +46,28 @@ def test_every_target_once_an_epoch_and_padding_never(examples: list[Example], b
         for batch in batches:
             assert not (batch.mask & (batch.labels == 0)).any()  # 0 is padding here: no id is 0
             assert batch.targets.tolist() == np.flatnonzero(batch.mask.reshape(-1)).tolist()
+
+
+@given(example_lists(), st.integers(9, 60), st.integers(0, 2**64 - 1))
+def test_packing_fills_the_room_with_whole_examples(examples: list[Example], room: int, seed: int) -> None:
+    plan = Batches(examples, 4, epochs=3, seed=seed, room=room)
+    for epoch in range(3):
+        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        batches = [plan.batch(step) for step in steps]
+        assert sum(learnt(batch).total() for batch in batches) == plan.num_targets
+        assert sum(len(batch.inputs) for batch in batches) == len(examples)
+        sizes = sorted((batch.inputs.shape[1] + 1, len(batch.inputs)) for batch in batches)
+        assert all(length * count <= room for length, count in sizes if count > 1)
+        for (_, one), (length, next_one) in pairwise(sizes):
+            assert (one + next_one) * length > room, "two neighbours would have gone into one step"
+
+
+@given(example_lists(), st.integers(1, 7), st.integers(1, 9), st.integers(0, 99))
+def test_parts_hold_every_target_once(examples: list[Example], batch_size: int, parts: int, seed: int) -> None:
+    batch = Batches(examples, batch_size, 1, seed).batch(0)
+    pieces = batch.split(parts)
+    assert len(pieces) <= parts and sum((learnt(piece) for piece in pieces), Counter()) == learnt(batch)
+    assert all(piece.mask[:, -1].any() for piece in pieces), "no longer than its last target"
 
 
 @given(example_lists(), st.integers(1, 7), st.integers(0, 2**64 - 1))

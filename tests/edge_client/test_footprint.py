@@ -75,7 +75,7 @@ def test_what_is_short_is_said() -> None:
 TRAIN = """
 import resource, sys
 from pathlib import Path
-import numpy as np, psutil
+import numpy as np
 from converters import adapter, architectures
 from edge_client import backends
 from edge_client.batches import Batches
@@ -85,18 +85,25 @@ from oneround.v1 import federation_pb2 as pb
 base, backend = Path(sys.argv[1]), backends.load("torch")
 described = architectures.describe(base)
 initial = adapter.initial(architectures.adapted(described, "all-linear"), 16, 0)
-ids = np.random.default_rng(0).integers(0, described.vocab_size, (8, 128)).astype(np.int32)
-plan = Batches([Example(row, np.arange(128) > 0) for row in ids], 4, 1, 0)
-recipe = Recipe.from_spec(pb.JobSpec(), plan.total_steps)
-before = psutil.Process().memory_info().rss
-backend.train(base, initial, recipe, plan, lambda progress: progress.arrays() and None)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+for count, length in ((1, 16), (8, 256)):
+    ids = np.random.default_rng(0).integers(0, described.vocab_size, (2 * count, length)).astype(np.int32)
+    plan = Batches([Example(row, np.arange(length) > 0) for row in ids], count, 1, 0)
+    recipe = Recipe.from_spec(pb.JobSpec(), plan.total_steps)
+    backend.train(base, initial, recipe, plan, lambda progress: progress.arrays() and None)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux")
 @pytest.mark.skipif(backends.load("torch").available() is not None, reason="PyTorch is not here")
 def test_it_is_near_what_a_training_took() -> None:
-    took = int(subprocess.run([sys.executable, "-c", TRAIN, str(BASE)], check=True, capture_output=True).stdout)
-    expected = needed(job_over(BASE, batch_size=4, max_seq_len=128), backend="torch")
-    assert 0.9 * took < expected < 3 * took, (took, expected)
+    # What a larger batch takes over a small one: what a library takes once, or maps, differs from machine to machine.
+    printed = subprocess.run(
+        [sys.executable, "-c", TRAIN, str(BASE)], check=True, capture_output=True, text=True
+    ).stdout
+    small, large = map(int, printed.split())
+    took = large - small
+    expected = needed(job_over(BASE, batch_size=8, max_seq_len=256), backend="torch") - needed(
+        job_over(BASE, batch_size=1, max_seq_len=16), backend="torch"
+    )
+    assert 0.6 * took < expected < 3 * took, (took, expected)

@@ -34,7 +34,7 @@ class Quick:
 
     def __init__(self, seconds_a_step: float = 0.0) -> None:
         self.runs = 0
-        self.setup = EXACT
+        self.setup, self.steps = EXACT, 0
         self._pause = seconds_a_step
 
     def available(self) -> str | None:
@@ -57,7 +57,7 @@ class Quick:
         setup: Setup = EXACT,
     ) -> Adapter:
         self.runs += 1
-        self.setup = setup
+        self.setup, self.steps = setup, plan.total_steps
         assert (base / "model.safetensors").exists()
         for step in range(plan.total_steps):
             time.sleep(self._pause)
@@ -176,6 +176,23 @@ def test_a_batch_that_is_too_large_is_taken_in_parts(tmp_path: Path, capsys: pyt
     asyncio.run(test())
     parts = quick.setup.parts
     assert parts > 1 and f"A batch is taken in {parts} parts" in capsys.readouterr().out
+
+
+def test_packing_takes_fewer_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = []
+    for packing in (False, True):
+        quick = Quick()
+
+        async def test(quick: Quick = quick, packing: bool = packing) -> None:
+            where = tmp_path / str(packing)
+            where.mkdir()
+            async with running(where / "one") as (daemon, address):
+                await daemon.submit(job.parse({**SPEC, "train": {"batch_size": 2, "packing": packing}}))
+                assert (await take_part(address, taker(where, quick))).digest
+
+        asyncio.run(test())
+        steps.append(quick.steps)
+    assert steps[1] < steps[0] / 2, "rows of a few tokens leave most of 2 × 512 empty"
 
 
 @pytest.mark.parametrize("field", ["name", "id", "base_fingerprint", "rank", "dtype"])
