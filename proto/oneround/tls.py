@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from oneround import signing
 
 # The certificate names no host, since laptops and LANs change addresses; clients ask for this name instead.
 NAME = "oneround-coordinator"
@@ -13,8 +13,13 @@ NAME = "oneround-coordinator"
 
 def fingerprint(certificate: bytes) -> str:
     """SHA-256 of a PEM certificate's public key (SubjectPublicKeyInfo), in hex: what clients pin."""
+    return signing.fingerprint(public_key(certificate))
+
+
+def public_key(certificate: bytes) -> bytes:
+    """A PEM certificate's public key, as DER (SubjectPublicKeyInfo)."""
     public = x509.load_pem_x509_certificate(certificate).public_key()
-    return hashlib.sha256(public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).hexdigest()
+    return public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
 def grouped(fingerprint: str) -> str:

@@ -1,0 +1,80 @@
+"""Statements that one end signs and the other can check, now or years later: who a client is, that a contribution is
+safe, what a publication holds, that one key follows another."""
+
+from __future__ import annotations
+
+import hashlib
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey
+PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | rsa.RSAPublicKey
+
+
+def statement(kind: str, *fields: str) -> bytes:
+    """The bytes of a statement: what kind it is, and its fields, each with its length before it, so that no two
+    statements read alike."""
+    lines = [f"oneround {kind}", *(f"{len(field.encode())} {field}" for field in fields)]
+    return "\n".join(lines).encode()
+
+
+def private(pem: bytes) -> PrivateKey:
+    """An unencrypted private key.
+
+    Raises:
+        ValueError: it is none, or of a kind that is not used here.
+    """
+    key = serialization.load_pem_private_key(pem, None)
+    if not isinstance(key, PrivateKey):
+        raise ValueError(f"a {type(key).__name__} is not used here")
+    return key
+
+
+def public(der: bytes) -> PublicKey:
+    """A public key from its SubjectPublicKeyInfo; bytes from a stranger.
+
+    Raises:
+        ValueError: it is none, or of a kind that is not used here.
+    """
+    key = serialization.load_der_public_key(der)
+    if not isinstance(key, PublicKey):
+        raise ValueError(f"a {type(key).__name__} is not used here")
+    return key
+
+
+def spki(key: PrivateKey | PublicKey) -> bytes:
+    """A key's public half as DER (SubjectPublicKeyInfo): how it travels, and what its fingerprint is of."""
+    half = key.public_key() if isinstance(key, PrivateKey) else key
+    return half.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def fingerprint(der: bytes) -> str:
+    """SHA-256 of a public key (SubjectPublicKeyInfo), in hex."""
+    return hashlib.sha256(der).hexdigest()
+
+
+def sign(key: PrivateKey, said: bytes) -> bytes:
+    """A signature; the same key signs the same statement with the same bytes."""
+    if isinstance(key, ed25519.Ed25519PrivateKey):
+        return key.sign(said)
+    if isinstance(key, ec.EllipticCurvePrivateKey):
+        return key.sign(said, ec.ECDSA(hashes.SHA256(), deterministic_signing=True))
+    return key.sign(said, padding.PKCS1v15(), hashes.SHA256())
+
+
+def signed(der: bytes, said: bytes, signature: bytes) -> bool:
+    """Whether the holder of a public key (SubjectPublicKeyInfo) signed a statement; False also for what is no key."""
+    try:
+        key = public(der)
+        if isinstance(key, ed25519.Ed25519PublicKey):
+            key.verify(signature, said)
+        elif isinstance(key, ec.EllipticCurvePublicKey):
+            key.verify(signature, said, ec.ECDSA(hashes.SHA256()))
+        else:
+            key.verify(signature, said, padding.PKCS1v15(), hashes.SHA256())
+    except (ValueError, InvalidSignature):
+        return False
+    return True
