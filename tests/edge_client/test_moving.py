@@ -121,6 +121,7 @@ def test_a_coordinator_that_moves_meanwhile_is_found_by_its_key(tmp_path: Path, 
             backend.enough.set()
             await screen.until("retry")
         with socket.socket() as taken:
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections to it may still be closing
             taken.bind(("127.0.0.1", int(before.rpartition(":")[2])))  # so that the next daemon gets another port
             async with running(tmp_path / "one") as (_, after):
                 key = identity.load_or_create(tmp_path / "one").fingerprint
