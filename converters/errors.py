@@ -5,6 +5,7 @@
     ├── Refused              exit 3   the other side understood and said no
     │   ├── NotFound                  what it was asked for is not there
     │   ├── Denied                    this is not for whoever asks
+    │   ├── NotSignedIn               the other side has to know who asks, and does not
     │   └── Conflict                  something else is there already
     ├── Unreachable          exit 4   no coordinator answers
     │   └── Interrupted               an exchange broke off; it can be taken up again
@@ -49,6 +50,10 @@ class NotFound(Refused):
 
 class Denied(Refused):
     status = "PERMISSION_DENIED"
+
+
+class NotSignedIn(Refused):
+    status = "UNAUTHENTICATED"
 
 
 class Conflict(Refused):

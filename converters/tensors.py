@@ -150,9 +150,11 @@ def write(path: Path, tensors: Mapping[str, Array | Later], metadata: Mapping[st
             forget(array)
 
 
-def replace(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
-    """Put a file in place whole or not at all."""
+def replace(path: Path, pieces: Iterable[bytes | memoryview], *, private: bool = False) -> None:
+    """Put a file in place whole or not at all; `private`: for nobody but its owner to read."""
     with placed(path) as file:
+        if private:
+            os.fchmod(file.fileno(), 0o600)  # before there is anything to read
         for piece in pieces:
             file.write(piece)
 

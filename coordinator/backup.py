@@ -29,7 +29,8 @@ from coordinator.schema import Base
 from coordinator.store import Store
 from oneround import stream
 
-_IDENTITY = ("key.pem", "certificate.pem", "admin-token")
+_SECRET = "session-secret"  # a coordinator that has not run since there are sessions has none
+_IDENTITY = ("key.pem", "certificate.pem", "admin-token", _SECRET)
 _ROWS = "coordinator.sqlite"
 _AT_A_TIME = 500  # rows
 
@@ -68,7 +69,8 @@ def backup(state: Path, folder: Path, database: str = "", blobs: str = "") -> Do
             _copy(file, folder / file.relative_to(state), done)
         for name in _IDENTITY:
             (folder / name).unlink(missing_ok=True)
-            _copy(state / name, folder / name, done)
+            if name != _SECRET or (state / name).exists():
+                _copy(state / name, folder / name, done)
     except FileNotFoundError as error:
         raise BadData(f"{error.filename} went while it was copied", hint="run the backup again") from error
     finally:
@@ -112,7 +114,8 @@ def restore(folder: Path, state: Path, database: str = "", blobs: str = "") -> D
             for file in _published(known, folder):
                 _copy(file, state / file.relative_to(folder), done)
             for name in _IDENTITY:
-                _copy(folder / name, state / name, done)
+                if name != _SECRET or (folder / name).exists():
+                    _copy(folder / name, state / name, done)
         finally:
             known.close()
         if database:

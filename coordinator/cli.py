@@ -14,22 +14,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
-import platformdirs
 import structlog
 import typer
-from google.protobuf import json_format
-from google.protobuf.message import Message
 from grpc_health.v1 import health as health_servicer
 from rich.console import Console
 
 from converters import command
 from converters.errors import NotEnough, Unreachable, UsageError
+from coordinator import access_cli, control, discovery, identity, server, tables
 from coordinator import backup as backups
-from coordinator import control, discovery, identity, server, tables
 from coordinator import diff as diffs
 from coordinator import job as jobs_
 from coordinator import metrics as metering
 from coordinator.daemon import Daemon
+from coordinator.printing import DEFAULT_STATE, Json, State, Why, out, print_json
 from oneround import tls
 from oneround.v1 import federation_pb2 as pb
 
@@ -39,15 +37,11 @@ app = typer.Typer(
     epilog="Example: coordinator serve --job clinic-notes.toml",
     no_args_is_help=True,
 )
-# Without a terminal lines are as long as they need to be: a log or a pipe has no edge to wrap at.
-out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else 200)
+app.add_typer(access_cli.token, name="token")
+app.add_typer(access_cli.clients, name="clients")
 
-_DEFAULT_STATE = Path(platformdirs.user_data_dir("oneround")) / "coordinator"
-State = Annotated[Path, typer.Option("--state", help="The daemon's folder.", show_default="the user's data folder")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, for scripts.")]
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="The job's name.")]
 ClientName = Annotated[str, typer.Argument(metavar="CLIENT", help="The client's name, or its id from `show`.")]
-Why = Annotated[str, typer.Option("--why", help="For the record; goes into the manifest.")]
 Database = Annotated[str, typer.Option("--database", help="SQLAlchemy URL; SQLite in the state folder if empty.")]
 BlobsUrl = Annotated[str, typer.Option("--blobs", help="fsspec URL for contributions; the state folder if empty.")]
 DRAIN_SECONDS = 10.0
@@ -58,7 +52,7 @@ SWITCH_SECONDS = 0.0002
 @app.command(epilog="Example: coordinator serve --listen 0.0.0.0:50051 --job clinic-notes.toml")
 def serve(
     listen: Annotated[str, typer.Option(help="HOST:PORT to listen on; port 0 takes a free one.")] = "0.0.0.0:50051",
-    state: State = _DEFAULT_STATE,
+    state: State = DEFAULT_STATE,
     job: Annotated[list[Path] | None, typer.Option(help="A job file to open at once; may be repeated.")] = None,
     database: Database = "",
     blobs: BlobsUrl = "",
@@ -144,7 +138,7 @@ async def _serve(
 @app.command(epilog="Example: coordinator submit clinic-notes.toml")
 def submit(
     file: Annotated[Path, typer.Argument(help="The job, a TOML file.")],
-    state: State = _DEFAULT_STATE,
+    state: State = DEFAULT_STATE,
     as_json: Json = False,
 ) -> None:
     """Open a job on the running daemon."""
@@ -158,11 +152,11 @@ def submit(
 
 
 @app.command(epilog="Example: coordinator jobs --json")
-def jobs(state: State = _DEFAULT_STATE, as_json: Json = False) -> None:
+def jobs(state: State = DEFAULT_STATE, as_json: Json = False) -> None:
     """All jobs of the running daemon."""
     found = asyncio.run(control.jobs(state))
     if as_json:
-        _print_json(pb.ListJobsReply(jobs=found))
+        print_json(pb.ListJobsReply(jobs=found))
     elif found:
         out.print(tables.jobs(found))
     else:
@@ -172,7 +166,7 @@ def jobs(state: State = _DEFAULT_STATE, as_json: Json = False) -> None:
 @app.command(epilog="Example: coordinator show clinic-notes")
 def show(
     job: JobName,
-    state: State = _DEFAULT_STATE,
+    state: State = DEFAULT_STATE,
     as_json: Json = False,
 ) -> None:
     """One job: its clients, their progress and contributions, and what is published."""
@@ -182,7 +176,7 @@ def show(
 @app.command(epilog="Example: coordinator close clinic-notes")
 def close(
     job: JobName,
-    state: State = _DEFAULT_STATE,
+    state: State = DEFAULT_STATE,
     as_json: Json = False,
 ) -> None:
     """Close a round now and publish what is in, below the quorum too; after a failure, publish again."""
@@ -196,7 +190,7 @@ def publish(
     server_learning_rate: Annotated[float, typer.Option(help="Multiplies the mean; 0: the job's own.")] = 0.0,
     adapter_rank: Annotated[int, typer.Option(help="Rank of the published adapter; -1: the job's own.")] = -1,
     why: Annotated[str, typer.Option(help="For the record; goes into the manifest.")] = "",
-    state: State = _DEFAULT_STATE,
+    state: State = DEFAULT_STATE,
     as_json: Json = False,
 ) -> None:
     """Make a new version of what is in, by the job's method or another. Nobody trains again; old versions stay."""
@@ -212,30 +206,28 @@ def publish(
 
 @app.command(epilog="Example: coordinator exclude clinic-notes ward-3 --why 'wrong folder'")
 def exclude(
-    job: JobName, client: ClientName, why: Why = "", state: State = _DEFAULT_STATE, as_json: Json = False
+    job: JobName, client: ClientName, why: Why = "", state: State = DEFAULT_STATE, as_json: Json = False
 ) -> None:
     """Take a contribution out; what is published already gets a new version without it."""
     _decide(job, client, pb.DECISION_EXCLUDE, why, state, as_json)
 
 
 @app.command(epilog="Example: coordinator admit clinic-notes ward-3 --why 'a large ward'")
-def admit(
-    job: JobName, client: ClientName, why: Why = "", state: State = _DEFAULT_STATE, as_json: Json = False
-) -> None:
+def admit(job: JobName, client: ClientName, why: Why = "", state: State = DEFAULT_STATE, as_json: Json = False) -> None:
     """Let a contribution take part that was quarantined or excluded."""
     _decide(job, client, pb.DECISION_ADMIT, why, state, as_json)
 
 
 @app.command(epilog="Example: coordinator replace clinic-notes ward-3")
 def replace(
-    job: JobName, client: ClientName, why: Why = "", state: State = _DEFAULT_STATE, as_json: Json = False
+    job: JobName, client: ClientName, why: Why = "", state: State = DEFAULT_STATE, as_json: Json = False
 ) -> None:
     """Let a client send another contribution in place of the one that is in: `edge-client join --again`, over there."""
     _decide(job, client, pb.DECISION_LET_REPLACE, why, state, as_json)
 
 
 @app.command(epilog="Example: coordinator cancel clinic-notes")
-def cancel(job: JobName, state: State = _DEFAULT_STATE, as_json: Json = False) -> None:
+def cancel(job: JobName, state: State = DEFAULT_STATE, as_json: Json = False) -> None:
     """End a round without a publication. What came in is kept until the job is deleted."""
     _show(asyncio.run(control.cancel(state, job)), as_json)
 
@@ -244,7 +236,7 @@ def cancel(job: JobName, state: State = _DEFAULT_STATE, as_json: Json = False) -
 def delete(
     job: JobName,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    state: State = _DEFAULT_STATE,
+    state: State = DEFAULT_STATE,
 ) -> None:
     """Forget a job that is over: its contributions, its publications and all of their files."""
     if not yes:
@@ -258,7 +250,7 @@ def diff(
     job: JobName,
     old: Annotated[int, typer.Argument(help="A version's number.")],
     new: Annotated[int, typer.Argument(help="Another one's.")],
-    state: State = _DEFAULT_STATE,
+    state: State = DEFAULT_STATE,
     as_json: Json = False,
 ) -> None:
     """What differs between two versions: who took part, how it was averaged, how far the adapter moved, its scores."""
@@ -277,7 +269,7 @@ def diff(
 @app.command(epilog="Example: coordinator backup /mnt/disk/oneround")
 def backup(
     folder: Annotated[Path, typer.Argument(help="A folder; the same one again takes only what is new.")],
-    state: State = _DEFAULT_STATE,
+    state: State = DEFAULT_STATE,
     database: Database = "",
     blobs: BlobsUrl = "",
 ) -> None:
@@ -291,7 +283,7 @@ def backup(
 @app.command(epilog="Example: coordinator restore /mnt/disk/oneround --state NEW-FOLDER")
 def restore(
     folder: Annotated[Path, typer.Argument(help="What `coordinator backup` wrote.")],
-    state: State = _DEFAULT_STATE,
+    state: State = DEFAULT_STATE,
     database: Database = "",
     blobs: BlobsUrl = "",
 ) -> None:
@@ -302,7 +294,7 @@ def restore(
 
 
 @app.command(epilog="Example: coordinator health")
-def health(state: State = _DEFAULT_STATE) -> None:
+def health(state: State = DEFAULT_STATE) -> None:
     """Whether the daemon on this machine serves: exit code 0, or 4."""
     if not asyncio.run(control.healthy(state)):
         raise Unreachable("the coordinator is shutting down")
@@ -336,16 +328,9 @@ def _open_many_files() -> None:
 
 def _show(status: pb.JobStatus, as_json: bool) -> None:
     if as_json:
-        _print_json(status)
+        print_json(status)
     else:
         out.print(tables.job(status))
-
-
-def _print_json(message: Message) -> None:
-    table = json_format.MessageToDict(
-        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
-    print(json.dumps(table, indent=2))
 
 
 def _is_loopback(listen: str) -> bool:

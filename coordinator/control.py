@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +23,38 @@ from oneround.v1 import federation_pb2_grpc as rpc
 _TIMEOUT = 60.0  # seconds; a submission has none, since it may fetch, fingerprint and convert a large base
 
 
+@dataclass(frozen=True)
+class Listening:
+    """HOST:PORT, and whether there is no TLS."""
+
+    address: str
+    insecure: bool
+
+
 def announce(state: Path, address: str, *, insecure: bool) -> None:
     """Leave word of where the daemon listens."""
-    tensors.replace(state / "daemon.json", [json.dumps({"address": address, "insecure": insecure}).encode()])
+    tensors.replace(state / "daemon.json", [json.dumps(asdict(Listening(address, insecure))).encode()])
+
+
+def listening(state: Path) -> Listening:
+    """Where the daemon over a state folder listens, or did the last time.
+
+    Raises:
+        Unreachable: none ever did.
+    """
+    try:
+        return Listening(**json.loads((state / "daemon.json").read_text()))
+    except FileNotFoundError:
+        raise Unreachable(f"no coordinator has run over {state}", hint=f"coordinator serve --state {state}") from None
 
 
 @asynccontextmanager
 async def channel(state: Path) -> AsyncIterator[tuple[grpc.aio.Channel, list[tuple[str, str]]]]:
     """A channel to the daemon, and the metadata that proves that we may administer it."""
-    try:
-        found = json.loads((state / "daemon.json").read_text())
-    except FileNotFoundError:
-        raise Unreachable(f"no coordinator has run over {state}", hint=f"coordinator serve --state {state}") from None
+    found = listening(state)
     who = identity.load_or_create(state)
-    address = found["address"].replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
-    if found["insecure"]:
+    address = found.address.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
+    if found.insecure:
         opened = grpc.aio.insecure_channel(address)
     else:
         credentials = grpc.ssl_channel_credentials(root_certificates=who.certificate)
@@ -86,6 +104,36 @@ async def judge(state: Path, request: pb.JudgeRequest) -> pb.JobStatus:
     async with _admin(state) as call:
         status: pb.JobStatus = await call("Judge", request)
         return status
+
+
+async def create_token(state: Path, request: pb.CreateTokenRequest) -> pb.CreateTokenReply:
+    async with _admin(state) as call:
+        made: pb.CreateTokenReply = await call("CreateToken", request)
+        return made
+
+
+async def tokens(state: Path) -> pb.ListTokensReply:
+    async with _admin(state) as call:
+        reply: pb.ListTokensReply = await call("ListTokens", pb.ListTokensRequest())
+        return reply
+
+
+async def revoke_token(state: Path, id: str) -> pb.Token:
+    async with _admin(state) as call:
+        token: pb.Token = await call("RevokeToken", pb.RevokeTokenRequest(id=id))
+        return token
+
+
+async def clients(state: Path, job: str) -> pb.ListClientsReply:
+    async with _admin(state) as call:
+        reply: pb.ListClientsReply = await call("ListClients", pb.ListClientsRequest(job=job))
+        return reply
+
+
+async def settle(state: Path, request: pb.SettleRequest) -> pb.KnownClient:
+    async with _admin(state) as call:
+        client: pb.KnownClient = await call("Settle", request)
+        return client
 
 
 @asynccontextmanager

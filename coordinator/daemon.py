@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -15,25 +14,26 @@ import sqlalchemy
 import structlog
 
 from converters import llama
-from converters.errors import BadModel, Conflict, NotFound, OneroundError, Refused, UsageError
+from converters.errors import BadModel, Conflict, Denied, NotFound, OneroundError, Refused, UsageError
 from coordinator import evaluations, opening, publisher, sweeping
 from coordinator import job as jobs
 from coordinator import round as rounds
 from coordinator.blobs import Blobs
 from coordinator.examiner import Examiner
 from coordinator.leases import Lease, Leases, judgement, public_id
+from coordinator.people import People
 from coordinator.publishing import Publishing
 from coordinator.round import Round, State
 from coordinator.schema import Client, Contribution
 from coordinator.status import Statuses
 from coordinator.store import Store
+from coordinator.text import printable
 from coordinator.uploads import Uploads, receipt
 from oneround.v1 import federation_pb2 as pb
 
 TICK = 0.5  # seconds between looks at the clock
 WRITE_DOWN = 5.0  # seconds between two writings of what heartbeats said
 THREADS = 3  # that talk to the database; more would only keep each other, and the event loop, waiting
-LONGEST_NAME = 64  # of a client, in letters
 
 log = structlog.get_logger()
 offload = asyncio.to_thread
@@ -56,6 +56,7 @@ class Daemon:
         self.statuses = Statuses(self._store, self.leases, state / "publications", clock)
         self._publishing = Publishing(state, self._store, self._blobs, self.statuses, clock)
         self._submitting = asyncio.Lock()
+        self.people = People(self._store.database)
         self._slow = ThreadPoolExecutor(1, "slow")  # reading a large base keeps nobody else waiting
         sweeping.sweep(state, self._store, self._blobs)
 
@@ -158,6 +159,7 @@ class Daemon:
         self.leases.forget(name)
         self.uploads.forget(name)
         await self.statuses.changed(name)
+        await offload(self.people.forget, name)
         await offload(sweeping.delete, self._state, self._store, self._blobs, name)
         log.info("job_deleted", job=name)
 
@@ -174,7 +176,7 @@ class Daemon:
         if request.HasField("adapter_rank"):
             spec.publish.adapter_rank = request.adapter_rank
         jobs.check(spec)
-        request.reason = _printable(request.reason, 500) or "asked for by the operator"
+        request.reason = printable(request.reason, 500) or "asked for by the operator"
         before = await offload(self._store.round, request.job)
         after = await self._advance(request.job, rounds.PublishByHand(request.reason), request)
         if after.state is not State.PUBLISHING or before.state is State.PUBLISHING:
@@ -192,7 +194,7 @@ class Daemon:
         if request.decision not in decisions:
             raise UsageError("no decision is given")
         client = _named(request.client, await offload(self._store.clients, request.job))
-        decision, why = decisions[request.decision], _printable(request.why, 500)
+        decision, why = decisions[request.decision], printable(request.why, 500)
         kept = await offload(self._store.judge, request.job, client.client_id, decision, why)
         log.info("judged", job=request.job, client=client.name, decision=decision, why=why)
         self.leases.judged(kept)
@@ -209,13 +211,11 @@ class Daemon:
 
     # Clients
 
-    async def join(self, request: pb.JoinRequest) -> pb.JoinReply:
-        """A lease and the job; the receipt too, for a client whose contribution is in."""
-        if not re.fullmatch(r"[0-9a-f]{32}", request.client_id):
-            raise UsageError("client_id must be 32 lower-case hex digits")
-        name = request.job or await self._only_open()
+    async def join(self, request: pb.JoinRequest, client_id: str) -> pb.JoinReply:
+        """A lease and the job for a client; the receipt too, if its contribution is in."""
+        name = request.job
         job = (await offload(self._store.announced, name)).job
-        given = await offload(self._store.contribution, name, request.client_id)
+        given = await offload(self._store.contribution, name, client_id)
         round = await self._round(name)
         if given is None and not rounds.takes_contributions(round, self._clock()):
             raise Refused(
@@ -223,12 +223,12 @@ class Daemon:
                 hint=f"edge-client pull {name}",
             )
         machine = pb.Machine(
-            platform=_printable(request.machine.platform),
-            backend=_printable(request.machine.backend),
-            device=_printable(request.machine.device),
+            platform=printable(request.machine.platform),
+            backend=printable(request.machine.backend),
+            device=printable(request.machine.device),
         )
-        known_as = _printable(request.client_name) or public_id(request.client_id)
-        row = Client.joining(name, request.client_id, known_as, machine, self._clock())
+        known_as = printable(request.client_name) or public_id(client_id)
+        row = Client.joining(name, client_id, known_as, machine, self._clock())
         client = await offload(self._store.join, row)
         self.leases.heard(self.leases.hold(client, given))
         log.info("joined", job=name, client=client.name, backend=machine.backend)
@@ -292,13 +292,14 @@ class Daemon:
         self.leases.heard(lease)
         return await self.uploads.open(lease, request.declaration, await self._round(lease.client.job))
 
-    async def upload(self, messages: AsyncIterator[pb.UploadRequest]) -> pb.Receipt:
-        """Take a contribution's bytes; the receipt once they are safe. It is judged after that."""
+    async def upload(self, messages: AsyncIterator[pb.UploadRequest], client_id: str) -> pb.Receipt:
+        """Take the bytes of a client's contribution; the receipt once they are safe. It is judged after that."""
         rest = self.uploads.stream(messages)
         try:
             first = await rest.next()
             if first is None:
                 raise UsageError("an empty upload: the first message names the lease")
+            await self.belongs(first.lease, client_id)
             lease = await self._lease(first.lease)
             self.leases.heard(lease)
             given = await self.uploads.take(lease, first, rest)
@@ -342,20 +343,33 @@ class Daemon:
         return await offload(self.statuses.whole, name)
 
     async def describe(self, name: str) -> pb.Job:
-        """What a client would be told to do; of the only open job, if none is named."""
-        return (await offload(self._store.announced, name or await self._only_open())).job
+        """What a client would be told to do."""
+        return (await offload(self._store.announced, name)).job
 
     def now(self) -> float:
         """Seconds since the Unix epoch, by this coordinator's clock."""
         return self._clock()
 
-    async def all(self) -> list[pb.JobStatus]:
-        """Every job, without its clients."""
-        return [await offload(self.statuses.outline, name) for name in await offload(self._store.names)]
+    async def names(self) -> Sequence[str]:
+        """Of all jobs, newest first."""
+        return await offload(self._store.names)
+
+    async def outlines(self, names: Iterable[str]) -> list[pb.JobStatus]:
+        """Jobs, without their clients."""
+        return [await offload(self.statuses.outline, name) for name in names]
+
+    async def belongs(self, token: str, client_id: str) -> None:
+        """Raises Denied when a lease is not this client's."""
+        if (await self._lease(token)).client.client_id != client_id:
+            raise Denied("this lease is another client's", hint="edge-client join again")
 
     def every(self) -> list[pb.JobStatus]:
         """Every job with its clients; blocks."""
         return [self.statuses.whole(name) for name in self._store.names()]
+
+    def for_whom(self, name: str) -> str:
+        """Who may take part in a job; see access.py. Raises NotFound when there is no such job."""
+        return self._store.announced(name).job.spec.access.who or "open"
 
     # The round
 
@@ -373,13 +387,14 @@ class Daemon:
             lease = self.leases.hold(client, given)
         return lease
 
-    async def _only_open(self) -> str:
-        now = self._clock()
-        taking = [
-            name
-            for name, round in (await offload(self._store.rounds)).items()
-            if rounds.takes_contributions(round, now)
-        ]
+    async def only_open(self, among: Iterable[str]) -> str:
+        """The only one of some jobs that takes contributions.
+
+        Raises:
+            Refused: there is none, or there are several.
+        """
+        now, rounds_now = self._clock(), await offload(self._store.rounds)
+        taking = [name for name in among if name in rounds_now and rounds.takes_contributions(rounds_now[name], now)]
         if len(taking) == 1:
             return taking[0]
         if not taking:
@@ -421,8 +436,3 @@ def _named(wanted: str, clients: Sequence[Client]) -> Client:
         raise NotFound(f"no client {wanted!r} has joined this job", hint="coordinator show JOB lists them")
     ids = ", ".join(public_id(client.client_id) for client in found)
     raise Refused(f"{len(found)} clients are called {wanted!r}", hint=f"name one by its id: {ids}")
-
-
-def _printable(text: str, most: int = LONGEST_NAME) -> str:
-    """Text from the wire, fit to be shown in a terminal."""
-    return "".join(letter for letter in text if letter.isprintable())[:most].strip()

@@ -21,11 +21,12 @@ _VALID = datetime.timedelta(days=3650)
 
 @dataclass(frozen=True)
 class Identity:
-    """PEM key and certificate, the key's fingerprint, and the admin token."""
+    """PEM key and certificate, the key's fingerprint, the admin token, and what sessions are made with."""
 
     key: bytes
     certificate: bytes
     admin_token: str
+    session_secret: bytes
 
     @property
     def fingerprint(self) -> str:
@@ -37,6 +38,7 @@ def load_or_create(folder: Path) -> Identity:
     """The identity in `folder`, made on the first start; readable by its owner alone."""
     folder.mkdir(parents=True, exist_ok=True)
     key_file, certificate_file, token_file = folder / "key.pem", folder / "certificate.pem", folder / "admin-token"
+    secret_file = folder / "session-secret"
     if not key_file.exists():
         _write_private(
             key_file,
@@ -48,7 +50,14 @@ def load_or_create(folder: Path) -> Identity:
         _write_private(certificate_file, _self_signed(key_file.read_bytes()))
     if not token_file.exists():
         _write_private(token_file, secrets.token_urlsafe(32).encode())
-    return Identity(key_file.read_bytes(), certificate_file.read_bytes(), token_file.read_text().strip())
+    if not secret_file.exists():
+        _write_private(secret_file, secrets.token_bytes(32))
+    return Identity(
+        key_file.read_bytes(),
+        certificate_file.read_bytes(),
+        token_file.read_text().strip(),
+        secret_file.read_bytes(),
+    )
 
 
 def _self_signed(key_pem: bytes) -> bytes:

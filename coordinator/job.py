@@ -17,7 +17,7 @@ from converters.adapter import WIRE_DTYPES
 from converters.errors import UsageError
 from converters.gguf_merge import FLOAT_TYPES
 from converters.gguf_quantize import QUANTISED_TYPES
-from coordinator import aggregate
+from coordinator import access, aggregate
 from oneround.v1 import federation_pb2 as pb
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -107,6 +107,7 @@ def check(spec: pb.JobSpec) -> pb.JobSpec:
         ("admission.clip", spec.admission.clip == 0 or 1 <= spec.admission.clip <= 1e6, "0, or 1 or more"),
         ("admission.outlier", 0 <= spec.admission.outlier <= 1e6, "0 or more"),
         ("admission.min_cosine", -1 <= spec.admission.min_cosine <= 1, "-1 to 1"),
+        ("access.who", spec.access.who in access.WHO, _one_of(access.WHO)),
         ("publish.adapter_rank", spec.publish.adapter_rank <= 65536, "0 to 65536"),
     ]  # fmt: skip
     for key, holds, expected in rules:

@@ -165,3 +165,42 @@ class Evaluation(Base):
     version: Mapped[int] = mapped_column(primary_key=True)
     evaluation: Mapped[pb.Evaluation] = mapped_column(Proto(pb.Evaluation))
     received: Mapped[float]
+
+
+class Person(Base):
+    """A client's key that has asked for something, whatever job it was."""
+
+    __tablename__ = "people"
+    client_id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    first_seen: Mapped[float]
+    last_seen: Mapped[float]
+    banned: Mapped[bool]
+    why: Mapped[str]
+
+
+class Pass(Base):
+    """That a client may take part in a job, or has asked to. An empty job stands for every one."""
+
+    __tablename__ = "passes"
+    __table_args__ = (ForeignKeyConstraint(["client_id"], ["people.client_id"]),)
+    client_id: Mapped[str] = mapped_column(primary_key=True)
+    job: Mapped[str] = mapped_column(primary_key=True)
+    granted: Mapped[bool]
+    how: Mapped[str]  # `open`, `approved`, or `token ID`
+    at: Mapped[float]
+
+
+class Token(Base):
+    """What lets its holders in; of its secret only a digest is here."""
+
+    __tablename__ = "tokens"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    digest: Mapped[str] = mapped_column(unique=True)
+    job: Mapped[str]
+    note: Mapped[str]
+    created: Mapped[float]
+    expires: Mapped[float]
+    uses: Mapped[int]  # 0: any number
+    used: Mapped[int]
+    revoked: Mapped[bool]

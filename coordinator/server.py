@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import hmac
 import socket
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +18,11 @@ from grpc_reflection.v1alpha import reflection
 
 from converters.errors import OneroundError, UsageError
 from coordinator import metrics
+from coordinator.access import Caller
 from coordinator.daemon import Daemon
+from coordinator.doors import Doors
 from coordinator.identity import Identity
+from coordinator.sessions import Sessions
 from oneround import stream
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
@@ -64,7 +66,9 @@ def create(
         UsageError: the address cannot be bound.
     """
     _nobody_listens(listen)
-    servicers = Federation(daemon), Admin(daemon, identity.admin_token), healthy or health.aio.HealthServicer()
+    sessions = Sessions(identity.session_secret, "" if insecure else identity.fingerprint, daemon.now)
+    doors = Doors(daemon.people, daemon.for_whom, sessions, identity.admin_token, daemon.now)
+    servicers = Federation(daemon, doors), Admin(daemon, doors), healthy or health.aio.HealthServicer()
     credentials = None if insecure else grpc.ssl_server_credentials([(identity.key, identity.certificate)])
     acceptors: list[grpc.aio.Server] = []
     host, _, port = listen.rpartition(":")
@@ -199,31 +203,52 @@ class _Messages(AsyncIterator[pb.UploadRequest]):
 
 
 class Federation(rpc.FederationServicer):
-    """What clients call."""
+    """What clients call. The doors say who it is and what they may; the daemon does it."""
 
-    def __init__(self, daemon: Daemon) -> None:
-        self._daemon = daemon
+    def __init__(self, daemon: Daemon, doors: Doors) -> None:
+        self._daemon, self._doors = daemon, doors
         self._threads = ThreadPoolExecutor(4, "download")
         self._downloads = 0
 
+    @asynccontextmanager
+    async def _known(self, context: Context, method: str, request: object) -> AsyncIterator[Caller]:
+        async with _answered(context, method, request):
+            yield self._doors.caller(dict(context.invocation_metadata() or ()), context.peer())
+
+    async def Challenge(self, request: pb.ChallengeRequest, context: Context) -> pb.ChallengeReply:
+        async with _answered(context, "Challenge", request):
+            return self._doors.challenge()
+
+    async def SignIn(self, request: pb.SignInRequest, context: Context) -> pb.SignInReply:
+        async with _answered(context, "SignIn", request):
+            return await self._doors.sign_in(request)
+
     async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsReply:
-        async with _answered(context, "ListJobs", request):
-            return pb.ListJobsReply(jobs=await self._daemon.all(), now_unix=self._daemon.now())
+        async with self._known(context, "ListJobs", request) as caller:
+            names = await self._doors.visible(caller, await self._daemon.names())
+            return pb.ListJobsReply(jobs=await self._daemon.outlines(names), now_unix=self._daemon.now())
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.Job:
-        async with _answered(context, "Describe", request):
-            return await self._daemon.describe(request.job)
+        async with self._known(context, "Describe", request) as caller:
+            name = request.job or await self._only(caller)
+            await self._doors.see(caller, name)
+            return await self._daemon.describe(name)
 
     async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinReply:
-        async with _answered(context, "Join", request):
-            return await self._daemon.join(request)
+        async with self._known(context, "Join", request) as caller:
+            request.job = request.job or await self._only(caller)
+            if not await self._doors.enter(caller, request.job, request.client_name):
+                return pb.JoinReply(awaits_approval=True, job=await self._daemon.describe(request.job))
+            return await self._daemon.join(request, caller.client_id)
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatReply:
-        async with _answered(context, "Heartbeat", request):
+        async with self._known(context, "Heartbeat", request) as caller:
+            await self._daemon.belongs(request.lease, caller.client_id)
             return await self._daemon.heartbeat(request)
 
     async def Download(self, request: pb.DownloadRequest, context: Context) -> AsyncIterator[pb.Chunk]:
-        async with _answered(context, "Download", request):
+        async with self._known(context, "Download", request) as caller:
+            await self._doors.be_in(caller, request.job)
             file = await self._daemon.file(request.job, request.digest)
             if request.offset > file.stat().st_size:
                 raise UsageError(f"byte {request.offset} is past the end of this file")
@@ -240,40 +265,46 @@ class Federation(rpc.FederationServicer):
         return max(16 * 1024, min(stream.MAX_CHUNK_BYTES, DOWNLOADING_BYTES // max(self._downloads, 1)))
 
     async def OpenUpload(self, request: pb.OpenUploadRequest, context: Context) -> pb.OpenUploadReply:
-        async with _answered(context, "OpenUpload", request):
+        async with self._known(context, "OpenUpload", request) as caller:
+            await self._daemon.belongs(request.lease, caller.client_id)
             return await self._daemon.open_upload(request)
 
     async def Upload(self, request_iterator: AsyncIterator[pb.UploadRequest], context: Context) -> pb.Receipt:
-        async with _answered(context, "Upload", request_iterator):
-            return await self._daemon.upload(_Messages(context))
+        async with self._known(context, "Upload", request_iterator) as caller:
+            return await self._daemon.upload(_Messages(context), caller.client_id)
 
     async def Withdraw(self, request: pb.WithdrawRequest, context: Context) -> pb.WithdrawReply:
-        async with _answered(context, "Withdraw", request):
+        async with self._known(context, "Withdraw", request) as caller:
+            await self._daemon.belongs(request.lease, caller.client_id)
             await self._daemon.withdraw(request.lease)
             return pb.WithdrawReply()
 
     async def Report(self, request: pb.ReportRequest, context: Context) -> pb.ReportReply:
-        async with _answered(context, "Report", request):
+        async with self._known(context, "Report", request) as caller:
+            await self._daemon.belongs(request.lease, caller.client_id)
             await self._daemon.report(request)
             return pb.ReportReply()
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.JobStatus]:
-        async with _answered(context, "Watch", request):
+        async with self._known(context, "Watch", request) as caller:
+            await self._doors.see(caller, request.job)
             async for status in self._daemon.statuses.watch(request.job):
                 yield status
+
+    async def _only(self, caller: Caller) -> str:
+        return await self._daemon.only_open(await self._doors.visible(caller, await self._daemon.names()))
 
 
 class Admin(rpc.AdminServicer):
     """What the operator's commands call; each call proves that it may."""
 
-    def __init__(self, daemon: Daemon, token: str) -> None:
-        self._daemon = daemon
-        self._token = f"Bearer {token}"
+    def __init__(self, daemon: Daemon, doors: Doors) -> None:
+        self._daemon, self._doors = daemon, doors
 
     @asynccontextmanager
     async def _authorised(self, context: Context, method: str, request: object) -> AsyncIterator[None]:
         given = dict(context.invocation_metadata() or ()).get("authorization", "")
-        if not hmac.compare_digest(str(given).encode(), self._token.encode()):
+        if not self._doors.is_operator(str(given)):
             log.warning("admin_refused", method=method, peer=context.peer())
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this call needs the coordinator's admin token")
         async with _answered(context, method, request):
@@ -307,3 +338,23 @@ class Admin(rpc.AdminServicer):
     async def Judge(self, request: pb.JudgeRequest, context: Context) -> pb.JobStatus:
         async with self._authorised(context, "Judge", request):
             return await self._daemon.judge(request)
+
+    async def CreateToken(self, request: pb.CreateTokenRequest, context: Context) -> pb.CreateTokenReply:
+        async with self._authorised(context, "CreateToken", request):
+            return await self._doors.create_token(request)
+
+    async def ListTokens(self, request: pb.ListTokensRequest, context: Context) -> pb.ListTokensReply:
+        async with self._authorised(context, "ListTokens", request):
+            return await self._doors.tokens()
+
+    async def RevokeToken(self, request: pb.RevokeTokenRequest, context: Context) -> pb.Token:
+        async with self._authorised(context, "RevokeToken", request):
+            return await self._doors.revoke_token(request.id)
+
+    async def ListClients(self, request: pb.ListClientsRequest, context: Context) -> pb.ListClientsReply:
+        async with self._authorised(context, "ListClients", request):
+            return await self._doors.clients(request.job)
+
+    async def Settle(self, request: pb.SettleRequest, context: Context) -> pb.KnownClient:
+        async with self._authorised(context, "Settle", request):
+            return await self._doors.settle(request)

@@ -33,24 +33,24 @@ class Store:
     """The coordinator's memory."""
 
     def __init__(self, url: str | URL) -> None:
-        self._database = Database(url)
+        self.database = Database(url)
         self._announced: dict[str, Announced] = {}
-        with self._database.writes() as session:
+        with self.database.writes() as session:
             migrations.upgrade(session.connection())
 
     def close(self) -> None:
         """Let go of the database."""
-        self._database.close()
+        self.database.close()
 
     # Jobs and their rounds
 
     def add_job(self, job: Job) -> None:
-        with self._database.writes() as session:
+        with self.database.writes() as session:
             session.add(job)
 
     def names(self) -> Sequence[str]:
         """Of all jobs, newest first."""
-        with self._database.reads() as session:
+        with self.database.reads() as session:
             return session.scalars(select(Job.name).where(not_(Job.deleted)).order_by(Job.opened.desc())).all()
 
     def announced(self, name: str) -> Announced:
@@ -61,18 +61,18 @@ class Store:
         """
         if name in self._announced:
             return self._announced[name]
-        with self._database.reads() as session:
+        with self.database.reads() as session:
             return self._known(session, name)
 
     def round(self, name: str) -> Round:
         """Raises NotFound when there is no such job."""
-        with self._database.reads() as session:
+        with self.database.reads() as session:
             return round_rows.read(session, self._known(session, name))
 
     def rounds(self) -> Mapping[str, Round]:
         """The rounds that time may change."""
         moving = [State.OPEN, State.PUBLISHING, State.PUBLISHED, State.FAILED]
-        with self._database.reads() as session:
+        with self.database.reads() as session:
             names = session.scalars(select(Job.name).where(Job.state.in_(moving), not_(Job.deleted)))
             return {name: round_rows.read(session, self._known(session, name)) for name in names}
 
@@ -83,7 +83,7 @@ class Store:
 
         A round that begins to publish gets the row of its next version, with what it is to be made of, together.
         """
-        with self._database.writes() as session:
+        with self.database.writes() as session:
             before = round_rows.read(session, self._known(session, name))
             after = rounds.apply(before, happened, now)
             if after == before:
@@ -104,7 +104,7 @@ class Store:
             NotFound: there is no such job.
             Refused: it is at work.
         """
-        with self._database.writes() as session:
+        with self.database.writes() as session:
             round = round_rows.read(session, self._known(session, name))
             if round.state in (State.OPEN, State.PUBLISHING):
                 raise Refused(f"job {name!r} is {round.state}", hint=f"coordinator cancel {name}")
@@ -113,19 +113,19 @@ class Store:
 
     def deleted(self) -> Sequence[str]:
         """Jobs whose deletion has begun."""
-        with self._database.reads() as session:
+        with self.database.reads() as session:
             return session.scalars(select(Job.name).where(Job.deleted)).all()
 
     def forget(self, name: str) -> None:
         """Drop every row of a deleted job."""
-        with self._database.writes() as session:
+        with self.database.writes() as session:
             for table in (Evaluation, Publication, Contribution, Client):
                 session.execute(delete(table).where(table.job == name))
             session.execute(delete(Job).where(Job.name == name, Job.deleted))
 
     def digests(self) -> set[str]:
         """Of all blobs that some row stands for."""
-        with self._database.reads() as session:
+        with self.database.reads() as session:
             initial = {row.initial.digest for row in session.scalars(select(Job.job))}
             return initial | set(session.scalars(select(Contribution.digest)))
 
@@ -138,7 +138,7 @@ class Store:
             NotEnough: the job has all the clients that it may have.
         """
         most = self.announced(client.job).job.spec.round.max_clients
-        with self._database.writes() as session:
+        with self.database.writes() as session:
             there = session.get(Client, (client.job, client.client_id))
             if there is None:
                 joined = session.scalar(select(func.count()).where(Client.job == client.job)) or 0
@@ -154,14 +154,14 @@ class Store:
 
     def client(self, lease: str) -> Client:
         """Raises Denied when no client holds this lease."""
-        with self._database.reads() as session:
+        with self.database.reads() as session:
             client = session.scalar(select(Client).where(Client.lease == lease))
             if client is None:
                 raise Denied("this lease is not known here", hint="edge-client join again")
             return client
 
     def clients(self, job: str) -> Sequence[Client]:
-        with self._database.reads() as session:
+        with self.database.reads() as session:
             return session.scalars(select(Client).where(Client.job == job).order_by(Client.client_id)).all()
 
     def note(self, progress: Iterable[Mapping[str, Any]]) -> None:
@@ -169,12 +169,12 @@ class Store:
         if rows := [{f"_{name}": value for name, value in noted.items()} for noted in progress]:
             columns: dict[str, Any] = {name[1:]: bindparam(name) for name in rows[0] if name != "_lease"}
             query = update(Client.__table__).where(Client.lease == bindparam("_lease")).values(columns)  # type: ignore[arg-type]
-            with self._database.writes() as session:
+            with self.database.writes() as session:
                 session.connection().execute(query, rows)
 
     def withdraw(self, client: Client) -> None:
         """A client leaves; what it contributed takes no part in the versions to come."""
-        with self._database.writes() as session:
+        with self.database.writes() as session:
             session.get_one(Client, (client.job, client.client_id)).withdrawn = True
             given = _contribution(session, client.job, client.client_id)
             if given is not None and given.by_hand != "exclude":
@@ -187,7 +187,7 @@ class Store:
 
         One that comes when the round takes no more is kept, and takes no part unless the operator admits it.
         """
-        with self._database.writes() as session:
+        with self.database.writes() as session:
             round_rows.job(session, contribution.job)
             there = _contribution(session, contribution.job, contribution.client_id)
             if there is not None:
@@ -199,29 +199,29 @@ class Store:
             return contribution
 
     def contribution(self, job: str, client_id: str) -> Contribution | None:
-        with self._database.reads() as session:
+        with self.database.reads() as session:
             return _contribution(session, job, client_id)
 
     def contributions(self, job: str) -> Sequence[Contribution]:
         """Those that stand."""
-        with self._database.reads() as session:
+        with self.database.reads() as session:
             query = select(Contribution).where(Contribution.job == job, not_(Contribution.replaced))
             return session.scalars(query.order_by(Contribution.received, Contribution.client_id)).all()
 
     def bytes_of(self, job: str) -> int:
         """Of all contributions to a job, replaced ones too."""
-        with self._database.reads() as session:
+        with self.database.reads() as session:
             return session.scalar(select(func.sum(Contribution.size)).where(Contribution.job == job)) or 0
 
     def pending(self) -> Sequence[Contribution]:
         """Those that nobody has looked at yet, oldest first."""
-        with self._database.reads() as session:
+        with self.database.reads() as session:
             query = select(Contribution).where(Contribution.standing == "pending").order_by(Contribution.received)
             return session.scalars(query).all()
 
     def stand(self, contribution: Contribution, unsound: str, now: float) -> Contribution:
         """Note what was found of a contribution by itself: why it is unsound, or nothing."""
-        with self._database.writes() as session:
+        with self.database.writes() as session:
             row = session.get_one(Contribution, (contribution.job, contribution.client_id, contribution.revision))
             if row.standing != "pending":
                 return row
@@ -243,7 +243,7 @@ class Store:
         Raises:
             Refused: there is nothing to judge, or what is there cannot take part.
         """
-        with self._database.writes() as session:
+        with self.database.writes() as session:
             row = _contribution(session, job, client_id)
             if row is None:
                 raise Refused("this client has not contributed yet")
@@ -256,7 +256,7 @@ class Store:
             return row
 
     def counts(self, job: str) -> Counts:
-        with self._database.reads() as session:
+        with self.database.reads() as session:
             given = select(func.count()).where(Contribution.job == job, not_(Contribution.replaced))
             return Counts(
                 joined=session.scalar(select(func.count()).where(Client.job == job)) or 0,
@@ -269,7 +269,7 @@ class Store:
     def in_making(self, job: str) -> tuple[Publication, Sequence[Contribution]] | None:
         """The version that is being made, and the contributions that it is made of, in an order that does not depend on
         who came first, so that a publication made again is the same."""
-        with self._database.reads() as session:
+        with self.database.reads() as session:
             query = select(Publication).where(Publication.job == job, Publication.publication.is_(None))
             row = session.scalar(query)
             if row is None:
@@ -284,7 +284,7 @@ class Store:
     ) -> tuple[Round, Round]:
         """A version, what its cohort made of each contribution (client id to verdict and reason), and the round's new
         state, together."""
-        with self._database.writes() as session:
+        with self.database.writes() as session:
             before = round_rows.read(session, self._known(session, job))
             after = rounds.apply(before, rounds.Published(), now)
             row = session.get(Publication, (job, publication.version))
@@ -301,13 +301,13 @@ class Store:
 
     def publications(self, job: str) -> Sequence[pb.Publication]:
         """Those that are made, oldest first."""
-        with self._database.reads() as session:
+        with self.database.reads() as session:
             query = select(Publication.publication).where(Publication.job == job, Publication.publication.is_not(None))
             return [found for found in session.scalars(query.order_by(Publication.version)) if found is not None]
 
     def versions(self, job: str) -> Collection[int]:
         """Of all publications, the one in the making too."""
-        with self._database.reads() as session:
+        with self.database.reads() as session:
             return set(session.scalars(select(Publication.version).where(Publication.job == job)))
 
     # What clients find of publications
@@ -318,7 +318,7 @@ class Store:
         Raises:
             NotFound: there is no such version.
         """
-        with self._database.writes() as session:
+        with self.database.writes() as session:
             round_rows.job(session, client.job)
             made = session.get(Publication, (client.job, evaluation.version))
             if made is None or made.publication is None:
@@ -336,7 +336,7 @@ class Store:
     def evaluations(self, job: str) -> Mapping[str, Sequence[pb.Evaluation]]:
         """By client id, oldest version first."""
         found: dict[str, list[pb.Evaluation]] = {}
-        with self._database.reads() as session:
+        with self.database.reads() as session:
             for row in session.scalars(select(Evaluation).where(Evaluation.job == job).order_by(Evaluation.version)):
                 found.setdefault(row.client_id, []).append(row.evaluation)
         return found

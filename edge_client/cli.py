@@ -52,6 +52,9 @@ app.add_typer(published.app)
 
 @app.command(epilog="Example: edge-client join --server host:50051 --data notes/")
 def join(
+    link: Annotated[
+        str, typer.Argument(metavar="[LINK]", help="What the operator gave you: oneround://…", show_default=False)
+    ] = "",
     server: Server = "",
     job: Annotated[str, typer.Option(help="The job; not needed when only one is open.")] = "",
     data: options.Data = Path("data"),
@@ -81,6 +84,7 @@ def join(
 ) -> None:
     """Take part in a job, start to receipt. Run it again after any interruption, and it goes on."""
     screen = Screen(as_json)
+    invited = options.invitation(link, server)
     guest = options.guest(when, min_battery, min_memory, nice)
     options.make(state)
     waiting = any(box.trained() and not box.receipt() for box in outbox.all_outboxes(state))
@@ -90,7 +94,6 @@ def join(
         chosen = backends.choose(backend)
     taker = session.Taker(
         state=state,
-        client_id=identity.client_id(state),
         name=name or socket.gethostname(),
         data=data,
         backend=chosen,
@@ -103,9 +106,12 @@ def join(
     )
 
     async def run() -> None:
-        async with reach.connected(server, state, screen, insecure) as remote:
+        async with reach.connected(
+            invited.server, state, screen, insecure, token=invited.token, key=invited.fingerprint
+        ) as remote:
             with command.only_one(state, "edge-client join"):
-                wanted = consent.meant((await remote.jobs()).jobs, job)
+                there = (await remote.jobs()).jobs
+                wanted = consent.meant(there, job or remote.token_job)
                 name, key = wanted.spec.name, identity.Pins(state).all().get(remote.server, "")
                 terms = consent.terms(wanted, taker.request(name), "" if insecure else key)
                 if not consent.given(outbox.all_outboxes(state), terms) and not await consent.ask(

@@ -20,7 +20,7 @@ from oneround.v1 import federation_pb2 as pb
 
 # All of it: a test holds these against every field of the protocol's messages, and against the adapter's file.
 TO_JOIN = (
-    "the name {name!r}; {platform}, {backend} on {device}; a random number that stands for this machine; and, as to "
+    "the name {name!r}; {platform}, {backend} on {device}; a public key that stands for this machine; and, as to "
     "any server, its network address"
 )
 MEANWHILE = (

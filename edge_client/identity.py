@@ -3,20 +3,63 @@
 from __future__ import annotations
 
 import json
-import secrets
+from dataclasses import dataclass
 from pathlib import Path
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from converters import tensors
 from converters.errors import BadData, Refused
-from oneround import tls
+from oneround import signing, tls
 
 
-def client_id(state: Path) -> str:
-    """32 hex digits, made once per state folder; contributions are idempotent on it."""
-    file = state / "client-id"
+@dataclass(frozen=True)
+class Me:
+    """This client's key. Whoever holds it is this client."""
+
+    key: Ed25519PrivateKey
+
+    @property
+    def public_key(self) -> bytes:
+        """SubjectPublicKeyInfo, DER."""
+        return signing.spki(self.key)
+
+    @property
+    def client_id(self) -> str:
+        """32 hex digits; contributions are idempotent on it."""
+        return signing.client_id(self.public_key)
+
+
+def me(state: Path, *, keep: bool = True) -> Me:
+    """The key in a state folder, made on the first use; with `keep` off a new one is kept nowhere.
+
+    Raises:
+        BadData: the file holds no such key.
+    """
+    file = state / "client-key.pem"
     if not file.exists():
-        tensors.replace(file, [secrets.token_hex(16).encode()])
-    return file.read_text().strip()
+        made = passing()
+        if keep:
+            pem = made.key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
+            state.mkdir(parents=True, exist_ok=True)
+            tensors.replace(file, [pem], private=True)
+        return made
+    try:
+        found = signing.private(file.read_bytes())
+        if isinstance(found, Ed25519PrivateKey):
+            return Me(found)
+        why = "it holds another kind of key"
+    except ValueError as error:
+        why = str(error)
+    raise BadData(f"{file} is damaged: {why}", hint="remove it, and join as a new client")
+
+
+def passing() -> Me:
+    """A key that is kept nowhere, for who only asks."""
+    return Me(Ed25519PrivateKey.generate())
 
 
 class Pins:
@@ -24,8 +67,8 @@ class Pins:
 
     def __init__(self, state: Path, *, keep: bool = True) -> None:
         """`keep`: what is seen for the first time is written down."""
+        self.state, self.keep = state, keep
         self._file = state / "known-coordinators.json"
-        self._keep = keep
 
     def check(self, address: str, fingerprint: str) -> bool:
         """Pin an address's key on first use; returns whether this was the first use.
@@ -34,7 +77,7 @@ class Pins:
             Refused: the key is not the one that was pinned.
         """
         pinned = self.all().get(address)
-        if pinned is None and not self._keep:
+        if pinned is None and not self.keep:
             return True
         if pinned is None:
             self._file.parent.mkdir(parents=True, exist_ok=True)

@@ -51,10 +51,19 @@ class Roaming(Remote):
 
 @asynccontextmanager
 async def connected(
-    server: str, state: Path, screen: Screen, insecure: bool, job: str = "", *, pin: bool = True
+    server: str,
+    state: Path,
+    screen: Screen,
+    insecure: bool,
+    job: str = "",
+    *,
+    pin: bool = True,
+    token: str = "",
+    key: str = "",
 ) -> AsyncIterator[Remote]:
     """A connection to the named coordinator; or to the one that the job (or the last job) was joined at, wherever it is
-    now; or to the one on this network. With `pin` the key of one that was never seen before is pinned."""
+    now; or to the one on this network. With `pin` the key of one that was never seen before is pinned. An invitation
+    says the `token` to come in by, and the fingerprint of the `key` that has to answer."""
 
     def on_first_use(address: str, fingerprint: str) -> None:
         screen.say("pinned", server=address, fingerprint=tls.grouped(fingerprint))
@@ -72,7 +81,11 @@ async def connected(
     async with AsyncExitStack() as open_now:
         try:
             remote = await _first_that_answers(
-                [partial(connect, place, pins, on_first_use, insecure=insecure) for place in places], open_now
+                [
+                    partial(connect, place, pins, on_first_use, key=key, insecure=insecure, token=token)
+                    for place in places
+                ],
+                open_now,
             )
         except Unreachable as nobody:
             key = pins.all().get(places[0])

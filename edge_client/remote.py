@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import os
 import ssl
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
 from converters import tensors
 from converters.errors import BadData, Refused, Unreachable, UsageError, from_status
-from edge_client.identity import Pins
-from oneround import stream, tls
+from edge_client import identity
+from edge_client.identity import Me, Pins
+from oneround import signing, stream, tls
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
 
@@ -46,48 +49,58 @@ OnFirstUse = Callable[[str, str], None]  # called with the address and the finge
 class Remote:
     """A connection. Methods raise OneroundError: Refused for a no, Unreachable when nobody answers."""
 
-    def __init__(self, server: str, channel: grpc.aio.Channel, certificate: bytes = b"") -> None:
+    def __init__(
+        self, server: str, channel: grpc.aio.Channel, certificate: bytes = b"", me: Me | None = None, token: str = ""
+    ) -> None:
+        """`certificate` is PEM, and empty without TLS; `token` is the secret of one, to come in by."""
         self.server = server
-        self.certificate = certificate  # PEM; empty without TLS
+        self.certificate = certificate
+        self.channel = channel
         self._stub = rpc.FederationStub(channel)
+        self.me = me or identity.passing()
+        self._token = token
+        self.token_job = ""  # the job that the token is for, once signed in
+        self._session, self._renew_at = "", 0.0
+        self._signing_in = asyncio.Lock()
 
     def go_on_over(self, other: Remote) -> None:
         """Use another's connection from now on: the same coordinator, at another place."""
-        self.server, self.certificate, self._stub = other.server, other.certificate, other._stub
+        self.__dict__ |= other.__dict__
 
     async def find_again(self, lost: str) -> bool:
         """Whether there is another place to go on at, when nobody answers at `lost`. See reach.Roaming."""
         return self.server != lost
 
     async def join(self, request: pb.JoinRequest) -> pb.JoinReply:
-        async with self._readable():
-            return await self._stub.Join(request, timeout=CALL_SECONDS)
+        reply: pb.JoinReply = await self._call("Join", request)
+        return reply
 
     async def jobs(self) -> pb.ListJobsReply:
         """What anybody may know of the coordinator's jobs, newest first, and its clock. Says nothing of who asks."""
-        async with self._readable():
-            return await self._stub.ListJobs(pb.ListJobsRequest(), timeout=CALL_SECONDS)
+        reply: pb.ListJobsReply = await self._call("ListJobs", pb.ListJobsRequest())
+        return reply
 
     async def describe(self, name: str) -> pb.Job:
         """What joining a job (the only open one, if empty) would announce."""
-        async with self._readable():
-            return await self._stub.Describe(pb.DescribeRequest(job=name), timeout=CALL_SECONDS)
+        job: pb.Job = await self._call("Describe", pb.DescribeRequest(job=name))
+        return job
 
     async def heartbeat(self, beat: pb.HeartbeatRequest) -> pb.HeartbeatReply:
-        async with self._readable():
-            return await self._stub.Heartbeat(beat, timeout=CALL_SECONDS)
+        reply: pb.HeartbeatReply = await self._call("Heartbeat", beat)
+        return reply
 
     async def job(self, name: str) -> pb.JobStatus:
         """The job's status now."""
         async with self._readable():
-            async for status in self._stub.Watch(pb.WatchRequest(job=name), timeout=CALL_SECONDS):
+            known = await self._signed_in()
+            async for status in self._stub.Watch(pb.WatchRequest(job=name), timeout=CALL_SECONDS, metadata=known):
                 return status
         raise Refused(f"the coordinator says nothing of {name!r}")
 
     async def watch(self, name: str) -> AsyncIterator[pb.JobStatus]:
         """The job's status, now and whenever it changes."""
         async with self._readable():
-            async for status in self._stub.Watch(pb.WatchRequest(job=name)):
+            async for status in self._stub.Watch(pb.WatchRequest(job=name), metadata=await self._signed_in()):
                 yield status
 
     async def download(self, job: str, artifact: pb.Artifact, to: Path, on_bytes: OnBytes) -> None:
@@ -121,7 +134,8 @@ class Remote:
 
     async def _pieces(self, job: str, artifact: pb.Artifact, offset: int, on_bytes: OnBytes) -> AsyncIterator[bytes]:
         """An artifact's bytes as they come, and not one more than were announced."""
-        async for chunk in self._stub.Download(pb.DownloadRequest(job=job, digest=artifact.digest, offset=offset)):
+        wanted = pb.DownloadRequest(job=job, digest=artifact.digest, offset=offset)
+        async for chunk in self._stub.Download(wanted, metadata=await self._signed_in()):
             offset += len(chunk.data)
             if offset > artifact.size:
                 return
@@ -129,13 +143,11 @@ class Remote:
             on_bytes(offset)
 
     async def withdraw(self, lease: str) -> None:
-        async with self._readable():
-            await self._stub.Withdraw(pb.WithdrawRequest(lease=lease), timeout=CALL_SECONDS)
+        await self._call("Withdraw", pb.WithdrawRequest(lease=lease))
 
     async def report(self, lease: str, evaluation: pb.Evaluation) -> None:
         """Tell how well a publication does on this client's data, in these numbers and nothing else."""
-        async with self._readable():
-            await self._stub.Report(pb.ReportRequest(lease=lease, evaluation=evaluation), timeout=CALL_SECONDS)
+        await self._call("Report", pb.ReportRequest(lease=lease, evaluation=evaluation))
 
     async def upload(self, lease: str, declaration: pb.Declaration, file: Path, on_bytes: OnBytes) -> pb.Receipt:
         """Send the contribution from the offset that the coordinator has; returns the receipt.
@@ -143,10 +155,9 @@ class Remote:
         Raises:
             Unreachable: also for troubles of the coordinator that may pass, such as a full disk.
         """
-        async with self._readable(passing=_PASSING):
-            opened = await self._stub.OpenUpload(
-                pb.OpenUploadRequest(lease=lease, declaration=declaration), timeout=CALL_SECONDS
-            )
+        opened = await self._call(
+            "OpenUpload", pb.OpenUploadRequest(lease=lease, declaration=declaration), passing=_PASSING
+        )
         if opened.HasField("receipt"):
             return opened.receipt
 
@@ -159,7 +170,39 @@ class Remote:
                 on_bytes(sent)
 
         async with self._readable(passing=_PASSING):
-            return await self._stub.Upload(messages())
+            return await self._stub.Upload(messages(), metadata=await self._signed_in())
+
+    async def _call(self, method: str, request: Message, passing: frozenset[grpc.StatusCode] = _GONE) -> Any:
+        """A call with one answer. A session that is over meanwhile, as after a day asleep, is begun anew, once."""
+        async with self._readable(passing):
+            had = self._session
+            try:
+                known = await self._signed_in()
+                return await getattr(self._stub, method)(request, timeout=CALL_SECONDS, metadata=known)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is not grpc.StatusCode.UNAUTHENTICATED or not had:
+                    raise
+                self._session = ""
+            known = await self._signed_in()
+            return await getattr(self._stub, method)(request, timeout=CALL_SECONDS, metadata=known)
+
+    async def _signed_in(self) -> Sequence[tuple[str, str]]:
+        """What goes with every call, so that the coordinator knows who makes it."""
+        async with self._signing_in:
+            if not self._session or time.monotonic() > self._renew_at:
+                self._session = ""
+                asked: pb.ChallengeReply = await self._stub.Challenge(pb.ChallengeRequest(), timeout=CALL_SECONDS)
+                coordinator = tls.fingerprint(self.certificate) if self.certificate else ""
+                request = pb.SignInRequest(
+                    key=self.me.public_key,
+                    challenge=asked.challenge,
+                    signature=signing.sign(self.me.key, signing.sign_in(coordinator, asked.challenge, self._token)),
+                    token=self._token,
+                )
+                reply: pb.SignInReply = await self._stub.SignIn(request, timeout=CALL_SECONDS)
+                self._session, self.token_job = reply.session, reply.job
+                self._renew_at = time.monotonic() + reply.holds_seconds / 2
+        return [("authorization", f"Session {self._session}")]
 
     @asynccontextmanager
     async def _readable(self, passing: frozenset[grpc.StatusCode] = _GONE) -> AsyncIterator[None]:
@@ -170,6 +213,11 @@ class Remote:
             if error.code() in _GONE:
                 # "failed to connect to all addresses; last error: UNKNOWN: ipv4:…: Connection refused"
                 raise _unreachable(self.server, (error.details() or "").rpartition(": ")[2]) from error
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED and self._session:
+                self._session = ""
+                raise Unreachable(
+                    f"the session with the coordinator at {self.server} is over", hint="run the same command again"
+                ) from error
             if error.code() in passing:
                 raise Unreachable(f"the coordinator at {self.server} has a trouble: {error.details()}") from error
             hint: Any = dict(error.trailing_metadata() or ()).get("hint-bin", b"")
@@ -178,9 +226,17 @@ class Remote:
 
 @asynccontextmanager
 async def connect(
-    server: str, pins: Pins, on_first_use: OnFirstUse, *, key: str = "", insecure: bool = False
+    server: str,
+    pins: Pins,
+    on_first_use: OnFirstUse,
+    *,
+    key: str = "",
+    insecure: bool = False,
+    me: Me | None = None,
+    token: str = "",
 ) -> AsyncIterator[Remote]:
     """A connection to the coordinator at HOST:PORT whose key is the pinned one; or the given one, where it has moved.
+    Made as `me`, or as who the pins are of; `token` is the secret of one, to come in by.
 
     Raises:
         Refused: its key has changed.
@@ -200,7 +256,7 @@ async def connect(
         credentials = grpc.ssl_channel_credentials(root_certificates=certificate)
         channel = grpc.aio.secure_channel(server, credentials, [*_OPTIONS, ("grpc.ssl_target_name_override", tls.NAME)])
     async with channel:
-        yield Remote(server, channel, certificate)
+        yield Remote(server, channel, certificate, me or identity.me(pins.state, keep=pins.keep), token)
 
 
 def local_path(folder: Path, artifact: pb.Artifact) -> Path:

@@ -40,6 +40,8 @@ SENTENCES = {
     "several": "Several coordinators make themselves known on this network:\n{rows}",
     "found": "Found [bold]{name}[/bold] on this network, at {server}",
     "moved": "Nobody answers at {before}; the coordinator with the same key is at {server} now.",
+    "asks": "Asked to take part in [bold]{job}[/bold]. The operator lets this machine in by\n"
+    "  coordinator clients approve {id} --job {job}",
     "joined": "Joined [bold]{job}[/bold] at {server} as {client}",
     "plan": "  base      {base}\n"
     "  data      {examples:,} examples, {tokens:,} target tokens; {held_out:,} rows held out. They stay here.\n"

@@ -61,7 +61,6 @@ def stay(
         chosen = backends.choose(backend)
     taker = Taker(
         state=state,
-        client_id=identity.client_id(state),
         name=name or socket.gethostname(),
         data=data,
         backend=chosen,
@@ -111,7 +110,7 @@ def install_service(
     with screen.busy("loading the training backend"):
         chosen = backends.choose(backend)
     options.setup(chosen, precision, bits)  # a wrong one is an error now, and not in a log
-    taker = Taker(state, identity.client_id(state), name or socket.gethostname(), data, chosen)
+    taker = Taker(state, name or socket.gethostname(), data, chosen)
     asyncio.run(_agree(screen, taker.request(""), accept, server, data, yes))
     place = asyncio.run(_reach_once(server, state, screen, insecure))
     command = [sys.executable, "-P", "-m", "edge_client.cli", "stay", "--yes", "--server", place]

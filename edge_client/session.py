@@ -32,6 +32,7 @@ from oneround.v1 import federation_pb2 as pb
 
 HEARTBEAT_SECONDS = 2.0
 VERDICT_SECONDS = 30.0  # how long to wait for what the coordinator makes of a contribution
+APPROVAL_SECONDS = 5.0  # between two looks at whether the operator has let this machine in
 SAVE_SECONDS = 30.0  # between two looks at how training stands that are kept
 SAVING_SHARE = 0.05  # of the time, at most, goes into keeping them
 
@@ -41,7 +42,6 @@ class Taker:
     """Who takes part, with what."""
 
     state: Path
-    client_id: str
     name: str
     data: Path
     backend: Backend
@@ -57,7 +57,6 @@ class Taker:
         """What is said of this machine to join a job."""
         return pb.JoinRequest(
             job=job,
-            client_id=self.client_id,
             client_name=self.name,
             machine=pb.Machine(
                 platform=f"{platform.system()} {platform.machine()}",
@@ -74,7 +73,7 @@ async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen)
         Refused: the coordinator says no, or has quarantined the contribution.
         BadData: the data, or what the coordinator sent, is not sound.
     """
-    reply = await remote.join(taker.request(job_name))
+    reply = await _let_in(remote, taker.request(job_name), screen)
     check(reply.job)
     box = outbox.outbox(taker.state, reply.job)
     box.keep_joined(remote.server, reply)
@@ -111,6 +110,24 @@ async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen)
         beating.cancel()
         await asyncio.gather(beating, return_exceptions=True)
     return _judged(receipt, judgement, screen)
+
+
+async def _let_in(remote: Remote, request: pb.JoinRequest, screen: Screen) -> pb.JoinReply:
+    """Join; where the operator has to approve, wait for that until the deadline.
+
+    Raises:
+        Refused: the deadline came first.
+    """
+    reply = await remote.join(request)
+    if reply.awaits_approval:
+        screen.say("asks", job=reply.job.spec.name, id=remote.me.client_id[:12], name=request.client_name)
+    while reply.awaits_approval:
+        if time.time() > reply.job.deadline_unix:
+            raise Refused(f"nobody has let this machine into {reply.job.spec.name!r} before its deadline")
+        await asyncio.sleep(APPROVAL_SECONDS)
+        with suppress(Unreachable):
+            reply = await remote.join(request)
+    return reply
 
 
 @dataclass

@@ -21,6 +21,17 @@ def statement(kind: str, *fields: str) -> bytes:
     return "\n".join(lines).encode()
 
 
+def sign_in(coordinator: str, challenge: bytes, token: str) -> bytes:
+    """What a client signs to be let in: for the coordinator with this key fingerprint (empty without TLS) and no other,
+    so that nobody in between can sign in elsewhere with it."""
+    return statement("sign-in", coordinator, challenge.hex(), token)
+
+
+def client_id(der: bytes) -> str:
+    """What a client is known by: the first 32 hex digits of its key's fingerprint."""
+    return fingerprint(der)[:32]
+
+
 def private(pem: bytes) -> PrivateKey:
     """An unencrypted private key.
 

@@ -3,8 +3,8 @@
 isort:skip_file
 The wire contract of oneround, and the one source of a job's defaults.
 
-The straight line of a client: Join, Download, train with Heartbeats, OpenUpload, Upload, and a Receipt. After the
-receipt it may leave for good. Watch tells it when the publication is there; Download fetches it.
+The straight line of a client: Challenge and SignIn, Join, Download, train with Heartbeats, OpenUpload, Upload, and a
+Receipt. After the receipt it may leave for good. Watch tells it when the publication is there; Download fetches it.
 """
 
 from collections import abc as _abc
@@ -183,6 +183,38 @@ DECISION_LET_REPLACE: Decision.ValueType  # 3
 """Its client may send another in its place."""
 Global___Decision: _TypeAlias = Decision  # noqa: Y015
 
+class _Settlement:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SettlementEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Settlement.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SETTLEMENT_UNSPECIFIED: _Settlement.ValueType  # 0
+    """Never sent."""
+    SETTLEMENT_APPROVE: _Settlement.ValueType  # 1
+    """It may take part in a job."""
+    SETTLEMENT_REFUSE: _Settlement.ValueType  # 2
+    """It may not, or no longer, take part in a job."""
+    SETTLEMENT_BAN: _Settlement.ValueType  # 3
+    """It may do nothing here any more."""
+    SETTLEMENT_UNBAN: _Settlement.ValueType  # 4
+    """A ban ends."""
+
+class Settlement(_Settlement, metaclass=_SettlementEnumTypeWrapper):
+    """What an operator decides of a client."""
+
+SETTLEMENT_UNSPECIFIED: Settlement.ValueType  # 0
+"""Never sent."""
+SETTLEMENT_APPROVE: Settlement.ValueType  # 1
+"""It may take part in a job."""
+SETTLEMENT_REFUSE: Settlement.ValueType  # 2
+"""It may not, or no longer, take part in a job."""
+SETTLEMENT_BAN: Settlement.ValueType  # 3
+"""It may do nothing here any more."""
+SETTLEMENT_UNBAN: Settlement.ValueType  # 4
+"""A ban ends."""
+Global___Settlement: _TypeAlias = Settlement  # noqa: Y015
+
 @_typing.final
 class JobSpec(_message.Message):
     """---- A job, as its TOML file says it. Field names are the file's keys; defaults stand here and nowhere else. ----
@@ -201,6 +233,7 @@ class JobSpec(_message.Message):
     AGGREGATE_FIELD_NUMBER: _builtins.int
     PUBLISH_FIELD_NUMBER: _builtins.int
     ADMISSION_FIELD_NUMBER: _builtins.int
+    ACCESS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name: lower-case letters, digits, `-`, `_` and `.`; unique on a coordinator."""
     @_builtins.property
@@ -235,6 +268,10 @@ class JobSpec(_message.Message):
     def admission(self) -> Global___AdmissionSpec:
         """What a contribution is held to."""
 
+    @_builtins.property
+    def access(self) -> Global___AccessSpec:
+        """Who may take part."""
+
     def __init__(
         self,
         *,
@@ -247,10 +284,11 @@ class JobSpec(_message.Message):
         aggregate: Global___AggregateSpec | None = ...,
         publish: Global___PublishSpec | None = ...,
         admission: Global___AdmissionSpec | None = ...,
+        access: Global___AccessSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "aggregate", b"aggregate", "lora", b"lora", "model", b"model", "name", b"name", "publish", b"publish", "round", b"round", "train", b"train", "upload", b"upload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "admission", b"admission", "aggregate", b"aggregate", "lora", b"lora", "model", b"model", "name", b"name", "publish", b"publish", "round", b"round", "train", b"train", "upload", b"upload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admission", b"admission", "aggregate", b"aggregate", "lora", b"lora", "model", b"model", "name", b"name", "publish", b"publish", "round", b"round", "train", b"train", "upload", b"upload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "admission", b"admission", "aggregate", b"aggregate", "lora", b"lora", "model", b"model", "name", b"name", "publish", b"publish", "round", b"round", "train", b"train", "upload", b"upload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -543,11 +581,129 @@ class AdmissionSpec(_message.Message):
 Global___AdmissionSpec: _TypeAlias = AdmissionSpec  # noqa: Y015
 
 @_typing.final
-class Artifact(_message.Message):
-    """---- What clients and coordinator say to each other ----
+class AccessSpec(_message.Message):
+    """Who may take part, and see that there is a job."""
 
-    A file that can be downloaded, named by its content.
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WHO_FIELD_NUMBER: _builtins.int
+    who: _builtins.str
+    """`open`: whoever is on the local network. `token`: who brings a token. `approved`: whoever is on the local network
+    may ask, and the operator decides.
     """
+    def __init__(
+        self,
+        *,
+        who: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["who", b"who"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["who", b"who"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AccessSpec: _TypeAlias = AccessSpec  # noqa: Y015
+
+@_typing.final
+class ChallengeRequest(_message.Message):
+    """---- What clients and coordinator say to each other ----"""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChallengeRequest: _TypeAlias = ChallengeRequest  # noqa: Y015
+
+@_typing.final
+class ChallengeReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHALLENGE_FIELD_NUMBER: _builtins.int
+    challenge: _builtins.bytes
+    """To be signed within a minute, once."""
+    def __init__(
+        self,
+        *,
+        challenge: _builtins.bytes | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["challenge", b"challenge"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["challenge", b"challenge"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChallengeReply: _TypeAlias = ChallengeReply  # noqa: Y015
+
+@_typing.final
+class SignInRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    CHALLENGE_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    key: _builtins.bytes
+    """The client's Ed25519 public key (SubjectPublicKeyInfo, DER)."""
+    challenge: _builtins.bytes
+    """From Challenge."""
+    signature: _builtins.bytes
+    """Over what signing.sign_in() makes of the coordinator's key, the challenge and the token."""
+    token: _builtins.str
+    """The secret of a token that the operator gave out; empty: none."""
+    def __init__(
+        self,
+        *,
+        key: _builtins.bytes | None = ...,
+        challenge: _builtins.bytes | None = ...,
+        signature: _builtins.bytes | None = ...,
+        token: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["challenge", b"challenge", "key", b"key", "signature", b"signature", "token", b"token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["challenge", b"challenge", "key", b"key", "signature", b"signature", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignInRequest: _TypeAlias = SignInRequest  # noqa: Y015
+
+@_typing.final
+class SignInReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    HOLDS_SECONDS_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    session: _builtins.str
+    """To be sent with every call; whoever holds it speaks for this client, so it goes nowhere else."""
+    holds_seconds: _builtins.float
+    """How long it holds, in seconds."""
+    job: _builtins.str
+    """The job that the token is for; empty: none, or any."""
+    def __init__(
+        self,
+        *,
+        session: _builtins.str | None = ...,
+        holds_seconds: _builtins.float | None = ...,
+        job: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["holds_seconds", b"holds_seconds", "job", b"job", "session", b"session"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holds_seconds", b"holds_seconds", "job", b"job", "session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SignInReply: _TypeAlias = SignInReply  # noqa: Y015
+
+@_typing.final
+class Artifact(_message.Message):
+    """A file that can be downloaded, named by its content."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -763,13 +919,10 @@ class JoinRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_FIELD_NUMBER: _builtins.int
-    CLIENT_ID_FIELD_NUMBER: _builtins.int
     CLIENT_NAME_FIELD_NUMBER: _builtins.int
     MACHINE_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     """The job's name; empty: the only one that is open."""
-    client_id: _builtins.str
-    """Stable and secret to this client: 32 hex digits, made once per machine. Contributions are idempotent on it."""
     client_name: _builtins.str
     """What people see in tables."""
     @_builtins.property
@@ -780,13 +933,12 @@ class JoinRequest(_message.Message):
         self,
         *,
         job: _builtins.str | None = ...,
-        client_id: _builtins.str | None = ...,
         client_name: _builtins.str | None = ...,
         machine: Global___Machine | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "client_name", b"client_name", "job", b"job", "machine", b"machine"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["client_name", b"client_name", "job", b"job", "machine", b"machine"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "client_name", b"client_name", "job", b"job", "machine", b"machine"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_name", b"client_name", "job", b"job", "machine", b"machine"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -801,10 +953,13 @@ class JoinReply(_message.Message):
     RECEIPT_FIELD_NUMBER: _builtins.int
     JUDGEMENT_FIELD_NUMBER: _builtins.int
     MAY_REPLACE_FIELD_NUMBER: _builtins.int
+    AWAITS_APPROVAL_FIELD_NUMBER: _builtins.int
     lease: _builtins.str
     """Names this client in this job in every later call."""
     may_replace: _builtins.bool
     """Another contribution may be sent in place of the one that is in."""
+    awaits_approval: _builtins.bool
+    """The operator has to let this client in first: there is no lease yet. Ask again in a while."""
     @_builtins.property
     def job(self) -> Global___Job:
         """What to do."""
@@ -825,10 +980,11 @@ class JoinReply(_message.Message):
         receipt: Global___Receipt | None = ...,
         judgement: Global___Judgement | None = ...,
         may_replace: _builtins.bool | None = ...,
+        awaits_approval: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "judgement", b"judgement", "lease", b"lease", "may_replace", b"may_replace", "receipt", b"receipt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["awaits_approval", b"awaits_approval", "job", b"job", "judgement", b"judgement", "lease", b"lease", "may_replace", b"may_replace", "receipt", b"receipt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "judgement", b"judgement", "lease", b"lease", "may_replace", b"may_replace", "receipt", b"receipt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["awaits_approval", b"awaits_approval", "job", b"job", "judgement", b"judgement", "lease", b"lease", "may_replace", b"may_replace", "receipt", b"receipt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1206,7 +1362,7 @@ class Receipt(_message.Message):
     job: _builtins.str
     """The job that was contributed to."""
     client_id: _builtins.str
-    """Who contributed."""
+    """Who contributed: the first 32 hex digits of the SHA-256 of the client's key."""
     digest: _builtins.str
     """SHA-256 of what is stored, in hex."""
     size: _builtins.int
@@ -1312,7 +1468,7 @@ class ClientStatus(_message.Message):
     last_seen_unix: _builtins.float
     """Seconds since the Unix epoch."""
     id: _builtins.str
-    """Twelve hex digits that name it to operators and in manifests, and let nobody speak for it."""
+    """What names it to operators and in manifests: the first twelve hex digits of its client_id."""
     @_builtins.property
     def machine(self) -> Global___Machine:
         """Where it trains."""
@@ -1774,3 +1930,323 @@ class JudgeRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JudgeRequest: _TypeAlias = JudgeRequest  # noqa: Y015
+
+@_typing.final
+class Token(_message.Message):
+    """---- Who is known ----
+
+    Something that lets its holders join, without its secret.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    CREATED_UNIX_FIELD_NUMBER: _builtins.int
+    EXPIRES_UNIX_FIELD_NUMBER: _builtins.int
+    USES_FIELD_NUMBER: _builtins.int
+    USED_FIELD_NUMBER: _builtins.int
+    REVOKED_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Eight hex digits."""
+    job: _builtins.str
+    """The job that it is for; empty: every job."""
+    note: _builtins.str
+    """Whom it was made for, in the operator's words."""
+    created_unix: _builtins.float
+    """Seconds since the Unix epoch."""
+    expires_unix: _builtins.float
+    """Nobody comes in by it after this, in seconds since the Unix epoch."""
+    uses: _builtins.int
+    """How many clients may come in by it; 0: any number."""
+    used: _builtins.int
+    """How many have."""
+    revoked: _builtins.bool
+    """The operator has ended it."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str | None = ...,
+        job: _builtins.str | None = ...,
+        note: _builtins.str | None = ...,
+        created_unix: _builtins.float | None = ...,
+        expires_unix: _builtins.float | None = ...,
+        uses: _builtins.int | None = ...,
+        used: _builtins.int | None = ...,
+        revoked: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_unix", b"created_unix", "expires_unix", b"expires_unix", "id", b"id", "job", b"job", "note", b"note", "revoked", b"revoked", "used", b"used", "uses", b"uses"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_unix", b"created_unix", "expires_unix", b"expires_unix", "id", b"id", "job", b"job", "note", b"note", "revoked", b"revoked", "used", b"used", "uses", b"uses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Token: _TypeAlias = Token  # noqa: Y015
+
+@_typing.final
+class CreateTokenRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    HOLDS_SECONDS_FIELD_NUMBER: _builtins.int
+    USES_FIELD_NUMBER: _builtins.int
+    NOTE_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    """The job that it is for; empty: every job."""
+    holds_seconds: _builtins.float
+    """How long it holds, in seconds."""
+    uses: _builtins.int
+    """How many clients may come in by it; 0: any number."""
+    note: _builtins.str
+    """Whom it is made for."""
+    def __init__(
+        self,
+        *,
+        job: _builtins.str | None = ...,
+        holds_seconds: _builtins.float | None = ...,
+        uses: _builtins.int | None = ...,
+        note: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["holds_seconds", b"holds_seconds", "job", b"job", "note", b"note", "uses", b"uses"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holds_seconds", b"holds_seconds", "job", b"job", "note", b"note", "uses", b"uses"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateTokenRequest: _TypeAlias = CreateTokenRequest  # noqa: Y015
+
+@_typing.final
+class CreateTokenReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
+    secret: _builtins.str
+    """What its holder shows; said once, here."""
+    @_builtins.property
+    def token(self) -> Global___Token:
+        """What is kept of it."""
+
+    def __init__(
+        self,
+        *,
+        token: Global___Token | None = ...,
+        secret: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["secret", b"secret", "token", b"token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["secret", b"secret", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateTokenReply: _TypeAlias = CreateTokenReply  # noqa: Y015
+
+@_typing.final
+class ListTokensRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListTokensRequest: _TypeAlias = ListTokensRequest  # noqa: Y015
+
+@_typing.final
+class ListTokensReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[Global___Token]:
+        """Newest first."""
+
+    def __init__(
+        self,
+        *,
+        tokens: _abc.Iterable[Global___Token] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListTokensReply: _TypeAlias = ListTokensReply  # noqa: Y015
+
+@_typing.final
+class RevokeTokenRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """The token's id."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeTokenRequest: _TypeAlias = RevokeTokenRequest  # noqa: Y015
+
+@_typing.final
+class Pass(_message.Message):
+    """Whether a client may take part in a job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    GRANTED_FIELD_NUMBER: _builtins.int
+    HOW_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    """The job; empty: every job."""
+    granted: _builtins.bool
+    """It may; if not, it has asked."""
+    how: _builtins.str
+    """How it came in: `open`, `approved`, or `token ID`."""
+    def __init__(
+        self,
+        *,
+        job: _builtins.str | None = ...,
+        granted: _builtins.bool | None = ...,
+        how: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["granted", b"granted", "how", b"how", "job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["granted", b"granted", "how", b"how", "job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pass: _TypeAlias = Pass  # noqa: Y015
+
+@_typing.final
+class KnownClient(_message.Message):
+    """A key that has signed in."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    FIRST_SEEN_UNIX_FIELD_NUMBER: _builtins.int
+    LAST_SEEN_UNIX_FIELD_NUMBER: _builtins.int
+    BANNED_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    PASSES_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """Twelve hex digits, the first of its client_id."""
+    name: _builtins.str
+    """What people call it."""
+    first_seen_unix: _builtins.float
+    """Seconds since the Unix epoch."""
+    last_seen_unix: _builtins.float
+    """Seconds since the Unix epoch."""
+    banned: _builtins.bool
+    """It is kept out of everything."""
+    why: _builtins.str
+    """Why it is banned."""
+    @_builtins.property
+    def passes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Pass]:
+        """By job."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str | None = ...,
+        name: _builtins.str | None = ...,
+        first_seen_unix: _builtins.float | None = ...,
+        last_seen_unix: _builtins.float | None = ...,
+        banned: _builtins.bool | None = ...,
+        why: _builtins.str | None = ...,
+        passes: _abc.Iterable[Global___Pass] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["banned", b"banned", "first_seen_unix", b"first_seen_unix", "id", b"id", "last_seen_unix", b"last_seen_unix", "name", b"name", "passes", b"passes", "why", b"why"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["banned", b"banned", "first_seen_unix", b"first_seen_unix", "id", b"id", "last_seen_unix", b"last_seen_unix", "name", b"name", "passes", b"passes", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KnownClient: _TypeAlias = KnownClient  # noqa: Y015
+
+@_typing.final
+class ListClientsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    """Those with a pass for this job, or who have asked for one; empty: all."""
+    def __init__(
+        self,
+        *,
+        job: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListClientsRequest: _TypeAlias = ListClientsRequest  # noqa: Y015
+
+@_typing.final
+class ListClientsReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def clients(self) -> _containers.RepeatedCompositeFieldContainer[Global___KnownClient]:
+        """Who was seen last comes first."""
+
+    def __init__(
+        self,
+        *,
+        clients: _abc.Iterable[Global___KnownClient] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["clients", b"clients"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clients", b"clients"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListClientsReply: _TypeAlias = ListClientsReply  # noqa: Y015
+
+@_typing.final
+class SettleRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    SETTLEMENT_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    client: _builtins.str
+    """The client's id, or its name where only one has it."""
+    job: _builtins.str
+    """The job, for approving and refusing; empty: every job."""
+    settlement: Global___Settlement.ValueType
+    """What is decided."""
+    why: _builtins.str
+    """Why, for the record."""
+    def __init__(
+        self,
+        *,
+        client: _builtins.str | None = ...,
+        job: _builtins.str | None = ...,
+        settlement: Global___Settlement.ValueType | None = ...,
+        why: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "job", b"job", "settlement", b"settlement", "why", b"why"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "job", b"job", "settlement", b"settlement", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SettleRequest: _TypeAlias = SettleRequest  # noqa: Y015

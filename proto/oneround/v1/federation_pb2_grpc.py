@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class FederationStub:
-    """What a coordinator offers to clients.
+    """What a coordinator offers to clients. Every call but the first two carries the session that SignIn gave, as
+    `authorization: Session SESSION`.
     """
 
     def __init__(self, channel):
@@ -35,6 +36,16 @@ class FederationStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.Challenge = channel.unary_unary(
+                '/oneround.v1.Federation/Challenge',
+                request_serializer=oneround_dot_v1_dot_federation__pb2.ChallengeRequest.SerializeToString,
+                response_deserializer=oneround_dot_v1_dot_federation__pb2.ChallengeReply.FromString,
+                _registered_method=True)
+        self.SignIn = channel.unary_unary(
+                '/oneround.v1.Federation/SignIn',
+                request_serializer=oneround_dot_v1_dot_federation__pb2.SignInRequest.SerializeToString,
+                response_deserializer=oneround_dot_v1_dot_federation__pb2.SignInReply.FromString,
+                _registered_method=True)
         self.ListJobs = channel.unary_unary(
                 '/oneround.v1.Federation/ListJobs',
                 request_serializer=oneround_dot_v1_dot_federation__pb2.ListJobsRequest.SerializeToString,
@@ -88,8 +99,23 @@ class FederationStub:
 
 
 class FederationServicer:
-    """What a coordinator offers to clients.
+    """What a coordinator offers to clients. Every call but the first two carries the session that SignIn gave, as
+    `authorization: Session SESSION`.
     """
+
+    def Challenge(self, request, context):
+        """Something to sign, for SignIn.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SignIn(self, request, context):
+        """Prove to hold a key; be known by it for a while. A token, if one was given out to this client, is redeemed here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def ListJobs(self, request, context):
         """The jobs that this coordinator has, newest first.
@@ -106,7 +132,7 @@ class FederationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Join(self, request, context):
-        """Take part in a job. Joining again with the same client_id returns the same lease.
+        """Take part in a job. Joining again with the same key returns the same lease.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -165,6 +191,16 @@ class FederationServicer:
 
 def add_FederationServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Challenge': grpc.unary_unary_rpc_method_handler(
+                    servicer.Challenge,
+                    request_deserializer=oneround_dot_v1_dot_federation__pb2.ChallengeRequest.FromString,
+                    response_serializer=oneround_dot_v1_dot_federation__pb2.ChallengeReply.SerializeToString,
+            ),
+            'SignIn': grpc.unary_unary_rpc_method_handler(
+                    servicer.SignIn,
+                    request_deserializer=oneround_dot_v1_dot_federation__pb2.SignInRequest.FromString,
+                    response_serializer=oneround_dot_v1_dot_federation__pb2.SignInReply.SerializeToString,
+            ),
             'ListJobs': grpc.unary_unary_rpc_method_handler(
                     servicer.ListJobs,
                     request_deserializer=oneround_dot_v1_dot_federation__pb2.ListJobsRequest.FromString,
@@ -224,8 +260,63 @@ def add_FederationServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Federation:
-    """What a coordinator offers to clients.
+    """What a coordinator offers to clients. Every call but the first two carries the session that SignIn gave, as
+    `authorization: Session SESSION`.
     """
+
+    @staticmethod
+    def Challenge(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/oneround.v1.Federation/Challenge',
+            oneround_dot_v1_dot_federation__pb2.ChallengeRequest.SerializeToString,
+            oneround_dot_v1_dot_federation__pb2.ChallengeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SignIn(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/oneround.v1.Federation/SignIn',
+            oneround_dot_v1_dot_federation__pb2.SignInRequest.SerializeToString,
+            oneround_dot_v1_dot_federation__pb2.SignInReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def ListJobs(request,
@@ -543,6 +634,31 @@ class AdminStub:
                 request_serializer=oneround_dot_v1_dot_federation__pb2.JudgeRequest.SerializeToString,
                 response_deserializer=oneround_dot_v1_dot_federation__pb2.JobStatus.FromString,
                 _registered_method=True)
+        self.CreateToken = channel.unary_unary(
+                '/oneround.v1.Admin/CreateToken',
+                request_serializer=oneround_dot_v1_dot_federation__pb2.CreateTokenRequest.SerializeToString,
+                response_deserializer=oneround_dot_v1_dot_federation__pb2.CreateTokenReply.FromString,
+                _registered_method=True)
+        self.ListTokens = channel.unary_unary(
+                '/oneround.v1.Admin/ListTokens',
+                request_serializer=oneround_dot_v1_dot_federation__pb2.ListTokensRequest.SerializeToString,
+                response_deserializer=oneround_dot_v1_dot_federation__pb2.ListTokensReply.FromString,
+                _registered_method=True)
+        self.RevokeToken = channel.unary_unary(
+                '/oneround.v1.Admin/RevokeToken',
+                request_serializer=oneround_dot_v1_dot_federation__pb2.RevokeTokenRequest.SerializeToString,
+                response_deserializer=oneround_dot_v1_dot_federation__pb2.Token.FromString,
+                _registered_method=True)
+        self.ListClients = channel.unary_unary(
+                '/oneround.v1.Admin/ListClients',
+                request_serializer=oneround_dot_v1_dot_federation__pb2.ListClientsRequest.SerializeToString,
+                response_deserializer=oneround_dot_v1_dot_federation__pb2.ListClientsReply.FromString,
+                _registered_method=True)
+        self.Settle = channel.unary_unary(
+                '/oneround.v1.Admin/Settle',
+                request_serializer=oneround_dot_v1_dot_federation__pb2.SettleRequest.SerializeToString,
+                response_deserializer=oneround_dot_v1_dot_federation__pb2.KnownClient.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -598,6 +714,41 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateToken(self, request, context):
+        """Make a token that lets its holders join.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTokens(self, request, context):
+        """All tokens, newest first; their secrets are known to nobody here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeToken(self, request, context):
+        """From now on nobody comes in by it; who is in stays.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListClients(self, request, context):
+        """Every key that has signed in and asked for something, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Settle(self, request, context):
+        """Let a client into a job, keep it out of one, or keep it out of everything.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -635,6 +786,31 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Judge,
                     request_deserializer=oneround_dot_v1_dot_federation__pb2.JudgeRequest.FromString,
                     response_serializer=oneround_dot_v1_dot_federation__pb2.JobStatus.SerializeToString,
+            ),
+            'CreateToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateToken,
+                    request_deserializer=oneround_dot_v1_dot_federation__pb2.CreateTokenRequest.FromString,
+                    response_serializer=oneround_dot_v1_dot_federation__pb2.CreateTokenReply.SerializeToString,
+            ),
+            'ListTokens': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTokens,
+                    request_deserializer=oneround_dot_v1_dot_federation__pb2.ListTokensRequest.FromString,
+                    response_serializer=oneround_dot_v1_dot_federation__pb2.ListTokensReply.SerializeToString,
+            ),
+            'RevokeToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeToken,
+                    request_deserializer=oneround_dot_v1_dot_federation__pb2.RevokeTokenRequest.FromString,
+                    response_serializer=oneround_dot_v1_dot_federation__pb2.Token.SerializeToString,
+            ),
+            'ListClients': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListClients,
+                    request_deserializer=oneround_dot_v1_dot_federation__pb2.ListClientsRequest.FromString,
+                    response_serializer=oneround_dot_v1_dot_federation__pb2.ListClientsReply.SerializeToString,
+            ),
+            'Settle': grpc.unary_unary_rpc_method_handler(
+                    servicer.Settle,
+                    request_deserializer=oneround_dot_v1_dot_federation__pb2.SettleRequest.FromString,
+                    response_serializer=oneround_dot_v1_dot_federation__pb2.KnownClient.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -827,6 +1003,141 @@ class Admin:
             '/oneround.v1.Admin/Judge',
             oneround_dot_v1_dot_federation__pb2.JudgeRequest.SerializeToString,
             oneround_dot_v1_dot_federation__pb2.JobStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/oneround.v1.Admin/CreateToken',
+            oneround_dot_v1_dot_federation__pb2.CreateTokenRequest.SerializeToString,
+            oneround_dot_v1_dot_federation__pb2.CreateTokenReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTokens(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/oneround.v1.Admin/ListTokens',
+            oneround_dot_v1_dot_federation__pb2.ListTokensRequest.SerializeToString,
+            oneround_dot_v1_dot_federation__pb2.ListTokensReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/oneround.v1.Admin/RevokeToken',
+            oneround_dot_v1_dot_federation__pb2.RevokeTokenRequest.SerializeToString,
+            oneround_dot_v1_dot_federation__pb2.Token.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListClients(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/oneround.v1.Admin/ListClients',
+            oneround_dot_v1_dot_federation__pb2.ListClientsRequest.SerializeToString,
+            oneround_dot_v1_dot_federation__pb2.ListClientsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Settle(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/oneround.v1.Admin/Settle',
+            oneround_dot_v1_dot_federation__pb2.SettleRequest.SerializeToString,
+            oneround_dot_v1_dot_federation__pb2.KnownClient.FromString,
             options,
             channel_credentials,
             insecure,

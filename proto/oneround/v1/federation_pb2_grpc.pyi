@@ -3,8 +3,8 @@
 isort:skip_file
 The wire contract of oneround, and the one source of a job's defaults.
 
-The straight line of a client: Join, Download, train with Heartbeats, OpenUpload, Upload, and a Receipt. After the
-receipt it may leave for good. Watch tells it when the publication is there; Download fetches it.
+The straight line of a client: Challenge and SignIn, Join, Download, train with Heartbeats, OpenUpload, Upload, and a
+Receipt. After the receipt it may leave for good. Watch tells it when the publication is there; Download fetches it.
 """
 
 from collections import abc as _abc
@@ -31,18 +31,24 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class FederationStub:
-    """What a coordinator offers to clients."""
+    """What a coordinator offers to clients. Every call but the first two carries the session that SignIn gave, as
+    `authorization: Session SESSION`.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> FederationAsyncStub: ...
+    Challenge: _grpc.UnaryUnaryMultiCallable[_federation_pb2.ChallengeRequest, _federation_pb2.ChallengeReply]
+    """Something to sign, for SignIn."""
+    SignIn: _grpc.UnaryUnaryMultiCallable[_federation_pb2.SignInRequest, _federation_pb2.SignInReply]
+    """Prove to hold a key; be known by it for a while. A token, if one was given out to this client, is redeemed here."""
     ListJobs: _grpc.UnaryUnaryMultiCallable[_federation_pb2.ListJobsRequest, _federation_pb2.ListJobsReply]
     """The jobs that this coordinator has, newest first."""
     Describe: _grpc.UnaryUnaryMultiCallable[_federation_pb2.DescribeRequest, _federation_pb2.Job]
     """The job that Join would announce, without joining."""
     Join: _grpc.UnaryUnaryMultiCallable[_federation_pb2.JoinRequest, _federation_pb2.JoinReply]
-    """Take part in a job. Joining again with the same client_id returns the same lease."""
+    """Take part in a job. Joining again with the same key returns the same lease."""
     Heartbeat: _grpc.UnaryUnaryMultiCallable[_federation_pb2.HeartbeatRequest, _federation_pb2.HeartbeatReply]
     """Say how training goes; hear whether to go on. A client that is silent is taken to be asleep, never to have failed."""
     Download: _grpc.UnaryStreamMultiCallable[_federation_pb2.DownloadRequest, _federation_pb2.Chunk]
@@ -62,15 +68,21 @@ class FederationStub:
 
 @_typing.type_check_only
 class FederationAsyncStub(FederationStub):
-    """What a coordinator offers to clients."""
+    """What a coordinator offers to clients. Every call but the first two carries the session that SignIn gave, as
+    `authorization: Session SESSION`.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
+    Challenge: _aio.UnaryUnaryMultiCallable[_federation_pb2.ChallengeRequest, _federation_pb2.ChallengeReply]  # type: ignore[assignment]
+    """Something to sign, for SignIn."""
+    SignIn: _aio.UnaryUnaryMultiCallable[_federation_pb2.SignInRequest, _federation_pb2.SignInReply]  # type: ignore[assignment]
+    """Prove to hold a key; be known by it for a while. A token, if one was given out to this client, is redeemed here."""
     ListJobs: _aio.UnaryUnaryMultiCallable[_federation_pb2.ListJobsRequest, _federation_pb2.ListJobsReply]  # type: ignore[assignment]
     """The jobs that this coordinator has, newest first."""
     Describe: _aio.UnaryUnaryMultiCallable[_federation_pb2.DescribeRequest, _federation_pb2.Job]  # type: ignore[assignment]
     """The job that Join would announce, without joining."""
     Join: _aio.UnaryUnaryMultiCallable[_federation_pb2.JoinRequest, _federation_pb2.JoinReply]  # type: ignore[assignment]
-    """Take part in a job. Joining again with the same client_id returns the same lease."""
+    """Take part in a job. Joining again with the same key returns the same lease."""
     Heartbeat: _aio.UnaryUnaryMultiCallable[_federation_pb2.HeartbeatRequest, _federation_pb2.HeartbeatReply]  # type: ignore[assignment]
     """Say how training goes; hear whether to go on. A client that is silent is taken to be asleep, never to have failed."""
     Download: _aio.UnaryStreamMultiCallable[_federation_pb2.DownloadRequest, _federation_pb2.Chunk]  # type: ignore[assignment]
@@ -89,7 +101,25 @@ class FederationAsyncStub(FederationStub):
     """The job's status without its clients, now and whenever it changes."""
 
 class FederationServicer(metaclass=_abc_1.ABCMeta):
-    """What a coordinator offers to clients."""
+    """What a coordinator offers to clients. Every call but the first two carries the session that SignIn gave, as
+    `authorization: Session SESSION`.
+    """
+
+    @_abc_1.abstractmethod
+    def Challenge(
+        self,
+        request: _federation_pb2.ChallengeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.ChallengeReply, _abc.Awaitable[_federation_pb2.ChallengeReply]]:
+        """Something to sign, for SignIn."""
+
+    @_abc_1.abstractmethod
+    def SignIn(
+        self,
+        request: _federation_pb2.SignInRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.SignInReply, _abc.Awaitable[_federation_pb2.SignInReply]]:
+        """Prove to hold a key; be known by it for a while. A token, if one was given out to this client, is redeemed here."""
 
     @_abc_1.abstractmethod
     def ListJobs(
@@ -113,7 +143,7 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
         request: _federation_pb2.JoinRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_federation_pb2.JoinReply, _abc.Awaitable[_federation_pb2.JoinReply]]:
-        """Take part in a job. Joining again with the same client_id returns the same lease."""
+        """Take part in a job. Joining again with the same key returns the same lease."""
 
     @_abc_1.abstractmethod
     def Heartbeat(
@@ -196,6 +226,16 @@ class AdminStub:
     """Make a new version from the contributions that are here, by the job's method or another."""
     Judge: _grpc.UnaryUnaryMultiCallable[_federation_pb2.JudgeRequest, _federation_pb2.JobStatus]
     """Judge one contribution by hand: it takes part, or not, whatever was found; or let its client send another."""
+    CreateToken: _grpc.UnaryUnaryMultiCallable[_federation_pb2.CreateTokenRequest, _federation_pb2.CreateTokenReply]
+    """Make a token that lets its holders join."""
+    ListTokens: _grpc.UnaryUnaryMultiCallable[_federation_pb2.ListTokensRequest, _federation_pb2.ListTokensReply]
+    """All tokens, newest first; their secrets are known to nobody here."""
+    RevokeToken: _grpc.UnaryUnaryMultiCallable[_federation_pb2.RevokeTokenRequest, _federation_pb2.Token]
+    """From now on nobody comes in by it; who is in stays."""
+    ListClients: _grpc.UnaryUnaryMultiCallable[_federation_pb2.ListClientsRequest, _federation_pb2.ListClientsReply]
+    """Every key that has signed in and asked for something, newest first."""
+    Settle: _grpc.UnaryUnaryMultiCallable[_federation_pb2.SettleRequest, _federation_pb2.KnownClient]
+    """Let a client into a job, keep it out of one, or keep it out of everything."""
 
 @_typing.type_check_only
 class AdminAsyncStub(AdminStub):
@@ -216,6 +256,16 @@ class AdminAsyncStub(AdminStub):
     """Make a new version from the contributions that are here, by the job's method or another."""
     Judge: _aio.UnaryUnaryMultiCallable[_federation_pb2.JudgeRequest, _federation_pb2.JobStatus]  # type: ignore[assignment]
     """Judge one contribution by hand: it takes part, or not, whatever was found; or let its client send another."""
+    CreateToken: _aio.UnaryUnaryMultiCallable[_federation_pb2.CreateTokenRequest, _federation_pb2.CreateTokenReply]  # type: ignore[assignment]
+    """Make a token that lets its holders join."""
+    ListTokens: _aio.UnaryUnaryMultiCallable[_federation_pb2.ListTokensRequest, _federation_pb2.ListTokensReply]  # type: ignore[assignment]
+    """All tokens, newest first; their secrets are known to nobody here."""
+    RevokeToken: _aio.UnaryUnaryMultiCallable[_federation_pb2.RevokeTokenRequest, _federation_pb2.Token]  # type: ignore[assignment]
+    """From now on nobody comes in by it; who is in stays."""
+    ListClients: _aio.UnaryUnaryMultiCallable[_federation_pb2.ListClientsRequest, _federation_pb2.ListClientsReply]  # type: ignore[assignment]
+    """Every key that has signed in and asked for something, newest first."""
+    Settle: _aio.UnaryUnaryMultiCallable[_federation_pb2.SettleRequest, _federation_pb2.KnownClient]  # type: ignore[assignment]
+    """Let a client into a job, keep it out of one, or keep it out of everything."""
 
 class AdminServicer(metaclass=_abc_1.ABCMeta):
     """What a coordinator offers to its operator. Every call carries the admin token as `authorization: Bearer TOKEN`."""
@@ -275,5 +325,45 @@ class AdminServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_federation_pb2.JobStatus, _abc.Awaitable[_federation_pb2.JobStatus]]:
         """Judge one contribution by hand: it takes part, or not, whatever was found; or let its client send another."""
+
+    @_abc_1.abstractmethod
+    def CreateToken(
+        self,
+        request: _federation_pb2.CreateTokenRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.CreateTokenReply, _abc.Awaitable[_federation_pb2.CreateTokenReply]]:
+        """Make a token that lets its holders join."""
+
+    @_abc_1.abstractmethod
+    def ListTokens(
+        self,
+        request: _federation_pb2.ListTokensRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.ListTokensReply, _abc.Awaitable[_federation_pb2.ListTokensReply]]:
+        """All tokens, newest first; their secrets are known to nobody here."""
+
+    @_abc_1.abstractmethod
+    def RevokeToken(
+        self,
+        request: _federation_pb2.RevokeTokenRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.Token, _abc.Awaitable[_federation_pb2.Token]]:
+        """From now on nobody comes in by it; who is in stays."""
+
+    @_abc_1.abstractmethod
+    def ListClients(
+        self,
+        request: _federation_pb2.ListClientsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.ListClientsReply, _abc.Awaitable[_federation_pb2.ListClientsReply]]:
+        """Every key that has signed in and asked for something, newest first."""
+
+    @_abc_1.abstractmethod
+    def Settle(
+        self,
+        request: _federation_pb2.SettleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.KnownClient, _abc.Awaitable[_federation_pb2.KnownClient]]:
+        """Let a client into a job, keep it out of one, or keep it out of everything."""
 
 def add_AdminServicer_to_server(servicer: AdminServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
