@@ -143,7 +143,10 @@ class Doors:
         return await offload(self._people.jobs_of, caller.client_id) if caller.client_id else set()
 
     def _standing(self, caller: Caller, job: str, passes: set[str]) -> access.Standing:
-        who = self._who(job)
+        try:
+            who = self._who(job)
+        except NotFound:
+            raise self._hidden(job) from None  # in the same words as for one that is hidden
         return access.standing(who, local=caller.local, passed=caller.operator or EVERY in passes or job in passes)
 
     def _hidden(self, job: str) -> NotFound:
