@@ -428,8 +428,10 @@ class Daemon:
 
 
 def _named(wanted: str, clients: Sequence[Client]) -> Client:
-    """A client by its id, or by its name where only one has it."""
-    found = [client for client in clients if wanted in (public_id(client.client_id), client.name)]
+    """A client by its id, or by its name where only one has it. Who takes another's id for a name is found by its own
+    id alone."""
+    found = [client for client in clients if wanted == public_id(client.client_id)]
+    found = found or [client for client in clients if wanted == client.name]
     if len(found) == 1:
         return found[0]
     if not found:
