@@ -159,7 +159,6 @@ class Daemon:
         self.leases.forget(name)
         self.uploads.forget(name)
         await self.statuses.changed(name)
-        await offload(self.people.forget, name)
         await offload(sweeping.delete, self._state, self._store, self._blobs, name)
         log.info("job_deleted", job=name)
 

@@ -321,6 +321,8 @@ def at_rest(state: Path) -> Rows:
             [json.loads(text)["initial"]["digest"] for (text,) in database.execute("select job from jobs")],
             database.execute("select version, publication is not null from publications").fetchall(),
         )
+        jobs = "select name from jobs union select ''"
+        assert not database.execute(f"select client_id, job from passes where job not in ({jobs})").fetchall()
     finally:
         database.close()
     blobs = {file.name for file in (state / "blobs").iterdir()}
