@@ -216,7 +216,7 @@ class Doors:
 
 
 def _named(wanted: str, people: Sequence[Person]) -> Person:
-    """Somebody by id, or by a name that only one has. Who takes another's id for a name is found by its own id alone."""
+    """Somebody by id, or by a name that only one has. Who takes another's id for a name is found by its own id."""
     found = [person for person in people if wanted == public_id(person.client_id)]
     found = found or [person for person in people if wanted == person.name]
     if len(found) == 1:
