@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from converters import command
-from converters.errors import BadData, Refused, Unreachable
+from converters.errors import BadData, Refused, Unreachable, UsageError
 from edge_client import (
     backends,
     consent,
@@ -84,7 +84,8 @@ def join(
 ) -> None:
     """Take part in a job, start to receipt. Run it again after any interruption, and it goes on."""
     screen = Screen(as_json)
-    invited = options.invitation(link, server)
+    if link and server:
+        raise UsageError("the invitation says where the coordinator is", hint="leave --server out")
     guest = options.guest(when, min_battery, min_memory, nice)
     options.make(state)
     waiting = any(box.trained() and not box.receipt() for box in outbox.all_outboxes(state))
@@ -106,9 +107,7 @@ def join(
     )
 
     async def run() -> None:
-        async with reach.connected(
-            invited.server, state, screen, insecure, token=invited.token, key=invited.fingerprint
-        ) as remote:
+        async with reach.connected(link or server, state, screen, insecure) as remote:
             with command.only_one(state, "edge-client join"):
                 there = (await remote.jobs()).jobs
                 wanted = consent.meant(there, job or remote.token_job)

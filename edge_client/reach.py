@@ -14,7 +14,8 @@ from edge_client import discovery, identity, outbox
 from edge_client.discovery import Found
 from edge_client.remote import Remote, answers, connect
 from edge_client.screen import Screen
-from oneround import tls
+from oneround import invitation, tls
+from oneround.invitation import Invitation
 
 _MOST_PLACES = 8  # that are tried; anybody on the network can say anything
 
@@ -58,17 +59,17 @@ async def connected(
     job: str = "",
     *,
     pin: bool = True,
-    token: str = "",
-    key: str = "",
 ) -> AsyncIterator[Remote]:
     """A connection to the named coordinator; or to the one that the job (or the last job) was joined at, wherever it is
-    now; or to the one on this network. With `pin` the key of one that was never seen before is pinned. An invitation
-    says the `token` to come in by, and the fingerprint of the `key` that has to answer."""
+    now; or to the one on this network. With `pin` the key of one that was never seen before is pinned. In place of its
+    address, `server` may be an invitation, which also says whose key has to answer, and brings a token."""
 
     def on_first_use(address: str, fingerprint: str) -> None:
         screen.say("pinned", server=address, fingerprint=tls.grouped(fingerprint))
 
     pins = identity.Pins(state, keep=pin)
+    invited = _invitation(server)
+    server = invited.server
     places = [server or _joined_at(state, job)]
     if not places[0]:
         if insecure:  # who makes itself known speaks TLS
@@ -82,7 +83,15 @@ async def connected(
         try:
             remote = await _first_that_answers(
                 [
-                    partial(connect, place, pins, on_first_use, key=key, insecure=insecure, token=token)
+                    partial(
+                        connect,
+                        place,
+                        pins,
+                        on_first_use,
+                        key=invited.fingerprint,
+                        insecure=insecure,
+                        token=invited.token,
+                    )
                     for place in places
                 ],
                 open_now,
@@ -127,6 +136,20 @@ async def _first_that_answers(
         with suppress(Unreachable):
             return await open_now.enter_async_context(place())
     return await open_now.enter_async_context(places[-1]())
+
+
+def _invitation(server: str) -> Invitation:
+    """What an invitation says; of a plain address that it is one.
+
+    Raises:
+        UsageError: it would be an invitation, and is none.
+    """
+    if not server.startswith(invitation.SCHEME):
+        return Invitation(server)
+    try:
+        return invitation.read(server)
+    except ValueError as error:
+        raise UsageError(str(error), hint="paste the whole line, in quotes") from error
 
 
 def _joined_at(state: Path, job: str) -> str:
