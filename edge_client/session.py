@@ -66,14 +66,19 @@ class Taker:
         )
 
 
-async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen) -> pb.Receipt:
-    """From joining to the receipt.
+class AwaitsApproval(Refused):
+    """The operator has not let this machine in, and may yet."""
+
+
+async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen, *, waits: bool = True) -> pb.Receipt:
+    """From joining to the receipt. Where the operator has to let this machine in, it `waits` for that.
 
     Raises:
+        AwaitsApproval: it does not wait.
         Refused: the coordinator says no, or has quarantined the contribution.
         BadData: the data, or what the coordinator sent, is not sound.
     """
-    reply = await _let_in(remote, taker.request(job_name), screen)
+    reply = await _let_in(remote, taker.request(job_name), screen, waits=waits)
     check(reply.job)
     box = outbox.outbox(taker.state, reply.job)
     box.keep_joined(remote.server, reply)
@@ -112,18 +117,18 @@ async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen)
     return _judged(receipt, judgement, screen)
 
 
-async def _let_in(remote: Remote, request: pb.JoinRequest, screen: Screen) -> pb.JoinReply:
-    """Join; where the operator has to approve, wait for that until the deadline.
+async def _let_in(remote: Remote, request: pb.JoinRequest, screen: Screen, *, waits: bool) -> pb.JoinReply:
+    """Join, as soon as the operator has approved where the job takes that.
 
     Raises:
-        Refused: the deadline came first.
+        AwaitsApproval: nobody has before the deadline, or so far if it does not wait.
     """
     reply = await remote.join(request)
     if reply.awaits_approval:
         screen.say("asks", job=reply.job.spec.name, id=remote.me.client_id[:12], name=request.client_name)
     while reply.awaits_approval:
-        if time.time() > reply.job.deadline_unix:
-            raise Refused(f"nobody has let this machine into {reply.job.spec.name!r} before its deadline")
+        if not waits or time.time() > reply.job.deadline_unix:
+            raise AwaitsApproval(f"nobody has let this machine into {reply.job.spec.name!r} so far")
         await asyncio.sleep(APPROVAL_SECONDS)
         with suppress(Unreachable):
             reply = await remote.join(request)
