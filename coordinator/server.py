@@ -9,6 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -76,8 +77,8 @@ def create(
             rpc.add_FederationServicer_to_server(servicers[0], acceptor)
             health_pb2_grpc.add_HealthServicer_to_server(servicers[1], acceptor)
             if reflect:
-                names = [service.full_name for service in pb.DESCRIPTOR.services_by_name.values()]
-                reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], acceptor)
+                names = pb.DESCRIPTOR.services_by_name["Federation"].full_name, health.SERVICE_NAME
+                reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], acceptor)
             address = f"{host}:{port}"
             if insecure:
                 port = str(acceptor.add_insecure_port(address))
@@ -99,7 +100,8 @@ def _local(daemon: Daemon, token: str, servicers: tuple[Federation, health.aio.H
     health_pb2_grpc.add_HealthServicer_to_server(servicers[1], server)
     try:
         server.add_insecure_port(where)
-    except RuntimeError as error:
+        Path(where.removeprefix("unix:")).chmod(0o600)  # nobody else's
+    except (RuntimeError, OSError) as error:
         raise NotEnough(f"cannot listen on {where}", hint="give --state a folder on a local disk") from error
     return server
 
