@@ -222,9 +222,12 @@ def test_the_trusted_one_is_found_among_others(tmp_path: Path) -> None:
         screen, client = Watched(), tmp_path / "client"
         async with running(tmp_path / "true") as (_, true), running(tmp_path / "hostile") as (_, hostile):
             key, other = (identity.load_or_create(tmp_path / name).fingerprint for name in ("true", "hostile"))
-            async with advertised(hostile, other, "ward"), advertised(true, key, "ward"):
-                async with reach.connected(Way(trust=key), client, screen) as remote:
-                    assert (remote.server, remote.fingerprint) == (true, key)
+            async with (
+                advertised(hostile, other, "ward"),
+                advertised(true, key, "ward"),
+                reach.connected(Way(trust=key), client, screen) as remote,
+            ):
+                assert (remote.server, remote.fingerprint) == (true, key)
             (client / "known-coordinators.json").unlink()
             async with advertised(hostile, key, "ward"):
                 with pytest.raises(Refused, match="another key than you trust"):
