@@ -27,6 +27,7 @@ from edge_client import (
     options,
     outbox,
     patience,
+    probe,
     published,
     reach,
     service_cli,
@@ -163,15 +164,18 @@ def discover(
     out.print("Compare the fingerprint with the one that `coordinator serve` printed; anybody can use a name.")
 
 
-@app.command("trust", epilog=f"Example: edge-client trust host:50051 {'3f9a' * 16}")
+@app.command("trust", epilog="Example: edge-client trust host:50051 FINGERPRINT")
 def trust_key(
     address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Where the coordinator is.")],
-    fingerprint: Annotated[str, typer.Argument(help="Its key, as `coordinator serve` prints it over there.")],
+    fingerprint: Annotated[
+        list[str], typer.Argument(metavar="FINGERPRINT", help="Its key, as `coordinator serve` prints it over there.")
+    ],
     state: State = DEFAULT_STATE,
     as_json: Json = False,
 ) -> None:
     """Pin a coordinator's key: the first time, or in the place of another one after it was set up anew."""
-    way, pins = Way(address, fingerprint), identity.Pins(state)
+    probe.host_and_port(address)
+    way, pins = Way(address, "".join(fingerprint)), identity.Pins(state)
     before = pins.all().get(address, "")
     pins.pin(address, way.trusted)
     screen = Screen(as_json)

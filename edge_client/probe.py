@@ -50,9 +50,7 @@ async def look(server: str, own: Own | None = None) -> Shown:
         Unreachable: nobody answers there, or not with TLS.
         Refused: it asks for a client's certificate, and takes none or not this one.
     """
-    host, _, port = server.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UsageError(f"{server!r} is not HOST:PORT", hint="edge-client join --server host:50051")
+    host, port = host_and_port(server)
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
@@ -61,7 +59,7 @@ async def look(server: str, own: Own | None = None) -> Shown:
         own.load(context)
     try:
         async with asyncio.timeout(SECONDS):
-            reader, writer = await asyncio.open_connection(host.strip("[]"), int(port), ssl=context)
+            reader, writer = await asyncio.open_connection(host, port, ssl=context)
             seen = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
             try:
                 await _admitted(server, reader, own)
@@ -81,6 +79,18 @@ async def look(server: str, own: Own | None = None) -> Shown:
     except ValueError as error:
         raise BadData(f"the one at {server} shows a certificate that cannot be read: {error}") from error
     return shown
+
+
+def host_and_port(server: str) -> tuple[str, int]:
+    """The parts of HOST:PORT; an IPv6 address without its brackets.
+
+    Raises:
+        UsageError: it is none.
+    """
+    host, _, port = server.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UsageError(f"{server!r} is not HOST:PORT", hint="edge-client join --server host:50051")
+    return host.strip("[]"), int(port)
 
 
 async def speaks_tls(server: str) -> bool:

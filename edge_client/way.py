@@ -75,14 +75,16 @@ class Way:
         if self.trust and not tls.ungrouped(self.trust):
             raise UsageError(
                 f"{self.trust!r} is no whole fingerprint, of 64 hexadecimal digits",
-                hint="--trust with all of it, as `coordinator serve` prints it, in quotes or without the spaces",
+                hint="give all of it, as `coordinator serve` prints it, in quotes or without the spaces",
             )
         return tls.ungrouped(self.trust)
 
     def require_allowed(self, address: str) -> None:
         """Raises:
-        UsageError: without TLS only coordinators on this machine are spoken to.
+        UsageError: without TLS only coordinators on this machine are spoken to, and there is no key to trust.
         """
+        if self.plain and (self.trust or self.certificate):
+            raise UsageError("without TLS there are no keys and certificates", hint="leave --insecure out")
         if self.insecure and not self.insecure_anywhere and not lan.is_loopback(address):
             raise UsageError(
                 f"--insecure is for a coordinator on this machine, and {address} is another",
