@@ -219,9 +219,9 @@ async def connect(
         trust.require_named(shown, trusted)
     else:
         trust.require(shown, found, known, pins.state)
+    trust.require_dates(shown.certificate, datetime.datetime.now(datetime.UTC))
     if found is trust.Standing.NEW and not (trusted or key) and (asking := on_first_use(shown)) is not None:
         await asking
-    trust.require_dates(shown.certificate, datetime.datetime.now(datetime.UTC))
     pins.pin(server, shown.fingerprint, shown.earlier)
     # The certificate just seen is the only root: whoever answers on this channel must hold its key.
     credentials = grpc.ssl_channel_credentials(shown.certificate, *(own.read() if own else ()))
