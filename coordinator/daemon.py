@@ -60,6 +60,11 @@ class Daemon:
         self._slow = ThreadPoolExecutor(1, "slow")  # reading a large base keeps nobody else waiting
         sweeping.sweep(state, self._store, self._blobs)
 
+    @property
+    def state(self) -> Path:
+        """Its folder."""
+        return self._state
+
     async def run(self) -> None:
         """Judge what comes in, close rounds in time and publish what is closed, until cancelled."""
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "short"))

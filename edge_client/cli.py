@@ -27,6 +27,7 @@ from edge_client import (
     options,
     outbox,
     patience,
+    probe,
     published,
     reach,
     service_cli,
@@ -34,9 +35,10 @@ from edge_client import (
 )
 from edge_client import doctor as examination
 from edge_client.finding import Case
-from edge_client.options import DEFAULT_STATE, Insecure, Json, Server, State
+from edge_client.options import DEFAULT_STATE, Json, State
 from edge_client.remote import Remote
 from edge_client.screen import Screen
+from edge_client.way import ANY, Way, reaching
 from oneround import tls
 from oneround.v1 import federation_pb2 as pb
 
@@ -51,11 +53,12 @@ app.add_typer(published.app)
 
 
 @app.command(epilog="Example: edge-client join --server host:50051 --data notes/")
+@reaching
 def join(
     link: Annotated[
         str, typer.Argument(metavar="[LINK]", help="What the operator gave you: oneround://…", show_default=False)
     ] = "",
-    server: Server = "",
+    way: Way = ANY,
     job: Annotated[str, typer.Option(help="The job; not needed when only one is open.")] = "",
     data: options.Data = Path("data"),
     backend: options.Backend = "auto",
@@ -79,13 +82,13 @@ def join(
     min_memory: options.MinMemory = options.MANNERS.min_memory,
     nice: options.Nice = False,
     state: State = DEFAULT_STATE,
-    insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
     """Take part in a job, start to receipt. Run it again after any interruption, and it goes on."""
     screen = Screen(as_json)
-    if link and server:
+    if link and way.server:
         raise UsageError("the invitation says where the coordinator is", hint="leave --server out")
+    way = replace(way, server=link) if link else way
     guest = options.guest(when, min_battery, min_memory, nice)
     options.make(state)
     waiting = any(box.trained() and not box.receipt() for box in outbox.all_outboxes(state))
@@ -107,13 +110,13 @@ def join(
     )
 
     async def run() -> None:
-        async with reach.connected(link or server, state, screen, insecure) as remote:
+        async with reach.connected(way, state, screen) as remote:
             with command.only_one(state, "edge-client join"):
-                there = (await remote.jobs()).jobs
-                wanted = consent.meant(there, job or remote.token_job)
-                name, key = wanted.spec.name, identity.Pins(state).all().get(remote.server, "")
-                terms = consent.terms(wanted, taker.request(name), "" if insecure else key)
-                if not consent.given(outbox.all_outboxes(state), terms) and not await consent.ask(
+                wanted = consent.meant((await remote.jobs()).jobs, job or remote.token_job)
+                name = wanted.spec.name
+                terms = consent.terms(wanted, taker.request(name), remote.fingerprint)
+                before = [replace(terms, key=key) for key in identity.Pins(state).earlier(remote.fingerprint)]
+                if not consent.given(outbox.all_outboxes(state), terms, *before) and not await consent.ask(
                     screen,
                     terms,
                     server=remote.server,
@@ -166,9 +169,30 @@ def discover(
     out.print("Compare the fingerprint with the one that `coordinator serve` printed; anybody can use a name.")
 
 
+@app.command("trust", epilog="Example: edge-client trust host:50051 FINGERPRINT")
+def trust_key(
+    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Where the coordinator is.")],
+    fingerprint: Annotated[
+        list[str], typer.Argument(metavar="FINGERPRINT", help="Its key, as `coordinator serve` prints it over there.")
+    ],
+    state: State = DEFAULT_STATE,
+    as_json: Json = False,
+) -> None:
+    """Pin a coordinator's key: the first time, or in the place of another one after it was set up anew."""
+    probe.host_and_port(address)
+    way, pins = Way(address, "".join(fingerprint)), identity.Pins(state)
+    before = pins.all().get(address, "")
+    pins.pin(address, way.trusted)
+    screen = Screen(as_json)
+    if before and before != way.trusted:
+        screen.say("unpinned", server=address, fingerprint=tls.grouped(before))
+    screen.say("trusted", server=address, fingerprint=tls.grouped(way.trusted))
+
+
 @app.command(epilog="Example: edge-client doctor --server host:50051 --data notes/")
+@reaching
 def doctor(
-    server: Server = "",
+    way: Way = ANY,
     job: Annotated[str, typer.Option(help="The job; not needed when only one is open.")] = "",
     data: Annotated[Path, typer.Option(help="A file or folder: .jsonl, .json, .parquet or .txt.")] = Path("data"),
     backend: Annotated[str, typer.Option(help="auto, torch or mlx.")] = "auto",
@@ -177,14 +201,13 @@ def doctor(
         bool, typer.Option("--skip-bad-rows", help="Skip and count rows that cannot be used.")
     ] = False,
     state: State = DEFAULT_STATE,
-    insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
     """What would stop this machine from taking part, and the way out. It joins no job and changes nothing.
 
     Takes what join takes. The exit code is that of the first problem, 0 if there is none.
     """
-    case = Case(state, server, job, data, backend, model, insecure, skip_bad_rows)
+    case = Case(state, way, job, data, backend, model, skip_bad_rows)
     raise typer.Exit(asyncio.run(examination.report(case, Screen(as_json), as_json=as_json)))
 
 
@@ -224,11 +247,11 @@ def status(state: State = DEFAULT_STATE, as_json: Json = False) -> None:
 
 
 @app.command(epilog="Example: edge-client leave clinic-notes")
+@reaching
 def leave(
     job: Annotated[str, typer.Argument(help="The job's name.")],
-    server: Server = "",
+    way: Way = ANY,
     state: State = DEFAULT_STATE,
-    insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
     """Take part no more: what was sent is left out of everything that is published from now on."""
@@ -238,7 +261,7 @@ def leave(
     assert joined is not None, "find looks at joined jobs"
 
     async def run() -> None:
-        async with reach.connected(server, state, screen, insecure, job) as remote:
+        async with reach.connected(way, state, screen, job) as remote:
             await remote.withdraw(joined.lease)
 
     asyncio.run(run())

@@ -86,9 +86,9 @@ def terms(status: pb.JobStatus, request: pb.JoinRequest, key: str) -> Terms:
     )
 
 
-def given(boxes: Iterable[Outbox], wanted: Terms) -> bool:
-    """Whether the person has agreed to these terms before."""
-    return any(box.consent() == wanted.digest for box in boxes)
+def given(boxes: Iterable[Outbox], *wanted: Terms) -> bool:
+    """Whether the person has agreed to any of these terms before."""
+    return not {box.consent() for box in boxes}.isdisjoint(terms.digest for terms in wanted)
 
 
 async def ask(screen: Screen, wanted: Terms, *, server: str, base: str, deadline: float, data: Path, yes: bool) -> bool:

@@ -5,28 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import platformdirs
 import typer
 
 from converters.errors import NotEnough, UsageError
-from edge_client import backends, machine, manners
+from edge_client import backends, identity, machine, manners
 from edge_client.guest import Guest
 from edge_client.manners import Manners
 from edge_client.recipe import BITS, PRECISIONS, Setup
 
-DEFAULT_STATE = Path(platformdirs.user_data_dir("oneround")) / "client"
+DEFAULT_STATE = identity.DEFAULT_STATE
 State = Annotated[Path, typer.Option("--state", help="Where jobs are kept.", show_default="the user's data folder")]
-Server = Annotated[
-    str,
-    typer.Option(
-        "--server",
-        help="The coordinator's HOST:PORT, or the oneround://… that its operator gave you. Left out: the last one "
-        "joined, or the one on this network.",
-        show_default=False,
-    ),
-]
 Json = Annotated[bool, typer.Option("--json", help="Print lines of JSON, for scripts.")]
-Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS; for a coordinator on this machine.")]
 Data = Annotated[Path, typer.Option(help="A file or folder: .jsonl, .json, .parquet or .txt.")]
 Backend = Annotated[str, typer.Option(help="auto, torch or mlx.")]
 Model = Annotated[Path | None, typer.Option(help="The base model's folder, if it is on this machine.")]

@@ -11,6 +11,7 @@ from edge_client import fitting, outbox, reach, session
 from edge_client.outbox import Source
 from edge_client.remote import Remote, local_path
 from edge_client.screen import Screen
+from edge_client.way import Way
 from oneround import stream
 from oneround.v1 import federation_pb2 as pb
 
@@ -99,7 +100,7 @@ def _is_here(file: Path, artifact: pb.Artifact) -> bool:
     return file.is_file() and stream.digest(file) == artifact.digest
 
 
-def model_file(model: str, version: int, server: str, state: Path, insecure: bool, screen: Screen) -> Path:
+def model_file(model: str, version: int, way: Way, state: Path, screen: Screen) -> Path:
     """A GGUF file that is here, or a job's published model, fetched if it is not."""
     if Path(model).is_file():
         return Path(model)
@@ -108,17 +109,16 @@ def model_file(model: str, version: int, server: str, state: Path, insecure: boo
         return here
 
     async def run() -> Path:
-        async with reach.connected(server, state, screen, insecure, model) as remote:
+        async with reach.connected(way, state, screen, model) as remote:
             return (await fetch_model(remote, model, version, state, screen))[0]
 
     return asyncio.run(run())
 
 
 async def to_measure(
-    server: str,
+    way: Way,
     state: Path,
     screen: Screen,
-    insecure: bool,
     job: pb.Job,
     source: Source,
     version: int,
@@ -129,7 +129,7 @@ async def to_measure(
     reached anyway."""
     name, model = job.spec.name, Path(source.model) if source.model else None
     try:
-        async with reach.connected(server, state, screen, insecure, name) as remote:
+        async with reach.connected(way, state, screen, name) as remote:
             file, made = await fetch_model(remote, name, version, state, screen)
             return await session.fetch_base(remote, job, state, model, screen), file, made.version
     except (Unreachable, NotEnough) as error:

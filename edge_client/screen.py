@@ -20,6 +20,14 @@ from rich.text import Text
 # Every event that the client reports, and its sentence.
 SENTENCES = {
     "pinned": "First time at {server}: its key is now pinned.\n  fingerprint  {fingerprint}",
+    "unknown": "The coordinator at {server} is not known here. Its key:\n"
+    "  fingerprint  {fingerprint}\n"
+    "`coordinator serve` prints the right one over there; ask whoever runs it.",
+    "key_changed": "The coordinator at {server} has a new key, which the old one has signed. It is pinned now:\n"
+    "  before       {before}\n"
+    "  now          {now}",
+    "trusted": "Pinned for {server}:\n  fingerprint  {fingerprint}",
+    "unpinned": "No longer pinned for {server}:\n  fingerprint  {fingerprint}",
     "terms": "\nJob [bold]{job}[/bold], open until {until}\n"
     "  at         {server}, key {key}\n"
     "  base       {base}\n"
