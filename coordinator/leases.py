@@ -3,7 +3,6 @@ more than where a training stood, and a thousand laptops do not keep the disk bu
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from converters.errors import UsageError
 from coordinator.schema import Client, Contribution
 from coordinator.store import Store
+from oneround import statements
 from oneround.v1 import federation_pb2 as pb
 
 ASLEEP_AFTER = 60.0  # seconds without a word from a client that is training
@@ -151,4 +151,4 @@ def phase(lease: Lease, now: float) -> pb.Phase.ValueType:
 
 def public_id(client_id: str) -> str:
     """A name for a client that lets nobody speak for it: twelve hex digits of its id's SHA-256."""
-    return hashlib.sha256(client_id.encode()).hexdigest()[:12]
+    return statements.client(client_id)[: statements.ID_DIGITS]
