@@ -45,15 +45,22 @@ class Daemon:
     """One coordinator over one state folder. Methods raise OneroundError; the server maps it to a status."""
 
     def __init__(
-        self, state: Path, database: str = "", *, blobs: str = "", clock: Callable[[], float] = time.time
+        self,
+        state: Path,
+        database: str = "",
+        *,
+        blobs: str = "",
+        key: bytes = b"",
+        clock: Callable[[], float] = time.time,
     ) -> None:
+        """`key` (PEM) signs, and is the one that the server shows; left out, that of the identity in the state folder."""
         self._state = state
         self._clock = clock
         self._blobs = Blobs(state, blobs)
         self._store = Store(database or sqlalchemy.URL.create("sqlite", database=str(state / "coordinator.sqlite")))
         self._rounds: dict[str, Round] = {}  # as last seen by the loop or an event
         self.leases = Leases(self._store, clock)
-        self._signer = Signer(signing.private(identity.load_or_create(state).key), self._store)
+        self._signer = Signer(signing.private(key or identity.load_or_create(state).key), self._store)
         self.uploads = Uploads(self._store, self._blobs, self._signer, clock)
         self._examiner = Examiner(self._store, self._blobs, clock)
         self.statuses = Statuses(self._store, self.leases, state / "publications", clock)

@@ -77,6 +77,7 @@ async def check(
     Raises:
         Refused: nobody signed it.
         BadData: it is not as it was signed, or signed by somebody else.
+        UsageError: the folder has a manifest.json of something else.
     """
     announced = {file.name: file for file in made.artifacts}
     if not {statements.MANIFEST, statements.SIGNATURE} <= announced.keys():
@@ -135,6 +136,11 @@ async def fetch_model(
 
 
 def _keep(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Not over a manifest.json that is none of ours."""
+    if (folder / statements.MANIFEST).exists() and not (folder / statements.SIGNATURE).exists():
+        raise UsageError(
+            f"{folder} has a {statements.MANIFEST} of something else, which is left alone", hint="--to another folder"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         tensors.replace(folder / name, [content])

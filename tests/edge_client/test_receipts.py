@@ -482,6 +482,15 @@ def test_what_nobody_signed_is_taken_only_by_who_asks_for_it(served: Path, tmp_p
     assert (tmp_path / "out" / "notes-f16.gguf").exists()
 
 
+def test_a_manifest_of_something_else_is_left_alone(served: Path, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(UsageError, match="of something else"):
+        pulled(served, tmp_path)
+    assert (tmp_path / "manifest.json").read_text() == "{}" and not list(tmp_path.glob("*.gguf"))
+    pulled(served, tmp_path / "out")
+    pulled(served, tmp_path / "out")  # its own it may replace
+
+
 def test_without_tls_a_signature_holds_the_files_together(
     served: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
