@@ -53,7 +53,7 @@ class Daemon:
         key: bytes = b"",
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """`key` (PEM) signs, and is the one that the server shows; left out, that of the identity in the state folder."""
+        """`key` (PEM), which the server shows, signs; left out, that of the identity in the state folder."""
         self._state = state
         self._clock = clock
         self._blobs = Blobs(state, blobs)

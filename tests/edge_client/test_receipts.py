@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 from cryptography.hazmat.primitives.asymmetric import ec
 from google.protobuf import json_format
 
@@ -19,7 +20,7 @@ from converters.adapter import Adapter, LowRank
 from converters.errors import BadData, Refused, UsageError
 from coordinator import identity, job, server
 from coordinator.daemon import Daemon
-from edge_client import manifests, outbox, published, receipt_cli, receipts, session
+from edge_client import cli, manifests, outbox, receipt_cli, receipts, session
 from edge_client import remote as remotes
 from edge_client.identity import Pins
 from edge_client.manifests import Given, Manifest
@@ -359,16 +360,29 @@ def served(past: Past, tmp_path: Path) -> Path:
     return tmp_path / "coordinator"
 
 
-def pulled(state: Path, folder: Path, *, insecure: bool = False, **options: Any) -> None:
+def pulled(state: Path, folder: Path, *options: str) -> None:
     """Serve a state folder, and pull from it as the command does."""
+    insecure = "--insecure" in options
 
     async def run() -> None:
         daemon, who = Daemon(state), identity.load_or_create(state)
         grpc_server, address = server.create(daemon, who, "127.0.0.1:0", insecure=insecure)
         await grpc_server.start()
         try:
-            given = {"to": folder, "state": folder / "state", "server": address, "insecure": insecure, "as_json": True}
-            await asyncio.to_thread(published.pull, "notes", **given, **options)
+            given = [
+                "pull",
+                "notes",
+                "--to",
+                folder,
+                "--state",
+                folder / "state",
+                "--server",
+                address,
+                "--json",
+                *options,
+            ]
+            command = typer.main.get_command(cli.app)
+            await asyncio.to_thread(command.main, list(map(str, given)), standalone_mode=False)
         finally:
             await grpc_server.stop(None)
             daemon.release()
@@ -478,7 +492,7 @@ def test_what_nobody_signed_is_taken_only_by_who_asks_for_it(served: Path, tmp_p
         pulled(served, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.gguf"))
     assert "coordinator publish notes" in caught.value.hint and "--unsigned" in caught.value.hint
-    pulled(served, tmp_path / "out", unsigned=True)
+    pulled(served, tmp_path / "out", "--unsigned")
     assert (tmp_path / "out" / "notes-f16.gguf").exists()
 
 
@@ -494,11 +508,11 @@ def test_a_manifest_of_something_else_is_left_alone(served: Path, tmp_path: Path
 def test_without_tls_a_signature_holds_the_files_together(
     served: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pulled(served, tmp_path / "out", insecure=True)
+    pulled(served, tmp_path / "out", "--insecure")
     assert '"signed_by_anyone"' in capsys.readouterr().out and (tmp_path / "out" / "notes-f16.gguf").exists()
     _model(served)
     with pytest.raises(BadData, match="is not as it was signed"):
-        pulled(served, tmp_path / "again", insecure=True)
+        pulled(served, tmp_path / "again", "--insecure")
 
 
 def test_after_a_change_of_keys(past: Past, served: Path, says: Says, tmp_path: Path) -> None:
