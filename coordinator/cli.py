@@ -95,7 +95,7 @@ def serve(
     _open_many_files()
     sys.setswitchinterval(SWITCH_SECONDS)
     with command.only_one(state, "coordinator"):
-        daemon = Daemon(state.resolve(), database, blobs=blobs)
+        daemon = Daemon(state.resolve(), database, blobs=blobs, key=who.key)
         with _metrics(daemon, metrics):
             serving = _serve(
                 daemon,

@@ -30,6 +30,7 @@ from edge_client import (
     probe,
     published,
     reach,
+    receipt_cli,
     service_cli,
     session,
 )
@@ -50,6 +51,12 @@ app = typer.Typer(
 )
 
 app.add_typer(published.app)
+app.add_typer(
+    receipt_cli.app,
+    name="receipt",
+    help="What proves that a contribution is safe, and whether a publication has it.",
+    epilog="Example: edge-client receipt verify clinic-notes --manifest clinic-notes/manifest.json",
+)
 
 
 @app.command(epilog="Example: edge-client join --server host:50051 --data notes/")

@@ -74,8 +74,13 @@ class Outbox:
         """What the finished adapter declares; None while there is none."""
         return _read(self.record, pb.Declaration())
 
+    @property
+    def receipt_file(self) -> Path:
+        """The receipt as it came; it holds no secret, and can be given away."""
+        return self.folder / "receipt.json"
+
     def receipt(self) -> pb.Receipt | None:
-        return _read(self.folder / "receipt.json", pb.Receipt())
+        return _read(self.receipt_file, pb.Receipt())
 
     def keep_joined(self, server: str, reply: pb.JoinReply) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -141,11 +146,11 @@ class Outbox:
         has not been sent yet stays."""
         done = self.trained()
         if done is not None and done.digest == sent:
-            for file in (self.record, self.adapter, self.folder / "receipt.json"):
+            for file in (self.record, self.adapter, self.receipt_file):
                 file.unlink(missing_ok=True)
 
     def keep_receipt(self, receipt: pb.Receipt) -> pb.Receipt:
-        _write(self.folder / "receipt.json", receipt)
+        _write(self.receipt_file, receipt)
         return receipt
 
 
@@ -224,7 +229,7 @@ def base_gguf(state: Path, job: pb.Job) -> Path:
 
 def _read(file: Path, record: Record) -> Record | None:
     try:
-        return json_format.Parse(file.read_text("utf-8"), record)
+        return json_format.Parse(file.read_text("utf-8"), record, ignore_unknown_fields=True)  # of other versions
     except FileNotFoundError:
         return None
     except (json_format.ParseError, UnicodeDecodeError) as error:

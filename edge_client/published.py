@@ -21,6 +21,7 @@ from rich.table import Table
 from converters import llama
 from converters.errors import BadData, Refused
 from edge_client import apart, outbox, pulling, reach, scores, serving
+from edge_client.identity import Pins
 from edge_client.options import DEFAULT_STATE, Json, State
 from edge_client.outbox import Source
 from edge_client.scores import Scores
@@ -50,18 +51,23 @@ def pull(
     ] = "",
     to: Annotated[Path | None, typer.Option(help="Where to put it.", show_default="a folder of the job's name")] = None,
     version: Version = 0,
+    unsigned: Annotated[
+        bool, typer.Option("--unsigned", help="Take a version that nobody signed, as those of before signatures.")
+    ] = False,
     way: Way = ANY,
     state: State = DEFAULT_STATE,
     as_json: Json = False,
 ) -> None:
-    """Fetch what was published; interrupted, it goes on where it was."""
+    """Fetch what was published, as its coordinator has signed it; interrupted, it goes on where it was."""
     screen = Screen(as_json)
     folder = to or Path(job)
 
     async def run() -> None:
         async with reach.connected(way, state, screen, job) as remote:
             made = pulling.publication(await remote.job(job), version)
-            await pulling.fetch(remote, job, pulling.wanted(made, artifact, screen), folder, screen)
+            chosen = pulling.wanted(made, artifact, screen)
+            await pulling.check(remote, job, made, folder, Pins(state), screen, unsigned=unsigned)
+            await pulling.fetch(remote, job, chosen, folder, screen)
 
     asyncio.run(run())
     screen.say("folder", folder=str(folder))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from converters.errors import NotEnough, Refused, Unreachable, UsageError
-from edge_client import fitting, outbox, reach, session
+from converters import tensors
+from converters.errors import BadData, NotEnough, Refused, Unreachable, UsageError
+from edge_client import fitting, manifests, outbox, reach, session, signers
+from edge_client.identity import Pins
 from edge_client.outbox import Source
 from edge_client.remote import Remote, local_path
 from edge_client.screen import Screen
 from edge_client.way import Way
-from oneround import stream
+from oneround import statements, stream, tls
 from oneround.v1 import federation_pb2 as pb
 
 
@@ -67,6 +69,43 @@ def wanted(made: pb.Publication, artifact: str, screen: Screen) -> Sequence[pb.A
     return [choice.artifact]
 
 
+async def check(
+    remote: Remote, job: str, made: pb.Publication, folder: Path, pins: Pins, screen: Screen, *, unsigned: bool = False
+) -> None:
+    """Hold what is announced of a publication against the manifest that its coordinator has signed; the manifest and
+    the signature are put into the folder once all is well. With `unsigned`, one that nobody signed is taken too.
+
+    Raises:
+        Refused: nobody signed it.
+        BadData: it is not as it was signed, or signed by somebody else.
+        UsageError: the folder has a manifest.json of something else.
+    """
+    announced = {file.name: file for file in made.artifacts}
+    if not {statements.MANIFEST, statements.SIGNATURE} <= announced.keys():
+        if unsigned:
+            screen.say("unsigned", version=made.version)
+            return
+        raise Refused(
+            f"v{made.version} of {job} is not signed: an earlier version of oneround published it, or somebody took "
+            "the signature away",
+            hint=f"`coordinator publish {job}`, over there, makes a signed one; edge-client pull --unsigned takes this",
+        )
+    text = await remote.read(job, announced[statements.MANIFEST], manifests.MOST_BYTES)
+    signature = await remote.read(job, announced[statements.SIGNATURE], manifests.MOST_SIGNATURE_BYTES)
+    manifest = manifests.read(text, signature, f"the manifest of v{made.version}")
+    if not remote.certificate:
+        screen.say("signed_by_anyone", version=made.version)
+    elif manifest.signer not in signers.connected(pins, remote.server, remote.certificate):
+        raise BadData(
+            f"v{made.version} of {job} is signed with another key than this coordinator's: "
+            f"{tls.grouped(manifest.signer)}",
+            hint=f"`coordinator publish {job}`, over there, makes a version that is signed with its key of today",
+        )
+    manifests.check(manifest, job, made)
+    await asyncio.to_thread(_keep, folder, {statements.MANIFEST: text, statements.SIGNATURE: signature})
+    screen.say("signed", version=made.version, fingerprint=tls.grouped(manifest.signer))
+
+
 async def fetch(
     remote: Remote, job: str, artifacts: Sequence[pb.Artifact], folder: Path, screen: Screen
 ) -> Sequence[Path]:
@@ -88,12 +127,24 @@ async def fetch_model(
     """The best published model for this machine, kept in the state folder."""
     made = publication(await remote.job(job), version)
     folder = outbox.published_folder(state, job) / f"v{made.version}"
+    await check(remote, job, made, folder, Pins(state), screen)
     there = outbox.published_here(state, job, made.version)
     for artifact in fitting.merged(made.artifacts):
         if there is not None and artifact.name == there.name and await asyncio.to_thread(_is_here, there, artifact):
             return there, made
     (file,) = await fetch(remote, job, wanted(made, "", screen), folder, screen)
     return file, made
+
+
+def _keep(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Not over a manifest.json that is none of ours."""
+    if (folder / statements.MANIFEST).exists() and not (folder / statements.SIGNATURE).exists():
+        raise UsageError(
+            f"{folder} has a {statements.MANIFEST} of something else, which is left alone", hint="--to another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        tensors.replace(folder / name, [content])
 
 
 def _is_here(file: Path, artifact: pb.Artifact) -> bool:

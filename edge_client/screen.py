@@ -86,6 +86,27 @@ SENTENCES = {
     "not_installed": "There is no {file}; nothing takes part by itself.",
     "waiting": "Waiting for the publication ({state})",
     "published": "[green]Published[/green] v{version}. Take it with:\n  edge-client pull {job}",
+    "signed": "v{version}, as the coordinator signed it",
+    "signed_by_anyone": "[yellow]v{version} is as it was signed; without TLS nothing says whose key that was.[/yellow]",
+    "unsigned": "[yellow]v{version} is not signed: nothing shows that it is what the coordinator published.[/yellow]",
+    "receipt_by_anyone": "[yellow]Without TLS nothing says whose key signed it.[/yellow] It is\n  {fingerprint}",
+    "receipt_kept": "Receipt for [bold]{job}[/bold], of {received}\n"
+    "  signed by  {by}\n"
+    "  sent       {size:,} bytes\n"
+    "  sha256     {digest}\n"
+    "  client     {client}\n"
+    "  file       {file}",
+    "no_receipt": "No receipt yet{of}. One comes with:  edge-client join --server HOST:PORT --data FILE_OR_FOLDER",
+    "receipt_holds": "[green]The receipt holds.[/green]\n"
+    "  signed by  {by}\n"
+    "  key        {fingerprint}\n"
+    "  job        {job}\n"
+    "  received   {received}, {size:,} bytes\n"
+    "  sha256     {digest}\n"
+    "  client     {client}",
+    "adapter_fits": "[green]It is for this adapter:[/green] {file}",
+    "takes_part": "[green]It is part of v{version} of {job}[/green], with {weight:.1%} of the mean: {why}",
+    "takes_no_part": "[yellow]It is no part of v{version} of {job}:[/yellow] {why}",
     "pulled": "{name}  {size:,} bytes",
     "chosen": "Taking {name}, {reason}: it needs about {needs} of this machine's {total} to run.",
     "full": "[yellow]Only {available} of memory are free now: close something before you run it.[/yellow]",

@@ -18,7 +18,7 @@ from pathlib import Path
 from converters import adapter, checkpoint
 from converters.adapter import Adapter, Shape
 from converters.errors import BadData, NotEnough, OneroundError, Refused, Unreachable
-from edge_client import disk, examples, footprint, gaps, outbox, patience, snapshot
+from edge_client import disk, examples, footprint, gaps, outbox, patience, receipts, snapshot
 from edge_client.backends import Backend, Progress
 from edge_client.batches import Batches
 from edge_client.guest import Guest
@@ -27,7 +27,7 @@ from edge_client.recipe import EXACT, Recipe, Setup
 from edge_client.remote import Remote, local_path
 from edge_client.screen import Screen
 from edge_client.snapshot import Snapshot
-from oneround import stream
+from oneround import signing, stream, tls
 from oneround.v1 import federation_pb2 as pb
 
 HEARTBEAT_SECONDS = 2.0
@@ -76,7 +76,7 @@ async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen,
     Raises:
         AwaitsApproval: it does not wait.
         Refused: the coordinator says no, or has quarantined the contribution.
-        BadData: the data, or what the coordinator sent, is not sound.
+        BadData: the data, or what the coordinator sent, is not sound; a receipt that is none too.
     """
     reply = await _let_in(remote, taker.request(job_name), screen, waits=waits)
     check(reply.job)
@@ -92,7 +92,9 @@ async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen,
                 f"this machine's contribution to {reply.job.spec.name!r} is in already",
                 hint=f"ask the operator for `coordinator replace {reply.job.spec.name} {taker.name}`",
             )
-        _safe(box.keep_receipt(reply.receipt), screen)
+        mine = box.trained()
+        receipts.accept(reply.receipt, reply.job, taker.client_id, mine.digest if mine else "", remote.certificate)
+        _safe(box.keep_receipt(reply.receipt), remote, screen)
         return _judged(reply.receipt, reply.judgement, screen)
     if reply.HasField("receipt"):
         box.begin_again(reply.receipt.digest)
@@ -109,7 +111,8 @@ async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen,
         else:
             screen.say("resumed", folder=str(box.folder))
         receipt = await _send(remote, reply, declaration, box, screen)
-        _safe(box.keep_receipt(receipt), screen)
+        receipts.accept(receipt, reply.job, taker.client_id, declaration.digest, remote.certificate)
+        _safe(box.keep_receipt(receipt), remote, screen)
         judgement = await _verdict(remote, reply.lease)
     finally:
         beating.cancel()
@@ -376,8 +379,10 @@ async def _send(
         return await patience.through(remote, reply.job.deadline_unix, screen, upload, advance)
 
 
-def _safe(receipt: pb.Receipt, screen: Screen) -> None:
+def _safe(receipt: pb.Receipt, remote: Remote, screen: Screen) -> None:
     screen.say("receipt", size=receipt.size, digest=receipt.digest)
+    if not remote.certificate:
+        screen.say("receipt_by_anyone", fingerprint=tls.grouped(signing.fingerprint(receipt.signature.key)))
 
 
 async def _verdict(remote: Remote, lease: str) -> pb.Judgement:
