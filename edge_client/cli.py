@@ -20,6 +20,7 @@ from rich.table import Table
 from converters import command
 from converters.errors import BadData, Refused, Unreachable
 from edge_client import (
+    announced,
     backends,
     consent,
     discovery,
@@ -37,7 +38,7 @@ from edge_client.finding import Case
 from edge_client.options import DEFAULT_STATE, Insecure, Json, Server, State
 from edge_client.remote import Remote
 from edge_client.screen import Screen
-from oneround import tls
+from oneround import stream, tls
 from oneround.v1 import federation_pb2 as pb
 
 app = typer.Typer(
@@ -106,20 +107,25 @@ def join(
         async with reach.connected(server, state, screen, insecure) as remote:
             with command.only_one(state, "edge-client join"):
                 wanted = consent.meant((await remote.jobs()).jobs, job)
-                name, key = wanted.spec.name, identity.Pins(state).all().get(remote.server, "")
-                terms = consent.terms(wanted, taker.request(name), "" if insecure else key)
+                offered = await remote.describe(wanted.spec.name)
+                announced.check(offered)
+                name, key = offered.spec.name, identity.Pins(state).all().get(remote.server, "")
+                request = taker.request(name)
+                terms = consent.terms(offered, request, "" if insecure else key)
                 if not consent.given(outbox.all_outboxes(state), terms) and not await consent.ask(
                     screen,
                     terms,
+                    consent.asks(offered, request.machine, state, model),
                     server=remote.server,
-                    base=wanted.spec.model.base,
-                    deadline=wanted.deadline_unix,
+                    deadline=offered.deadline_unix,
                     data=data,
                     yes=yes,
                 ):
                     screen.say("declined")
                     raise typer.Exit(Refused.exit_code)
-                receipt = await session.take_part(remote, name, replace(taker, consent=terms.digest), screen)
+                receipt = await session.take_part(
+                    remote, name, replace(taker, consent=terms.digest, agreed=offered), screen
+                )
             if wait:
                 joined = outbox.find(state, receipt.job).joined()
                 assert joined is not None, "find looks at joined jobs"
@@ -249,7 +255,7 @@ async def _until_published(remote: Remote, job: str, screen: Screen) -> None:
             screen.say("published", job=job, version=status.publications[-1].version)
             return
         if status.state in (pb.STATE_EXPIRED, pb.STATE_FAILED, pb.STATE_CANCELLED):
-            raise Refused(f"nothing will be published: {status.reason}")
+            raise Refused(f"nothing will be published: {stream.one_line(status.reason)}")
         if state != shown:
             screen.say("waiting", state=state)
             shown = state
@@ -266,6 +272,7 @@ app.command(epilog="Example: edge-client uninstall-service")(service_cli.uninsta
 def main() -> None:
     """The console script."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["HF_HUB_OFFLINE"] = "1"  # whatever a base's files name: all that a client fetches is the coordinator's
     try:
         command.run(app, "edge-client")
     except SystemExit as end:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
-from converters.errors import NotEnough, Refused, Unreachable, UsageError
+from converters.errors import BadData, NotEnough, Refused, Unreachable, UsageError
 from edge_client import fitting, outbox, reach, session
 from edge_client.outbox import Source
 from edge_client.remote import Remote, local_path
@@ -26,7 +26,8 @@ def publication(status: pb.JobStatus, version: int) -> pb.Publication:
     if not status.publications:
         state = pb.State.Name(status.state).removeprefix("STATE_").lower()
         raise Refused(
-            f"{job} has published nothing yet; it is {state}" + (f" ({status.reason})" if status.reason else "")
+            f"{job} has published nothing yet; it is {state}"
+            + (f" ({stream.one_line(status.reason)})" if status.reason else "")
         )
     made = {each.version: each for each in status.publications}
     if version and version not in made:
@@ -69,10 +70,15 @@ def wanted(made: pb.Publication, artifact: str, screen: Screen) -> Sequence[pb.A
 async def fetch(
     remote: Remote, job: str, artifacts: Sequence[pb.Artifact], folder: Path, screen: Screen
 ) -> Sequence[Path]:
-    """Have these files in a folder; those that are there already, whole, are not fetched again."""
+    """Have these files in a folder; those that are there already, whole, are not fetched again.
+
+    Raises:
+        BadData: one of them has no place in a folder of ours. Then none is fetched.
+    """
+    if not stream.are_apart(artifacts):
+        raise BadData(f"two files that the coordinator has published for {job} have one name")
     fetched = []
-    for artifact in artifacts:
-        file = local_path(folder, artifact)
+    for artifact, file in [(artifact, local_path(folder, artifact)) for artifact in artifacts]:
         if not await asyncio.to_thread(_is_here, file, artifact):
             with screen.bar(artifact.name, artifact.size) as advance:
                 await remote.download(job, artifact, file, advance)

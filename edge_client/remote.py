@@ -16,9 +16,13 @@ import grpc
 from converters import tensors
 from converters.errors import BadData, Refused, Unreachable, UsageError, from_status
 from edge_client.identity import Pins
-from oneround import stream, tls
+from oneround import rules, stream, tls
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
+
+# What is fetched, by the ends of names: models, adapters, settings, signatures and texts. No program, and no pickle,
+# which can be one.
+_KINDS = frozenset({".gguf", ".safetensors", ".json", ".jinja", ".model", ".txt", ".md", ".sig", ".pem"})
 
 CONNECT_SECONDS = 10.0
 CALL_SECONDS = 60.0
@@ -66,7 +70,11 @@ class Remote:
     async def jobs(self) -> pb.ListJobsReply:
         """What anybody may know of the coordinator's jobs, newest first, and its clock. Says nothing of who asks."""
         async with self._readable():
-            return await self._stub.ListJobs(pb.ListJobsRequest(), timeout=CALL_SECONDS)
+            reply = await self._stub.ListJobs(pb.ListJobsRequest(), timeout=CALL_SECONDS)
+        times = [reply.now_unix, *(time for job in reply.jobs for time in (job.opened_unix, job.deadline_unix))]
+        if not all(map(rules.is_time, times)):
+            raise BadData(f"the coordinator at {self.server} names times that are none", hint="tell who runs it")
+        return reply
 
     async def describe(self, name: str) -> pb.Job:
         """What joining a job (the only open one, if empty) would announce."""
@@ -171,9 +179,11 @@ class Remote:
                 # "failed to connect to all addresses; last error: UNKNOWN: ipv4:…: Connection refused"
                 raise _unreachable(self.server, (error.details() or "").rpartition(": ")[2]) from error
             if error.code() in passing:
-                raise Unreachable(f"the coordinator at {self.server} has a trouble: {error.details()}") from error
+                said = stream.one_line(error.details() or "")
+                raise Unreachable(f"the coordinator at {self.server} has a trouble: {said}") from error
             hint: Any = dict(error.trailing_metadata() or ()).get("hint-bin", b"")
-            raise from_status(error.code().name, error.details() or "", hint.decode()) from error
+            said, try_next = stream.one_line(error.details() or ""), stream.one_line(hint.decode(errors="replace"))
+            raise from_status(error.code().name, said, try_next) from error
 
 
 @asynccontextmanager
@@ -207,14 +217,19 @@ def local_path(folder: Path, artifact: pb.Artifact) -> Path:
     """Where an artifact belongs in a folder of ours.
 
     Raises:
-        BadData: its name would lead out of the folder.
+        BadData: its name would lead out of the folder, or it is of a kind that we have no use for.
     """
-    name = PurePosixPath(artifact.name)
-    if name.is_absolute() or not name.parts or ".." in name.parts or "\\" in artifact.name or "\0" in artifact.name:
-        raise BadData(f"the coordinator names an artifact {artifact.name!r}, which is not a path inside a folder")
+    if not stream.is_name(artifact.name):
+        raise BadData(f"the coordinator names an artifact {artifact.name[:80]!r}, which is not a path inside a folder")
     if not stream.is_digest(artifact.digest):
         raise BadData(f"the coordinator names no SHA-256 for {artifact.name}")
-    return folder.joinpath(*name.parts)
+    name = PurePosixPath(artifact.name)
+    if name.suffix not in _KINDS and name.name != "Modelfile":
+        raise BadData(f"the coordinator offers {artifact.name}: files of this kind are never fetched")
+    file = folder.joinpath(*name.parts)
+    if not file.parent.resolve().is_relative_to(folder.resolve()):
+        raise BadData(f"{file} would be outside of {folder}: a folder on the way is a link", hint="remove that link")
+    return file
 
 
 def partial_path(to: Path, artifact: pb.Artifact) -> Path:
