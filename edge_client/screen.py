@@ -235,7 +235,7 @@ class Screen:
 
 
 def _plain(value: object, is_lines: bool = False) -> object:
-    """Names come from elsewhere too: no markup, no control characters that a terminal would obey, no lines like ours."""
+    """Names come from elsewhere too: no markup, no control characters that a terminal obeys, no lines like ours."""
     if not isinstance(value, str):
         return value
     kept = value if is_lines else value.replace("\n", " ")[:_LONGEST]

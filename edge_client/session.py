@@ -75,9 +75,9 @@ async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen)
     """
     reply = await remote.join(taker.request(job_name))
     announced.check(reply.job)
-    if taker.agreed is not None and reply.job != taker.agreed:
+    if reply.job.spec.name != job_name or (taker.agreed is not None and reply.job != taker.agreed):
         raise Refused(
-            f"{reply.job.spec.name} is not the job any more that was shown: the coordinator announces another one now",
+            f"{job_name} is not the job any more that it was: the coordinator announces another one now",
             hint="run it again, to see what it asks for now; nothing was sent but what joining takes",
         )
     box = outbox.outbox(taker.state, reply.job)

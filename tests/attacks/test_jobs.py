@@ -1,4 +1,4 @@
-"""Jobs that ask for what a job may not: by file and by wire the same rules, and nothing is touched before they are held."""
+"""Jobs that ask for what a job may not: the same rules by file and by wire, and nothing is touched before they hold."""
 
 from __future__ import annotations
 
@@ -184,8 +184,12 @@ def test_another_job_than_the_one_that_was_shown(tmp_path: Path, sound: tuple[pb
     server = hostile.Hostile(offered, sound[1])
     server.then = copy(offered)
     server.then.spec.train.epochs = 1000
-    with pytest.raises(Refused, match="not the job any more that was shown"):
+    with pytest.raises(Refused, match="notes is not the job any more that it was"):
         take_part(tmp_path, server, agreed=offered)
+    server.then.CopyFrom(offered)
+    server.then.spec.name = "other"
+    with pytest.raises(Refused, match="notes is not the job any more that it was"):
+        take_part(tmp_path, server)  # as `stay --accept notes` does
     assert not list((tmp_path / "client").glob("jobs/*"))
 
 
