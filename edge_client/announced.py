@@ -45,10 +45,10 @@ def _modules(job: pb.Job) -> str:
 def _files(job: pb.Job) -> str:
     for file in (job.initial, *job.base_files):
         if not stream.is_digest(file.digest):
-            return f"a file, {file.name!r}, has no SHA-256"
+            return f"a file, {file.name[:80]!r}, has no SHA-256"
     for file in job.base_files:
         if not stream.is_name(file.name) or not checkpoint.is_model_file(file.name):
-            return f"{file.name!r} is none of a base model's files: settings, a tokenizer, weights as safetensors"
+            return f"{file.name[:80]!r} is none of a base model's files: settings, a tokenizer, weights as safetensors"
     if not stream.are_apart(job.base_files):
         return "two of the base model's files have one name"
     if job.base_fingerprint != stream.fingerprint(job.base_files):

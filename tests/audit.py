@@ -1,5 +1,5 @@
-"""Known vulnerabilities in what constraints.txt pins, for `make lint`: fails when there is one, and says aloud when nobody
-could be asked."""
+"""Known vulnerabilities in what constraints.txt pins, for `make lint`: fails when there is one, and says aloud when
+nobody could be asked."""
 
 import importlib.util
 import json

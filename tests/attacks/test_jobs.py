@@ -136,7 +136,7 @@ RESOLVED: dict[str, Callable[[pb.Job], Any]] = {
     "names, or": lambda offered: setattr(offered.modules[0], "name", "\x1b[2J"),
     "no features": modules(in_features=2**32 - 1),
     "or more than": lambda offered: setattr(offered.modules[0], "out_features", 0),
-    **{f"{name!r} is none of a base model's files": file(name) for name in (
+    **{f"{name[:80]!r} is none of a base model's files": file(name) for name in (
         "modeling_evil.py", "pytorch_model.bin", "model.pt", "x.pkl", "adapter_config.json", "../config.json",
         "/etc/passwd", "sub/model.safetensors", ".bashrc", "x\x1b[2J.safetensors", "ünï.safetensors", "x.safetensors.",
         "tekken.json", "hf_quant_config.json", "preprocessor_config.json", "a" * 300 + ".safetensors",
