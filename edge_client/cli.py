@@ -20,6 +20,7 @@ from rich.table import Table
 from converters import command
 from converters.errors import BadData, Refused, Unreachable, UsageError
 from edge_client import (
+    announced,
     backends,
     consent,
     discovery,
@@ -40,7 +41,7 @@ from edge_client.options import DEFAULT_STATE, Json, State
 from edge_client.remote import Remote
 from edge_client.screen import Screen
 from edge_client.way import ANY, Way, reaching
-from oneround import tls
+from oneround import stream, tls
 from oneround.v1 import federation_pb2 as pb
 
 app = typer.Typer(
@@ -120,21 +121,26 @@ def join(
         async with reach.connected(way, state, screen) as remote:
             with command.only_one(state, "edge-client join"):
                 wanted = consent.meant((await remote.jobs()).jobs, job or remote.token_job)
-                name = wanted.spec.name
-                terms = consent.terms(wanted, taker.request(name), remote.fingerprint)
+                offered = await remote.describe(wanted.spec.name)
+                announced.check(offered)
+                name = offered.spec.name
+                request = taker.request(name)
+                terms = consent.terms(offered, request, remote.fingerprint)
                 before = [replace(terms, key=key) for key in identity.Pins(state).earlier(remote.fingerprint)]
                 if not consent.given(outbox.all_outboxes(state), terms, *before) and not await consent.ask(
                     screen,
                     terms,
+                    consent.asks(offered, request.machine, state, model),
                     server=remote.server,
-                    base=wanted.spec.model.base,
-                    deadline=wanted.deadline_unix,
+                    deadline=offered.deadline_unix,
                     data=data,
                     yes=yes,
                 ):
                     screen.say("declined")
                     raise typer.Exit(Refused.exit_code)
-                receipt = await session.take_part(remote, name, replace(taker, consent=terms.digest), screen)
+                receipt = await session.take_part(
+                    remote, name, replace(taker, consent=terms.digest, agreed=offered), screen
+                )
             if wait:
                 joined = outbox.find(state, receipt.job).joined()
                 assert joined is not None, "find looks at joined jobs"
@@ -284,7 +290,7 @@ async def _until_published(remote: Remote, job: str, screen: Screen) -> None:
             screen.say("published", job=job, version=status.publications[-1].version)
             return
         if status.state in (pb.STATE_EXPIRED, pb.STATE_FAILED, pb.STATE_CANCELLED):
-            raise Refused(f"nothing will be published: {status.reason}")
+            raise Refused(f"nothing will be published: {stream.one_line(status.reason)}")
         if state != shown:
             screen.say("waiting", state=state)
             shown = state
@@ -301,6 +307,7 @@ app.command(epilog="Example: edge-client uninstall-service")(service_cli.uninsta
 def main() -> None:
     """The console script."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["HF_HUB_OFFLINE"] = "1"  # whatever a base's files name: all that a client fetches is the coordinator's
     try:
         command.run(app, "edge-client")
     except SystemExit as end:

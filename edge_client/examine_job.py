@@ -13,7 +13,7 @@ from pathlib import Path
 
 from converters import checkpoint
 from converters.errors import BadData, NotEnough, OneroundError, Refused, UsageError
-from edge_client import disk, examples, footprint, outbox, reach, session, trust
+from edge_client import announced, disk, examples, footprint, outbox, reach, session, trust
 from edge_client.batches import Batches
 from edge_client.finding import Case, Finding, note, ok
 from edge_client.recipe import Setup
@@ -126,21 +126,21 @@ async def job(case: Case) -> Finding | None:
     if case.remote is None or case.jobs is None:
         return None
     try:
-        announced = await case.remote.describe(case.job_name)
+        offered = await case.remote.describe(case.job_name)
     except Refused as error:
         names = ", ".join(each.spec.name for each in case.jobs.jobs if each.takes_contributions)
         error.hint = error.hint or (f"--job with one of: {names}" if names else "ask the operator for a job")
         raise
-    session.check(announced)
-    name = announced.spec.name
-    case.job, box = announced, outbox.outbox(case.state, announced)
+    announced.check(offered)
+    name = offered.spec.name
+    case.job, box = offered, outbox.outbox(case.state, offered)
     case.done = box.trained() is not None or box.receipt() is not None
     if box.receipt() is not None:
         return ok("job", f"{name}: this machine's contribution is in")
     taking = any(each.takes_contributions for each in case.jobs.jobs if each.spec.name == name)
     if not taking:
         raise Refused(f"{name} takes no more contributions", hint=f"edge-client pull {name}")
-    until = datetime.datetime.fromtimestamp(announced.deadline_unix + case.skew).astimezone()
+    until = datetime.datetime.fromtimestamp(offered.deadline_unix + case.skew).astimezone()
     stands = "; trained here already, join only sends it" if case.done else ""
     return ok("job", f"{name}: takes contributions until {until:%Y-%m-%d %H:%M}{stands}")
 

@@ -13,7 +13,6 @@ Each file is put in place whole; a step is done when its file is there.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,10 +24,8 @@ from google.protobuf.message import Message
 from converters import adapter, tensors
 from converters.adapter import Adapter
 from converters.errors import BadData, NotEnough, Refused, UsageError
-from oneround import stream
+from oneround import rules, stream
 from oneround.v1 import federation_pb2 as pb
-
-JOB_NAME = r"[a-z0-9][a-z0-9._-]{0,62}"  # it becomes part of paths
 
 Record = TypeVar("Record", bound=Message)
 
@@ -201,7 +198,7 @@ def published_folder(state: Path, name: str) -> Path:
     Raises:
         UsageError: this cannot be a job's name.
     """
-    if not re.fullmatch(JOB_NAME, name):
+    if not rules.is_job_name(name):
         raise UsageError(f"{name} is neither a GGUF file nor a job's name", hint="edge-client status")
     return state / "published" / name
 

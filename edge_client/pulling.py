@@ -29,7 +29,8 @@ def publication(status: pb.JobStatus, version: int) -> pb.Publication:
     if not status.publications:
         state = pb.State.Name(status.state).removeprefix("STATE_").lower()
         raise Refused(
-            f"{job} has published nothing yet; it is {state}" + (f" ({status.reason})" if status.reason else "")
+            f"{job} has published nothing yet; it is {state}"
+            + (f" ({stream.one_line(status.reason)})" if status.reason else "")
         )
     made = {each.version: each for each in status.publications}
     if version and version not in made:
@@ -109,10 +110,15 @@ async def check(
 async def fetch(
     remote: Remote, job: str, artifacts: Sequence[pb.Artifact], folder: Path, screen: Screen
 ) -> Sequence[Path]:
-    """Have these files in a folder; those that are there already, whole, are not fetched again."""
+    """Have these files in a folder; those that are there already, whole, are not fetched again.
+
+    Raises:
+        BadData: one of them has no place in a folder of ours. Then none is fetched.
+    """
+    if not stream.are_apart(artifacts):
+        raise BadData(f"two files that the coordinator has published for {job} have one name")
     fetched = []
-    for artifact in artifacts:
-        file = local_path(folder, artifact)
+    for artifact, file in [(artifact, local_path(folder, artifact)) for artifact in artifacts]:
         if not await asyncio.to_thread(_is_here, file, artifact):
             with screen.bar(artifact.name, artifact.size) as advance:
                 await remote.download(job, artifact, file, advance)

@@ -19,9 +19,13 @@ from converters import tensors
 from converters.errors import BadData, Refused, Unreachable, from_status
 from edge_client import identity, probe, trust
 from edge_client.identity import Me, Pins
-from oneround import signing, stream, tls
+from oneround import rules, signing, stream, tls
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
+
+# What is fetched, by the ends of names: models, adapters, settings, signatures and texts. No program, and no pickle,
+# which can be one.
+_KINDS = frozenset({".gguf", ".safetensors", ".json", ".jinja", ".model", ".txt", ".md", ".signature"})
 
 CALL_SECONDS = 60.0
 _OPTIONS = [
@@ -93,6 +97,9 @@ class Remote:
     async def jobs(self) -> pb.ListJobsReply:
         """What anybody may know of the coordinator's jobs, newest first, and its clock. Says nothing of who asks."""
         reply: pb.ListJobsReply = await self._call("ListJobs", pb.ListJobsRequest())
+        times = [reply.now_unix, *(time for job in reply.jobs for time in (job.opened_unix, job.deadline_unix))]
+        if not all(map(rules.is_time, times)):
+            raise BadData(f"the coordinator at {self.server} names times that are none", hint="tell who runs it")
         return reply
 
     async def describe(self, name: str) -> pb.Job:
@@ -249,9 +256,11 @@ class Remote:
                     f"the session with the coordinator at {self.server} is over", hint="run the same command again"
                 ) from error
             if error.code() in passing:
-                raise Unreachable(f"the coordinator at {self.server} has a trouble: {error.details()}") from error
+                said = stream.one_line(error.details() or "")
+                raise Unreachable(f"the coordinator at {self.server} has a trouble: {said}") from error
             hint: Any = dict(error.trailing_metadata() or ()).get("hint-bin", b"")
-            raise from_status(error.code().name, error.details() or "", hint.decode()) from error
+            said, try_next = stream.one_line(error.details() or ""), stream.one_line(hint.decode(errors="replace"))
+            raise from_status(error.code().name, said, try_next) from error
 
 
 @asynccontextmanager
@@ -309,14 +318,19 @@ def local_path(folder: Path, artifact: pb.Artifact) -> Path:
     """Where an artifact belongs in a folder of ours.
 
     Raises:
-        BadData: its name would lead out of the folder.
+        BadData: its name would lead out of the folder, or it is of a kind that we have no use for.
     """
-    name = PurePosixPath(artifact.name)
-    if name.is_absolute() or not name.parts or ".." in name.parts or "\\" in artifact.name or "\0" in artifact.name:
-        raise BadData(f"the coordinator names an artifact {artifact.name!r}, which is not a path inside a folder")
+    if not stream.is_name(artifact.name):
+        raise BadData(f"the coordinator names an artifact {artifact.name[:80]!r}, which is not a path inside a folder")
     if not stream.is_digest(artifact.digest):
         raise BadData(f"the coordinator names no SHA-256 for {artifact.name}")
-    return folder.joinpath(*name.parts)
+    name = PurePosixPath(artifact.name)
+    if name.suffix not in _KINDS and name.name != "Modelfile":
+        raise BadData(f"the coordinator offers {artifact.name}: files of this kind are never fetched")
+    file = folder.joinpath(*name.parts)
+    if not file.parent.resolve().is_relative_to(folder.resolve()):
+        raise BadData(f"{file} would be outside of {folder}: a folder on the way is a link", hint="remove that link")
+    return file
 
 
 def partial_path(to: Path, artifact: pb.Artifact) -> Path:

@@ -32,18 +32,21 @@ SENTENCES = {
     "  at         {server}, key {key}\n"
     "  base       {base}\n"
     "  data       {data}\n"
+    "  trains     {trains}\n"
+    "  takes      {takes}\n"
     "What leaves this machine, and nothing else:\n"
     "  to join    {to_join}\n"
     "  meanwhile  {meanwhile}\n"
     "  at last    {at_last}\n"
-    "The files stay here. The adapter is what was learnt from them.",
+    "The files stay here. The adapter is what was learnt from them. No program comes with a job or its base.",
     "standing": "\nEvery job named {accept}, at {server}\n"
     "  data       {data}\n"
+    "  trains     a LoRA as each job says, over its base model, which comes from the coordinator\n"
     "What leaves this machine for each of them, and nothing else:\n"
     "  to join    {to_join}\n"
     "  meanwhile  {meanwhile}\n"
     "  at last    {at_last}\n"
-    "The files stay here. The adapter is what was learnt from them.",
+    "The files stay here. The adapter is what was learnt from them. No program comes with a job or its base.",
     "declined": "Nothing was sent, and the coordinator knows nothing of this machine.",
     "several": "Several coordinators make themselves known on this network:\n{rows}",
     "found": "Found [bold]{name}[/bold] on this network, at {server}",
@@ -124,6 +127,8 @@ SENTENCES = {
 }
 
 Advance = Callable[..., None]
+_LINES = ("rows", "commands")  # fields that hold lines of ours
+_LONGEST = 2000  # letters of a field
 _PLAIN_EVERY = 5.0  # seconds between lines of progress without a terminal
 _JSON_EVERY = 1.0
 
@@ -187,7 +192,7 @@ class Screen:
         if self._json:
             self._print_json(event, fields)
         else:
-            self._print(sentence.format(**{name: _plain(value) for name, value in fields.items()}))
+            self._print(sentence.format(**{name: _plain(value, name in _LINES) for name, value in fields.items()}))
 
     @contextmanager
     def busy(self, label: str) -> Iterator[None]:
@@ -260,11 +265,12 @@ class Screen:
         sys.stdout.flush()
 
 
-def _plain(value: object) -> object:
-    """Names come from elsewhere too: no markup, and no control characters that a terminal would obey."""
+def _plain(value: object, is_lines: bool = False) -> object:
+    """Names come from elsewhere too: no markup, no control characters that a terminal obeys, no lines like ours."""
     if not isinstance(value, str):
         return value
-    return escape("".join(letter for letter in value if letter.isprintable() or letter == "\n"))
+    kept = value if is_lines else value.replace("\n", " ")[:_LONGEST]
+    return escape("".join(letter for letter in kept if letter.isprintable() or letter == "\n"))
 
 
 def _duration(seconds: float) -> str:

@@ -20,7 +20,7 @@ KEYS: dict[str, Callable[[], PrivateKey]] = {
 
 
 def test_the_words() -> None:
-    lines = ["oneround receipt", f"32 {'1' * 32}", "5 notes", f"64 {'c' * 64}", f"64 {'d' * 64}", "5 20544"]
+    lines = ["oneround receipt", f"32 {'1' * 32}", "5 notes", f"32 {'c' * 32}", f"64 {'d' * 64}", "5 20544"]
     assert statements.receipt(RECEIPT).decode().split("\n") == [*lines, "18 1763748968.1234567"]
     assert statements.manifest("e" * 64) == b"oneround manifest\n64 " + b"e" * 64
 

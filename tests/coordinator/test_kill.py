@@ -36,6 +36,7 @@ from edge_client.identity import Pins
 from edge_client.remote import Remote
 from oneround import statements, stream
 from oneround.v1 import federation_pb2 as pb
+from tests.clients import me
 from tests.coordinator.dying import HOOK, ROOT, Plan
 from tests.coordinator.test_server import ALICE, BOB, SPEC, judged, trained, written
 

@@ -29,6 +29,7 @@ from edge_client.screen import Screen
 from oneround import signing, statements, stream, tls
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
+from tests.clients import me
 from tests.coordinator.test_server import ALICE, BOB, SPEC, join, judged, nothing, running, trained, written
 from tests.coordinator.test_versions import version
 from tests.edge_client.test_published import contributed
