@@ -36,10 +36,11 @@ bench: setup  ## how fast publishing and training are, and how much a coordinato
 	$(RUN)/python benchmarks/bench_coordinator.py --work build/bench
 	$(RUN)/python benchmarks/bench_train.py --work build/bench
 
-lint: setup  ## formatting, lint and types
+lint: setup  ## formatting, lint, types, and known vulnerabilities in what is pinned
 	$(RUN)/ruff format --check .
 	$(RUN)/ruff check .
 	$(RUN)/mypy
+	$(RUN)/python tests/audit.py
 
 format: setup  ## put the code in shape
 	$(RUN)/ruff format .

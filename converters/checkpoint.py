@@ -77,6 +77,11 @@ def model_files(folder: Path) -> list[Path]:
     return sorted([file for file in files if file.is_file()] + _weight_files(folder))
 
 
+def is_model_file(name: str) -> bool:
+    """Whether a file of this name can be one that a client needs: settings, a tokenizer, or weights in safetensors."""
+    return name in (*_FILES, _INDEX) or (name.endswith(".safetensors") and "/" not in name)
+
+
 def _folder(folder: Path) -> Path:
     if not folder.is_dir():
         raise BadModel(f"the base model {folder} is not a folder")

@@ -9,6 +9,7 @@ an adapter can be merged into, and is not found.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from converters import checkpoint, gguf_file, tensors
+from converters import checkpoint, custom_code, gguf_file, tensors
 from converters.adapter import Shape
 from converters.errors import BadModel
 from converters.families import Base, Family, Linear, NotKnownHere, interleaved, names_in_gguf
@@ -58,10 +59,18 @@ def convert(folder: Path, path: Path, dtype: str | None = None) -> None:
     """Write a base GGUF with llama.cpp's script, by default in the checkpoint's own type.
 
     Raises:
-        BadModel: the script is not on PATH, or fails; its last line of errors is in the message.
+        BadModel: the script is not on PATH, might run code of the model's own, or fails; its last line of errors is in
+            the message.
         NotEnough: the disk is full.
     """
     script = require_script(folder)
+    custom_code.check(folder)
+    if file := custom_code.named(folder):
+        # For some families the script trusts whatever code a folder names.
+        raise BadModel(
+            f"{folder / file} names code of the model's own (auto_map), which {SCRIPT} might run",
+            hint="give a GGUF of the model as model.gguf, or make it without that key from a copy of the folder",
+        )
     name, first = next((item for item in checkpoint.weights(folder).items() if item[1].ndim == 2), ("", None))
     if first is None:
         raise BadModel(f"{folder} holds no matrix")
@@ -71,7 +80,8 @@ def convert(folder: Path, path: Path, dtype: str | None = None) -> None:
         # It writes by the name; the file that is open here is the same one, and is synced before it is renamed.
         command = [script, str(folder.resolve()), "--outfile", str(Path(file.name).resolve()), "--outtype", dtype]
         try:
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True)
+            offline = {**os.environ, "HF_HUB_OFFLINE": "1"}  # all that it needs is in the folder
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=offline)
         except OSError as error:
             raise BadModel(f"{script} cannot be run: {error}") from error
         if done.returncode != 0:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from converters import architectures, gguf_base, gguf_file, gguf_merge, other_families
+from converters import architectures, custom_code, gguf_base, gguf_file, gguf_merge, other_families
 from converters.architectures import Base
 from converters.errors import BadModel
 from coordinator import job as jobs
@@ -36,12 +36,19 @@ def prepare(spec: pb.ModelSpec, cache: Path) -> Prepared:
         BadModel: it is not there, or of a family for which there is no way to a GGUF.
     """
     folder, revision = _find(spec)
+    custom_code.check(folder)
     if not spec.gguf and not architectures.is_known(folder):
         other_families.require_script(folder)  # before large files are read
     files = [
         pb.Artifact(name=file.relative_to(folder).as_posix(), digest=stream.digest(file), size=file.stat().st_size)
         for file in architectures.model_files(folder)
     ]
+    for file in files:
+        if not stream.is_name(file.name):
+            raise BadModel(
+                f"{folder} has a file {file.name!r}, a name that not every client's disk takes",
+                hint="name the parts of the weights as transformers does: model-00001-of-00002.safetensors",
+            )
     fingerprint = stream.fingerprint(files)
     return Prepared(folder, describe(spec, folder, fingerprint, cache), files, fingerprint, revision)
 
@@ -104,7 +111,12 @@ def _find(spec: pb.ModelSpec) -> tuple[Path, str]:
             hint="model.base takes a folder on the coordinator's machine, or a Hugging Face hub id such as org/name",
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         found = Path(snapshot_download(spec.base, revision=spec.revision, allow_patterns=list(_WANTED)))
@@ -112,6 +124,8 @@ def _find(spec: pb.ModelSpec) -> tuple[Path, str]:
         raise BadModel(
             f"the Hugging Face hub has no model {spec.base}", hint="hf auth login, if it is gated"
         ) from error
+    except HFValidationError as error:
+        raise BadModel(f"{spec.base} is neither a folder here nor a Hugging Face hub id") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise BadModel(
             f"the base model {spec.base} is neither a folder here nor to be had from the hub: {error}",

@@ -84,6 +84,7 @@ def _files(folder: Path, facts: Facts) -> str:
         ("mlx/", "the adapter for mlx-lm"),
         ("Modelfile", "for Ollama"),
         ("manifest.json", "what went in, how it was checked, and the SHA-256 of every file"),
+        ("manifest.json.signature", "the coordinator's signature over it"),
     ]  # fmt: skip
     return _table("Files", ("file", "what it is"), [(f"`{name}`", what) for name, what in rows])
 

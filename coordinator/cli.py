@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import logging
 import resource
@@ -11,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,14 +21,14 @@ from rich.console import Console
 
 from converters import command
 from converters.errors import NotEnough, Unreachable, UsageError
-from coordinator import access_cli, control, discovery, identity, server, tables
+from coordinator import access_cli, certificate, control, discovery, identity, server, tables, transport
 from coordinator import backup as backups
 from coordinator import diff as diffs
 from coordinator import job as jobs_
 from coordinator import metrics as metering
 from coordinator.daemon import Daemon
 from coordinator.printing import DEFAULT_STATE, Json, State, Why, out, print_json
-from oneround import tls
+from oneround import lan, tls
 from oneround.v1 import federation_pb2 as pb
 
 app = typer.Typer(
@@ -58,28 +58,44 @@ def serve(
     blobs: BlobsUrl = "",
     metrics: Annotated[str, typer.Option(help="HOST:PORT to serve Prometheus metrics on; none if empty.")] = "",
     reflection: Annotated[bool, typer.Option("--reflection", help="Let grpcurl and such list the services.")] = False,
+    tls_certificate: Annotated[
+        Path | None, typer.Option(help="Your own certificate (PEM, its chain after it) instead of one made here.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="The key of --tls-certificate (PEM).")] = None,
+    client_ca: Annotated[
+        Path | None, typer.Option(help="Let in only clients with a certificate of this CA (PEM); mutual TLS.")
+    ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="No TLS; only on loopback addresses.")] = False,
+    insecure_anywhere: Annotated[
+        bool, typer.Option("--insecure-anywhere", help="No TLS on any address: whoever is on the way reads along.")
+    ] = False,
     no_advertise: Annotated[
         bool, typer.Option("--no-advertise", help="Do not make this coordinator known on the local network.")
     ] = False,
 ) -> None:
     """Run the daemon until it is told to stop (Ctrl-C or SIGTERM); it drains, and starts again where it was."""
-    if insecure and not _is_loopback(listen):
-        raise UsageError(f"--insecure is for loopback, and {listen} is not", hint="leave --insecure out")
+    if insecure and not (insecure_anywhere or lan.is_loopback(listen)):
+        raise UsageError(
+            f"--insecure is for loopback, and {listen} is not",
+            hint="leave --insecure out; --insecure-anywhere, if nobody else is on that network",
+        )
+    insecure = insecure or insecure_anywhere
+    own = _own_files(tls_certificate, tls_key, client_ca, insecure)
+    authority = certificate.authority(client_ca) if client_ca else b""
     _check_address(listen, "--listen HOST:PORT, as 0.0.0.0:50051")
     if metrics:
         _check_address(metrics, "--metrics HOST:PORT, as 127.0.0.1:9464")
     specs = [jobs_.read(file) for file in job or []]
     try:
         state.mkdir(parents=True, exist_ok=True)
-        who = identity.load_or_create(state)
+        who = identity.load_or_create(state, own)
     except OSError as error:
         raise NotEnough(f"cannot write to {state}: {error.strerror}", hint="coordinator serve --state DIR") from error
     _log_to_stderr()
     _open_many_files()
     sys.setswitchinterval(SWITCH_SECONDS)
     with command.only_one(state, "coordinator"):
-        daemon = Daemon(state.resolve(), database, blobs=blobs)
+        daemon = Daemon(state.resolve(), database, blobs=blobs, key=who.key)
         with _metrics(daemon, metrics):
             serving = _serve(
                 daemon,
@@ -87,6 +103,7 @@ def serve(
                 state.resolve(),
                 specs,
                 who,
+                certificates=transport.Certificates(who, partial(identity.load_or_create, state, own), authority),
                 insecure=insecure,
                 reflect=reflection,
                 known=not (insecure or no_advertise),
@@ -101,12 +118,15 @@ async def _serve(
     specs: list[pb.JobSpec],
     who: identity.Identity,
     *,
+    certificates: transport.Certificates,
     insecure: bool,
     reflect: bool,
     known: bool,
 ) -> None:
     healthy = health_servicer.aio.HealthServicer()
-    grpc_server, address = server.create(daemon, who, listen, insecure=insecure, healthy=healthy, reflect=reflect)
+    grpc_server, address = server.create(
+        daemon, who, listen, insecure=insecure, healthy=healthy, reflect=reflect, certificates=certificates
+    )
     statuses = [await daemon.submit(spec) for spec in specs]  # can take minutes; an interrupt just ends it
     stop = asyncio.Event()
     for wanted in (signal.SIGINT, signal.SIGTERM):
@@ -116,6 +136,8 @@ async def _serve(
     out.print(f"Listening on [bold]{address}[/bold]" + (" without TLS" if insecure else ""))
     if not insecure:
         out.print(f"Key fingerprint  {tls.grouped(who.fingerprint)}")
+        for before in tls.earlier(who.certificate)[-1:]:
+            out.print(f"  it follows     {tls.grouped(before)}")
     for status in statuses:
         out.print(tables.line(status))
     host, _, port = address.rpartition(":")
@@ -293,6 +315,21 @@ def restore(
     out.print(f"Start it:  coordinator serve --state {state}", markup=False)
 
 
+@app.command("rotate-key", epilog="Example: coordinator rotate-key")
+def rotate_key(state: State = DEFAULT_STATE) -> None:
+    """Give the coordinator a new key, while it is stopped. Clients that know the old one, which signs it, follow.
+
+    For a change that is planned. A key that somebody else has got hold of can sign anything: remove key.pem then, and
+    have every client accept the new key by hand.
+    """
+    with _stopped(state):
+        before, after = identity.rotate(state)
+    out.print(f"Old key  {tls.grouped(before)}")
+    out.print(f"New key  {tls.grouped(after)}")
+    out.print(f"Start it again:  coordinator serve --state {state}", markup=False)
+    out.print("Clients that know the old key take the new one by themselves; tell both to whoever compares.")
+
+
 @app.command(epilog="Example: coordinator health")
 def health(state: State = DEFAULT_STATE) -> None:
     """Whether the daemon on this machine serves: exit code 0, or 4."""
@@ -333,12 +370,34 @@ def _show(status: pb.JobStatus, as_json: bool) -> None:
         out.print(tables.job(status))
 
 
-def _is_loopback(listen: str) -> bool:
-    host = listen.rpartition(":")[0].strip("[]")
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def _own_files(
+    certificate: Path | None, key: Path | None, client_ca: Path | None, insecure: bool
+) -> identity.OwnFiles | None:
+    """The operator's own certificate and key, if they are given.
+
+    Raises:
+        UsageError: one is given without the other, or with --insecure.
+    """
+    if insecure and (certificate or key or client_ca):
+        raise UsageError("without TLS there are no certificates", hint="leave --insecure out")
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        raise UsageError("a certificate needs its key", hint="--tls-certificate FILE --tls-key FILE")
+    return identity.OwnFiles(certificate.absolute(), key.absolute())
+
+
+@contextmanager
+def _stopped(state: Path) -> Iterator[None]:
+    """Hold a state folder over which no daemon may run meanwhile.
+
+    Raises:
+        UsageError: one runs, or has never run.
+    """
+    if not (state / "key.pem").exists():
+        raise UsageError(f"no coordinator has run over {state}", hint=f"coordinator serve --state {state}")
+    with command.only_one(state, "coordinator"):
+        yield
 
 
 def _check_address(listen: str, hint: str) -> None:

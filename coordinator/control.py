@@ -15,8 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from converters import tensors
 from converters.errors import OneroundError, Unreachable, from_status
-from coordinator import identity
-from oneround import tls
+from coordinator import identity, transport
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
 
@@ -52,18 +51,11 @@ def listening(state: Path) -> Listening:
 async def channel(state: Path) -> AsyncIterator[tuple[grpc.aio.Channel, list[tuple[str, str]]]]:
     """A channel to the daemon, and the metadata that proves that we may administer it."""
     found = listening(state)
-    who = identity.load_or_create(state)
-    address = found.address.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
-    if found.insecure:
-        opened = grpc.aio.insecure_channel(address)
-    else:
-        credentials = grpc.ssl_channel_credentials(root_certificates=who.certificate)
-        opened = grpc.aio.secure_channel(address, credentials, [("grpc.ssl_target_name_override", tls.NAME)])
-    async with opened:
+    async with grpc.aio.insecure_channel(transport.socket(state)) as opened:  # which never leaves this machine
         try:
-            yield opened, [("authorization", f"Bearer {who.admin_token}")]
+            yield opened, [("authorization", f"Bearer {identity.admin_token(state)}")]
         except grpc.aio.AioRpcError as error:
-            raise _readable(error, address, state) from error
+            raise _readable(error, found.address, state) from error
 
 
 async def submit(state: Path, spec: pb.JobSpec) -> pb.JobStatus:

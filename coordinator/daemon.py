@@ -15,7 +15,7 @@ import structlog
 
 from converters import llama
 from converters.errors import BadModel, Conflict, Denied, NotFound, OneroundError, Refused, UsageError
-from coordinator import evaluations, opening, publisher, sweeping
+from coordinator import evaluations, identity, opening, publisher, sweeping
 from coordinator import job as jobs
 from coordinator import round as rounds
 from coordinator.blobs import Blobs
@@ -25,10 +25,12 @@ from coordinator.people import People
 from coordinator.publishing import Publishing
 from coordinator.round import Round, State
 from coordinator.schema import Client, Contribution
+from coordinator.signer import Signer
 from coordinator.status import Statuses
 from coordinator.store import Store
 from coordinator.text import printable
-from coordinator.uploads import Uploads, receipt
+from coordinator.uploads import Uploads
+from oneround import signing
 from oneround.v1 import federation_pb2 as pb
 
 TICK = 0.5  # seconds between looks at the clock
@@ -43,22 +45,35 @@ class Daemon:
     """One coordinator over one state folder. Methods raise OneroundError; the server maps it to a status."""
 
     def __init__(
-        self, state: Path, database: str = "", *, blobs: str = "", clock: Callable[[], float] = time.time
+        self,
+        state: Path,
+        database: str = "",
+        *,
+        blobs: str = "",
+        key: bytes = b"",
+        clock: Callable[[], float] = time.time,
     ) -> None:
+        """`key` (PEM), which the server shows, signs; left out, that of the identity in the state folder."""
         self._state = state
         self._clock = clock
         self._blobs = Blobs(state, blobs)
         self._store = Store(database or sqlalchemy.URL.create("sqlite", database=str(state / "coordinator.sqlite")))
         self._rounds: dict[str, Round] = {}  # as last seen by the loop or an event
         self.leases = Leases(self._store, clock)
-        self.uploads = Uploads(self._store, self._blobs, clock)
+        self._signer = Signer(signing.private(key or identity.load_or_create(state).key), self._store)
+        self.uploads = Uploads(self._store, self._blobs, self._signer, clock)
         self._examiner = Examiner(self._store, self._blobs, clock)
         self.statuses = Statuses(self._store, self.leases, state / "publications", clock)
-        self._publishing = Publishing(state, self._store, self._blobs, self.statuses, clock)
+        self._publishing = Publishing(state, self._store, self._blobs, self._signer, self.statuses, clock)
         self._submitting = asyncio.Lock()
         self.people = People(self._store.database)
         self._slow = ThreadPoolExecutor(1, "slow")  # reading a large base keeps nobody else waiting
         sweeping.sweep(state, self._store, self._blobs)
+
+    @property
+    def state(self) -> Path:
+        """Its folder."""
+        return self._state
 
     async def run(self) -> None:
         """Judge what comes in, close rounds in time and publish what is closed, until cancelled."""
@@ -234,7 +249,7 @@ class Daemon:
         await self.statuses.changed(name)
         reply = pb.JoinReply(lease=client.lease, job=job)
         if given is not None:
-            reply.receipt.CopyFrom(receipt(given))
+            reply.receipt.CopyFrom(self._signer.receipt(given))
             reply.judgement.CopyFrom(judgement(given))
             reply.may_replace = given.may_replace
         return reply
@@ -309,7 +324,7 @@ class Daemon:
         self.leases.heard(lease)
         self._examiner.look()
         await self.statuses.changed(given.job)
-        return receipt(given)
+        return self._signer.receipt(given)
 
     async def file(self, name: str, digest: str) -> Path:
         """The file of one of a job's artifacts.

@@ -8,15 +8,20 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from converters import tensors
-from oneround import tls
+from coordinator import certificate as certificates
+from oneround import signing, tls
 
-_VALID = datetime.timedelta(days=3650)
+
+@dataclass(frozen=True)
+class OwnFiles:
+    """The operator's own certificate (its chain may follow it) and its key, in PEM files."""
+
+    certificate: Path
+    key: Path
 
 
 @dataclass(frozen=True)
@@ -34,49 +39,62 @@ class Identity:
         return tls.fingerprint(self.certificate)
 
 
-def load_or_create(folder: Path) -> Identity:
-    """The identity in `folder`, made on the first start; readable by its owner alone."""
+def load_or_create(folder: Path, own: OwnFiles | None = None, now: datetime.datetime | None = None) -> Identity:
+    """The identity in `folder`, made on the first start and readable by its owner alone; the certificate is made anew,
+    with the same key, when it is about to end. With `own` the operator's key and certificate.
+
+    Raises:
+        UsageError: the operator's are none that can be used.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    key_file, certificate_file, token_file = folder / "key.pem", folder / "certificate.pem", folder / "admin-token"
-    secret_file = folder / "session-secret"
+    if own is not None:
+        key, certificate = certificates.operators(own.certificate, own.key)
+        return Identity(key, certificate, admin_token(folder), _session_secret(folder))
+    key_file, certificate_file = folder / "key.pem", folder / "certificate.pem"
     if not key_file.exists():
-        _write_private(
-            key_file,
-            ec.generate_private_key(ec.SECP256R1()).private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            ),
-        )
-    if not certificate_file.exists():
-        _write_private(certificate_file, _self_signed(key_file.read_bytes()))
-    if not token_file.exists():
-        _write_private(token_file, secrets.token_urlsafe(32).encode())
-    if not secret_file.exists():
-        _write_private(secret_file, secrets.token_bytes(32))
-    return Identity(
-        key_file.read_bytes(),
-        certificate_file.read_bytes(),
-        token_file.read_text().strip(),
-        secret_file.read_bytes(),
-    )
+        _write_private(key_file, _new_key())
+    key, now = key_file.read_bytes(), now or datetime.datetime.now(datetime.UTC)
+    certificate = certificate_file.read_bytes() if certificate_file.exists() else b""
+    if not certificates.holds(certificate, key, now):
+        certificate = certificates.self_signed(key, certificates.changes_up_to(certificate, key), now)
+        _write_private(certificate_file, certificate)
+    return Identity(key, certificate, admin_token(folder), _session_secret(folder))
 
 
-def _self_signed(key_pem: bytes) -> bytes:
-    key = serialization.load_pem_private_key(key_pem, None)
-    assert isinstance(key, ec.EllipticCurvePrivateKey), "made above"
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, tls.NAME)])
-    now = datetime.datetime.now(datetime.UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))  # clocks of laptops are off
-        .not_valid_after(now + _VALID)
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(tls.NAME)]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .sign(key, hashes.SHA256())
-        .public_bytes(serialization.Encoding.PEM)
+def admin_token(folder: Path) -> str:
+    """What the operator's commands prove themselves by; made on the first start."""
+    file = folder / "admin-token"
+    if not file.exists():
+        _write_private(file, secrets.token_urlsafe(32).encode())
+    return file.read_text().strip()
+
+
+def _session_secret(folder: Path) -> bytes:
+    file = folder / "session-secret"
+    if not file.exists():
+        _write_private(file, secrets.token_bytes(32))
+    return file.read_bytes()
+
+
+def rotate(folder: Path) -> tuple[str, str]:
+    """Put a new key in the place of the one in `folder`, which signs that the new one follows it, and is gone then.
+
+    Gives both fingerprints. The daemon must not run meanwhile."""
+    before, key = load_or_create(folder), _new_key()
+    followed = tls.change(signing.private(before.key), signing.spki(signing.private(key)))
+    changes = (*certificates.changes_up_to(before.certificate, before.key), followed)
+    after = certificates.self_signed(key, changes, datetime.datetime.now(datetime.UTC))
+    # In this order: a certificate without its key is made anew for the old one, a key without its certificate has lost
+    # what the old one signed.
+    for name, content in (("certificate.pem", after), ("key.pem", key)):
+        _write_private(folder / name, content)
+        tensors.sync_folder(folder)
+    return before.fingerprint, tls.fingerprint(after)
+
+
+def _new_key() -> bytes:
+    return ec.generate_private_key(ec.SECP256R1()).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
 
 

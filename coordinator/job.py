@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,18 +12,14 @@ from google.protobuf import json_format
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
-from converters.adapter import WIRE_DTYPES
 from converters.errors import UsageError
 from converters.gguf_merge import FLOAT_TYPES
 from converters.gguf_quantize import QUANTISED_TYPES
 from coordinator import access, aggregate
+from oneround import rules
 from oneround.v1 import federation_pb2 as pb
 
-SCHEDULES = ("constant", "linear", "cosine")
 GGUF_TYPES = (*FLOAT_TYPES, *QUANTISED_TYPES)
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_BYTES = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
 def read(path: Path) -> pb.JobSpec:
@@ -65,76 +60,42 @@ def check(spec: pb.JobSpec) -> pb.JobSpec:
         spec.lora.target_modules.append("all-linear")
     if not spec.publish.gguf:
         spec.publish.gguf.extend(["f16", "q8_0"])
-    rules = [
-        ("name", _NAME.fullmatch(spec.name), "1 to 63 lower-case letters, digits, `-`, `_` or `.`"),
-        ("model.base", spec.model.base and spec.model.base.isprintable(), "a Hugging Face hub id or a folder"),
-        ("model.gguf", not spec.model.gguf or spec.model.gguf.isprintable(), "a file"),
-        ("lora.rank", 1 <= spec.lora.rank <= 1024, "1 to 1024"),
-        ("lora.alpha", 0 < spec.lora.alpha < 1e6, "more than 0"),
-        ("lora.dropout", 0 <= spec.lora.dropout < 1, "0 or more and less than 1"),
-        ("lora.target_modules", len(spec.lora.target_modules) <= 4096, "at most 4096 names"),
-        ("train.epochs", 0 < spec.train.epochs <= 1000, "more than 0 and at most 1000"),
-        ("train.learning_rate", 0 < spec.train.learning_rate <= 10, "more than 0 and at most 10"),
-        ("train.schedule", spec.train.schedule in SCHEDULES, _one_of(SCHEDULES)),
-        ("train.warmup_ratio", 0 <= spec.train.warmup_ratio < 1, "0 or more and less than 1"),
-        ("train.batch_size", 1 <= spec.train.batch_size <= 65536, "1 to 65536"),
-        ("train.max_seq_len", 2 <= spec.train.max_seq_len <= 1 << 20, "2 to 1048576"),
-        ("train.seed", spec.train.seed < 1 << 32, "less than 2³²"),
-        ("round.min_clients", 1 <= spec.round.min_clients <= 1_000_000, "1 or more"),
-        (
-            "round.target_clients",
-            spec.round.target_clients == 0 or spec.round.target_clients >= spec.round.min_clients,
-            "0, or at least round.min_clients",
-        ),
-        ("round.deadline", 1 <= seconds(spec.round.deadline, "round.deadline") <= 366 * 86400, "1s to 366d"),
-        ("round.grace", not spec.round.grace or seconds(spec.round.grace, "round.grace") >= 0, "a duration"),
-        (
-            "round.renew_every",
-            not spec.round.renew_every or seconds(spec.round.renew_every, "round.renew_every") >= 1,
-            "1s or more",
-        ),
-        (
-            "round.max_clients",
-            spec.round.max_clients >= max(spec.round.min_clients, spec.round.target_clients),
-            "at least round.min_clients and round.target_clients",
-        ),
-        ("upload.quota", size(spec.upload.quota, "upload.quota") > 0, "more than 0"),
-        ("upload.dtype", spec.upload.dtype in WIRE_DTYPES, _one_of(WIRE_DTYPES)),
-        ("aggregate.method", spec.aggregate.method in aggregate.METHODS, _one_of(aggregate.METHODS)),
-        ("aggregate.server_learning_rate", 0 < spec.aggregate.server_learning_rate <= 100, "more than 0, at most 100"),
-        ("publish.gguf", set(spec.publish.gguf) <= set(GGUF_TYPES), "a list of " + _one_of(GGUF_TYPES)),
-        ("admission.max_num_examples", 1 <= spec.admission.max_num_examples <= 1 << 40, "1 or more"),
-        ("admission.clip", spec.admission.clip == 0 or 1 <= spec.admission.clip <= 1e6, "0, or 1 or more"),
-        ("admission.outlier", 0 <= spec.admission.outlier <= 1e6, "0 or more"),
-        ("admission.min_cosine", -1 <= spec.admission.min_cosine <= 1, "-1 to 1"),
-        ("access.who", spec.access.who in access.WHO, _one_of(access.WHO)),
-        ("publish.adapter_rank", spec.publish.adapter_rank <= 65536, "0 to 65536"),
-    ]  # fmt: skip
-    for key, holds, expected in rules:
-        if not holds:
-            raise UsageError(f"{key} is {_value(spec, key)!r}; expected {expected}")
+    said = rules.broken(spec) or rules.first_broken(
+        spec,
+        [
+            ("aggregate.method", spec.aggregate.method in aggregate.METHODS, rules.one_of(aggregate.METHODS)),
+            ("aggregate.server_learning_rate", 0 < spec.aggregate.server_learning_rate <= 100, "more than 0, to 100"),
+            ("publish.gguf", set(spec.publish.gguf) <= set(GGUF_TYPES), "a list of " + rules.one_of(GGUF_TYPES)),
+            ("admission.max_num_examples", 1 <= spec.admission.max_num_examples <= 1 << 40, "1 or more"),
+            ("admission.clip", spec.admission.clip == 0 or 1 <= spec.admission.clip <= 1e6, "0, or 1 or more"),
+            ("admission.outlier", 0 <= spec.admission.outlier <= 1e6, "0 or more"),
+            ("admission.min_cosine", -1 <= spec.admission.min_cosine <= 1, "-1 to 1"),
+            ("access.who", spec.access.who in access.WHO, rules.one_of(access.WHO)),
+            ("publish.adapter_rank", spec.publish.adapter_rank <= 65536, "0 to 65536"),
+        ],
+    )  # fmt: skip
+    if said:
+        raise UsageError(said)
     return spec
 
 
 def is_path(base: str) -> bool:
     """Whether a base that is not there can only be meant as a folder; hub ids look like `org/name`."""
-    return base.startswith((".", "/", "~")) or base.count("/") != 1
+    return rules.is_path(base)
 
 
 def seconds(duration: str, key: str = "the duration") -> float:
     """Seconds in `90s`, `30m`, `24h` or `7d`."""
-    match = re.fullmatch(r"(\d{1,9})([smhd])", duration)
-    if not match:
-        raise UsageError(f"{key} is {duration!r}; expected a number and a unit, as 90s, 30m, 24h or 7d")
-    return float(match[1]) * _UNITS[match[2]]
+    if (found := rules.seconds(duration)) < 0:
+        raise UsageError(f"{key} is {duration!r}; expected {rules.DURATION}")
+    return found
 
 
 def size(text: str, key: str = "the size") -> int:
     """Bytes in `500MB`, `50GB` or `1TB`; powers of ten, as disks are sold."""
-    match = re.fullmatch(r"(\d{1,6}) ?([kMGT])B", text)
-    if not match:
-        raise UsageError(f"{key} is {text!r}; expected a number and a unit, as 500MB, 50GB or 1TB")
-    return int(match[1]) * _BYTES[match[2]]
+    if (found := rules.size(text)) < 0:
+        raise UsageError(f"{key} is {text!r}; expected {rules.SIZE}")
+    return found
 
 
 def _take(table: Mapping[str, Any], message: Message, prefix: str) -> None:
@@ -191,14 +152,3 @@ def _filled(spec: pb.JobSpec) -> pb.JobSpec:
 
     fill(copy)
     return copy
-
-
-def _value(spec: pb.JobSpec, key: str) -> Any:
-    value: Any = spec
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value if isinstance(value, str | int | float) else list(value)
-
-
-def _one_of(names: Any) -> str:
-    return ", ".join(names)

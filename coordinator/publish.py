@@ -57,6 +57,7 @@ class Order:
     """Everything that a publication is a function of."""
 
     spec: pb.JobSpec
+    job_id: str
     version: int
     reason: str
     at_least: int  # contributions that have to be left once the cohort is judged
@@ -212,6 +213,7 @@ def _make(order: Order, work: Path, report: Report) -> None:
     card.write(work, facts)
     manifest: dict[str, Any] = {
         "job": json_format.MessageToDict(order.spec, preserving_proto_field_name=True),
+        "job_id": order.job_id,
         "version": order.version,
         "reason": order.reason,
         "base_fingerprint": order.base_fingerprint,

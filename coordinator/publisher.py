@@ -17,8 +17,9 @@ from coordinator import base
 from coordinator.blobs import Blobs
 from coordinator.leases import public_id
 from coordinator.publish import Given, Order
+from coordinator.signer import Signer
 from coordinator.store import Store
-from oneround import stream
+from oneround import statements, stream
 from oneround.v1 import federation_pb2 as pb
 
 OnStage = Callable[[str], Awaitable[None]]
@@ -53,8 +54,8 @@ def clear(state: Path, name: str, versions: Collection[int]) -> list[str]:
     return dropped
 
 
-async def run(state: Path, known: Store, blobs: Blobs, name: str, on_stage: OnStage) -> Made:
-    """Make a job's next version. Cancelling it ends the child; running it again makes the same version.
+async def run(state: Path, known: Store, blobs: Blobs, signer: Signer, name: str, on_stage: OnStage) -> Made:
+    """Make a job's next version, and sign it. Cancelling it ends the child; running it again makes the same version.
 
     Raises:
         NotEnough: there is no room for it on the disk.
@@ -86,7 +87,7 @@ async def run(state: Path, known: Store, blobs: Blobs, name: str, on_stage: OnSt
         if child.returncode is None:
             child.kill()
             await child.wait()
-    made = await asyncio.to_thread(_made, order, clients)
+    made = await asyncio.to_thread(_made, order, clients, signer)
     written.unlink(missing_ok=True)
     return made
 
@@ -121,6 +122,7 @@ def _order(state: Path, known: Store, blobs: Blobs, name: str) -> tuple[Order, d
     taking = {given.client_id for given in candidates}
     order = Order(
         spec=spec,
+        job_id=announced.job.id,
         version=row.version,
         reason=row.request.reason,
         at_least=row.at_least,
@@ -158,10 +160,13 @@ def _order(state: Path, known: Store, blobs: Blobs, name: str) -> tuple[Order, d
     return order, {public_id(client_id): client_id for client_id in names}
 
 
-def _made(order: Order, clients: dict[str, str]) -> Made:
-    """A version as its manifest lists it, the manifest first."""
-    manifest = order.folder / "manifest.json"
-    artifacts = [pb.Artifact(name="manifest.json", digest=stream.digest(manifest), size=manifest.stat().st_size)]
+def _made(order: Order, clients: dict[str, str], signer: Signer) -> Made:
+    """A version as its manifest lists it, the manifest and the signature over it first."""
+    manifest = order.folder / statements.MANIFEST
+    artifacts = [
+        pb.Artifact(name=file.name, digest=stream.digest(file), size=file.stat().st_size)
+        for file in (manifest, signer.manifest(order.folder))
+    ]
     listed = json.loads(manifest.read_text())
     for name, file in listed["files"].items():
         artifacts.append(pb.Artifact(name=name, digest=file["sha256"], size=file["size"]))

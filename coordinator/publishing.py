@@ -12,6 +12,7 @@ from converters.errors import FULL, NotEnough, OneroundError
 from coordinator import publisher
 from coordinator.blobs import Blobs
 from coordinator.round import Round
+from coordinator.signer import Signer
 from coordinator.status import Statuses
 from coordinator.store import Store
 
@@ -26,10 +27,19 @@ Published = Callable[[str, Round], Awaitable[None]]  # told of a job whose versi
 class Publishing:
     """Starts and stops publishers; what becomes of a round is for others to decide."""
 
-    def __init__(self, state: Path, known: Store, blobs: Blobs, statuses: Statuses, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        state: Path,
+        known: Store,
+        blobs: Blobs,
+        signer: Signer,
+        statuses: Statuses,
+        clock: Callable[[], float],
+    ) -> None:
         self._state = state
         self._store = known
         self._blobs = blobs
+        self._signer = signer
         self._statuses = statuses
         self._clock = clock
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -61,7 +71,7 @@ class Publishing:
             await self._statuses.stage(name, stage)
 
         try:
-            made = await publisher.run(self._state, self._store, self._blobs, name, on_stage)
+            made = await publisher.run(self._state, self._store, self._blobs, self._signer, name, on_stage)
             made.publication.published_unix = self._clock()
             _, after = await offload(self._store.publish, name, made.publication, made.findings, self._clock())
         except Exception as error:

@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,8 +17,8 @@ from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from converters.errors import OneroundError, UsageError
-from coordinator import metrics
+from converters.errors import NotEnough, OneroundError, UsageError
+from coordinator import metrics, transport
 from coordinator.access import Caller
 from coordinator.daemon import Daemon
 from coordinator.doors import Doors
@@ -57,10 +58,12 @@ def create(
     insecure: bool,
     healthy: health.aio.HealthServicer | None = None,
     reflect: bool = False,
+    certificates: transport.Certificates | None = None,
 ) -> tuple[Server, str]:
     """A server that is not yet started, and the address that it is bound to.
 
-    `healthy` answers health checks; with `reflect`, tools may ask for the services.
+    `healthy` answers health checks; with `reflect`, tools may ask for the services. `certificates` says what is shown
+    to whom, if it is not just the identity's to all. The operator's calls are taken on this machine's own socket alone.
 
     Raises:
         UsageError: the address cannot be bound.
@@ -68,28 +71,43 @@ def create(
     _nobody_listens(listen)
     sessions = Sessions(identity.session_secret, "" if insecure else identity.fingerprint, daemon.now)
     doors = Doors(daemon.people, daemon.for_whom, sessions, identity.admin_token, daemon.now)
-    servicers = Federation(daemon, doors), Admin(daemon, doors), healthy or health.aio.HealthServicer()
-    credentials = None if insecure else grpc.ssl_server_credentials([(identity.key, identity.certificate)])
+    servicers = Federation(daemon, doors), healthy or health.aio.HealthServicer()
+    shown = certificates or transport.Certificates(identity)
     acceptors: list[grpc.aio.Server] = []
     host, _, port = listen.rpartition(":")
     try:
         for _ in range(ACCEPTORS):
             acceptor = grpc.aio.server(options=_OPTIONS, interceptors=[_Decoding()])
             rpc.add_FederationServicer_to_server(servicers[0], acceptor)
-            rpc.add_AdminServicer_to_server(servicers[1], acceptor)
-            health_pb2_grpc.add_HealthServicer_to_server(servicers[2], acceptor)
+            health_pb2_grpc.add_HealthServicer_to_server(servicers[1], acceptor)
             if reflect:
-                names = [service.full_name for service in pb.DESCRIPTOR.services_by_name.values()]
-                reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], acceptor)
+                names = pb.DESCRIPTOR.services_by_name["Federation"].full_name, health.SERVICE_NAME
+                reflection.enable_server_reflection([*names, reflection.SERVICE_NAME], acceptor)
             address = f"{host}:{port}"
-            if credentials is None:
+            if insecure:
                 port = str(acceptor.add_insecure_port(address))
             else:
-                port = str(acceptor.add_secure_port(address, credentials))
+                port = str(acceptor.add_secure_port(address, shown.credentials()))
             acceptors.append(acceptor)
     except RuntimeError as error:
         raise _taken(listen) from error
+    acceptors.append(_local(daemon, doors, servicers))
     return Server(acceptors), f"{host}:{port}"
+
+
+def _local(daemon: Daemon, doors: Doors, servicers: tuple[Federation, health.aio.HealthServicer]) -> grpc.aio.Server:
+    """What the operator's commands talk to: everything, without TLS, on a socket of this machine."""
+    where = transport.socket(daemon.state)
+    server = grpc.aio.server(options=_OPTIONS, interceptors=[_Decoding()])
+    rpc.add_AdminServicer_to_server(Admin(daemon, doors), server)
+    rpc.add_FederationServicer_to_server(servicers[0], server)
+    health_pb2_grpc.add_HealthServicer_to_server(servicers[1], server)
+    try:
+        server.add_insecure_port(where)
+        Path(where.removeprefix("unix:")).chmod(0o600)  # nobody else's
+    except (RuntimeError, OSError) as error:
+        raise NotEnough(f"cannot listen on {where}", hint="give --state a folder on a local disk") from error
+    return server
 
 
 class Server:

@@ -20,6 +20,7 @@ from coordinator.blobs import Blobs
 from coordinator.leases import Lease
 from coordinator.round import Round
 from coordinator.schema import Client, Contribution
+from coordinator.signer import Signer
 from coordinator.store import Store
 from coordinator.turns import Stream, Turns
 from oneround import stream
@@ -35,9 +36,10 @@ offload = asyncio.to_thread
 class Uploads:
     """Takes contributions into the store and the blobs. Which streams are open is all that it keeps to itself."""
 
-    def __init__(self, known: Store, blobs: Blobs, clock: Callable[[], float]) -> None:
+    def __init__(self, known: Store, blobs: Blobs, signer: Signer, clock: Callable[[], float]) -> None:
         self._store = known
         self._blobs = blobs
+        self._signer = signer
         self._clock = clock
         self._streams = 0
         self._claims: dict[str, dict[str, int]] = {}  # bytes by job and client
@@ -56,7 +58,7 @@ class Uploads:
         job = self._store.announced(client.job).job
         given = await self._given(lease)
         if given is not None and given.digest == declared.digest:
-            return pb.OpenUploadReply(committed_offset=given.size, receipt=receipt(given))
+            return pb.OpenUploadReply(committed_offset=given.size, receipt=self._signer.receipt(given))
         if given is not None and not given.may_replace:
             raise _conflict(given)
         if not rounds.takes_contributions(round, self._clock()):
@@ -204,17 +206,6 @@ class Uploads:
                 return
             message = await rest.next()
         raise Interrupted(f"the upload ended at byte {offset} of {size}")
-
-
-def receipt(given: Contribution) -> pb.Receipt:
-    """The coordinator's word for a contribution that is committed."""
-    return pb.Receipt(
-        job=given.job,
-        client_id=given.client_id,
-        digest=given.digest,
-        size=given.size,
-        received_unix=given.received,
-    )
 
 
 def _conflict(given: Contribution) -> Conflict:

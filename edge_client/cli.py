@@ -18,8 +18,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from converters import command
-from converters.errors import BadData, Refused, Unreachable
+from converters.errors import BadData, Refused, Unreachable, UsageError
 from edge_client import (
+    announced,
     backends,
     consent,
     discovery,
@@ -27,17 +28,20 @@ from edge_client import (
     options,
     outbox,
     patience,
+    probe,
     published,
     reach,
+    receipt_cli,
     service_cli,
     session,
 )
 from edge_client import doctor as examination
 from edge_client.finding import Case
-from edge_client.options import DEFAULT_STATE, Insecure, Json, Server, State
+from edge_client.options import DEFAULT_STATE, Json, State
 from edge_client.remote import Remote
 from edge_client.screen import Screen
-from oneround import tls
+from edge_client.way import ANY, Way, reaching
+from oneround import stream, tls
 from oneround.v1 import federation_pb2 as pb
 
 app = typer.Typer(
@@ -48,14 +52,21 @@ app = typer.Typer(
 )
 
 app.add_typer(published.app)
+app.add_typer(
+    receipt_cli.app,
+    name="receipt",
+    help="What proves that a contribution is safe, and whether a publication has it.",
+    epilog="Example: edge-client receipt verify clinic-notes --manifest clinic-notes/manifest.json",
+)
 
 
 @app.command(epilog="Example: edge-client join --server host:50051 --data notes/")
+@reaching
 def join(
     link: Annotated[
         str, typer.Argument(metavar="[LINK]", help="What the operator gave you: oneround://…", show_default=False)
     ] = "",
-    server: Server = "",
+    way: Way = ANY,
     job: Annotated[str, typer.Option(help="The job; not needed when only one is open.")] = "",
     data: options.Data = Path("data"),
     backend: options.Backend = "auto",
@@ -79,12 +90,13 @@ def join(
     min_memory: options.MinMemory = options.MANNERS.min_memory,
     nice: options.Nice = False,
     state: State = DEFAULT_STATE,
-    insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
     """Take part in a job, start to receipt. Run it again after any interruption, and it goes on."""
     screen = Screen(as_json)
-    invited = options.invitation(link, server)
+    if link and way.server:
+        raise UsageError("the invitation says where the coordinator is", hint="leave --server out")
+    way = replace(way, server=link) if link else way
     guest = options.guest(when, min_battery, min_memory, nice)
     options.make(state)
     waiting = any(box.trained() and not box.receipt() for box in outbox.all_outboxes(state))
@@ -106,26 +118,29 @@ def join(
     )
 
     async def run() -> None:
-        async with reach.connected(
-            invited.server, state, screen, insecure, token=invited.token, key=invited.fingerprint
-        ) as remote:
+        async with reach.connected(way, state, screen) as remote:
             with command.only_one(state, "edge-client join"):
-                there = (await remote.jobs()).jobs
-                wanted = consent.meant(there, job or remote.token_job)
-                name, key = wanted.spec.name, identity.Pins(state).all().get(remote.server, "")
-                terms = consent.terms(wanted, taker.request(name), "" if insecure else key)
-                if not consent.given(outbox.all_outboxes(state), terms) and not await consent.ask(
+                wanted = consent.meant((await remote.jobs()).jobs, job or remote.token_job)
+                offered = await remote.describe(wanted.spec.name)
+                announced.check(offered)
+                name = offered.spec.name
+                request = taker.request(name)
+                terms = consent.terms(offered, request, remote.fingerprint)
+                before = [replace(terms, key=key) for key in identity.Pins(state).earlier(remote.fingerprint)]
+                if not consent.given(outbox.all_outboxes(state), terms, *before) and not await consent.ask(
                     screen,
                     terms,
+                    consent.asks(offered, request.machine, state, model),
                     server=remote.server,
-                    base=wanted.spec.model.base,
-                    deadline=wanted.deadline_unix,
+                    deadline=offered.deadline_unix,
                     data=data,
                     yes=yes,
                 ):
                     screen.say("declined")
                     raise typer.Exit(Refused.exit_code)
-                receipt = await session.take_part(remote, name, replace(taker, consent=terms.digest), screen)
+                receipt = await session.take_part(
+                    remote, name, replace(taker, consent=terms.digest, agreed=offered), screen
+                )
             if wait:
                 joined = outbox.find(state, receipt.job).joined()
                 assert joined is not None, "find looks at joined jobs"
@@ -167,9 +182,30 @@ def discover(
     out.print("Compare the fingerprint with the one that `coordinator serve` printed; anybody can use a name.")
 
 
+@app.command("trust", epilog="Example: edge-client trust host:50051 FINGERPRINT")
+def trust_key(
+    address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Where the coordinator is.")],
+    fingerprint: Annotated[
+        list[str], typer.Argument(metavar="FINGERPRINT", help="Its key, as `coordinator serve` prints it over there.")
+    ],
+    state: State = DEFAULT_STATE,
+    as_json: Json = False,
+) -> None:
+    """Pin a coordinator's key: the first time, or in the place of another one after it was set up anew."""
+    probe.host_and_port(address)
+    way, pins = Way(address, "".join(fingerprint)), identity.Pins(state)
+    before = pins.all().get(address, "")
+    pins.pin(address, way.trusted)
+    screen = Screen(as_json)
+    if before and before != way.trusted:
+        screen.say("unpinned", server=address, fingerprint=tls.grouped(before))
+    screen.say("trusted", server=address, fingerprint=tls.grouped(way.trusted))
+
+
 @app.command(epilog="Example: edge-client doctor --server host:50051 --data notes/")
+@reaching
 def doctor(
-    server: Server = "",
+    way: Way = ANY,
     job: Annotated[str, typer.Option(help="The job; not needed when only one is open.")] = "",
     data: Annotated[Path, typer.Option(help="A file or folder: .jsonl, .json, .parquet or .txt.")] = Path("data"),
     backend: Annotated[str, typer.Option(help="auto, torch or mlx.")] = "auto",
@@ -178,14 +214,13 @@ def doctor(
         bool, typer.Option("--skip-bad-rows", help="Skip and count rows that cannot be used.")
     ] = False,
     state: State = DEFAULT_STATE,
-    insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
     """What would stop this machine from taking part, and the way out. It joins no job and changes nothing.
 
     Takes what join takes. The exit code is that of the first problem, 0 if there is none.
     """
-    case = Case(state, server, job, data, backend, model, insecure, skip_bad_rows)
+    case = Case(state, way, job, data, backend, model, skip_bad_rows)
     raise typer.Exit(asyncio.run(examination.report(case, Screen(as_json), as_json=as_json)))
 
 
@@ -225,11 +260,11 @@ def status(state: State = DEFAULT_STATE, as_json: Json = False) -> None:
 
 
 @app.command(epilog="Example: edge-client leave clinic-notes")
+@reaching
 def leave(
     job: Annotated[str, typer.Argument(help="The job's name.")],
-    server: Server = "",
+    way: Way = ANY,
     state: State = DEFAULT_STATE,
-    insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
     """Take part no more: what was sent is left out of everything that is published from now on."""
@@ -239,7 +274,7 @@ def leave(
     assert joined is not None, "find looks at joined jobs"
 
     async def run() -> None:
-        async with reach.connected(server, state, screen, insecure, job) as remote:
+        async with reach.connected(way, state, screen, job) as remote:
             await remote.withdraw(joined.lease)
 
     asyncio.run(run())
@@ -255,7 +290,7 @@ async def _until_published(remote: Remote, job: str, screen: Screen) -> None:
             screen.say("published", job=job, version=status.publications[-1].version)
             return
         if status.state in (pb.STATE_EXPIRED, pb.STATE_FAILED, pb.STATE_CANCELLED):
-            raise Refused(f"nothing will be published: {status.reason}")
+            raise Refused(f"nothing will be published: {stream.one_line(status.reason)}")
         if state != shown:
             screen.say("waiting", state=state)
             shown = state
@@ -272,6 +307,7 @@ app.command(epilog="Example: edge-client uninstall-service")(service_cli.uninsta
 def main() -> None:
     """The console script."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ["HF_HUB_OFFLINE"] = "1"  # whatever a base's files name: all that a client fetches is the coordinator's
     try:
         command.run(app, "edge-client")
     except SystemExit as end:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from converters.errors import NotFound, Refused, UsageError
+from edge_client import disk
 from edge_client.outbox import Outbox
 from edge_client.screen import Screen
-from oneround import tls
+from oneround import stream, tls
 from oneround.v1 import federation_pb2 as pb
 
 # All of it: a test holds these against every field of the protocol's messages, and against the adapter's file.
@@ -36,11 +37,12 @@ AT_LAST = (
 
 @dataclass(frozen=True)
 class Terms:
-    """What the person is asked to agree to. `opened` (Unix seconds) and `key` tell a job from another of its name."""
+    """What the person is asked to agree to. `key` and `announced`, a SHA-256 of all that the coordinator says of a job,
+    tell it from another of its name, and from itself when it asks for something else."""
 
     job: str
     key: str
-    opened: float
+    announced: str
     to_join: str
     meanwhile: str
     at_last: str
@@ -59,50 +61,65 @@ def meant(jobs: Sequence[pb.JobStatus], name: str) -> pb.JobStatus:
     if name:
         found = next((job for job in jobs if job.spec.name == name), None)
         if found is None:
-            there = ", ".join(job.spec.name for job in jobs)
+            there = stream.one_line(", ".join(job.spec.name for job in jobs))
             raise NotFound(f"there is no job {name!r} here", hint=f"--job with one of: {there}" if there else "")
         return found
     taking = {job.spec.name: job for job in jobs if job.takes_contributions}
     if not taking:
         raise Refused("no job is open here", hint="coordinator submit JOB.toml, on the coordinator's machine")
     if len(taking) > 1:
-        names = ", ".join(sorted(taking))
-        raise Refused(f"several jobs are open here: {names}", hint=f"edge-client join --job {min(taking)}")
+        names = stream.one_line(", ".join(sorted(taking)))
+        raise Refused(f"several jobs are open here: {names}", hint="edge-client join --job, with one of them")
     return next(iter(taking.values()))
 
 
-def terms(status: pb.JobStatus, request: pb.JoinRequest, key: str) -> Terms:
+def terms(job: pb.Job, request: pb.JoinRequest, key: str) -> Terms:
     """What will be sent when a request to join a job is, and after it."""
     machine = request.machine
     return Terms(
-        job=status.spec.name,
+        job=job.spec.name,
         key=key,
-        opened=status.opened_unix,
+        announced=hashlib.sha256(job.SerializeToString(deterministic=True)).hexdigest(),
         to_join=TO_JOIN.format(
             name=request.client_name, platform=machine.platform, backend=machine.backend, device=machine.device
         ),
         meanwhile=MEANWHILE,
-        at_last=AT_LAST.format(rank=status.spec.lora.rank, dtype=status.spec.upload.dtype),
+        at_last=AT_LAST.format(rank=job.spec.lora.rank, dtype=job.spec.upload.dtype),
     )
 
 
-def given(boxes: Iterable[Outbox], wanted: Terms) -> bool:
-    """Whether the person has agreed to these terms before."""
-    return any(box.consent() == wanted.digest for box in boxes)
+def asks(job: pb.Job, machine: pb.Machine, state: Path, model: Path | None) -> dict[str, str]:
+    """What a job asks of this machine, in words: the base and where it comes from, what is trained, and the disk."""
+    spec, room = job.spec, disk.room(job, state, model)
+    where = f"yours, in {model}" if model else f"{disk.size(room.base)} of it from the coordinator"
+    train = spec.train
+    return {
+        "base": f"{spec.model.base}, {where if model or room.base else 'here already'}",
+        "trains": f"LoRA of rank {spec.lora.rank} on {len(job.modules)} modules, with {machine.backend} on "
+        f"{machine.device}: {train.epochs:g} epochs in batches of {train.batch_size} × {train.max_seq_len} tokens",
+        "takes": f"{disk.size(room.needed)} of the disk of {state}; how long, the bar says as soon as training begins",
+    }
 
 
-async def ask(screen: Screen, wanted: Terms, *, server: str, base: str, deadline: float, data: Path, yes: bool) -> bool:
-    """Show what will be sent, and ask; with `yes` only show.
+def given(boxes: Iterable[Outbox], *wanted: Terms) -> bool:
+    """Whether the person has agreed to any of these terms before."""
+    return not {box.consent() for box in boxes}.isdisjoint(terms.digest for terms in wanted)
+
+
+async def ask(
+    screen: Screen, wanted: Terms, asked: Mapping[str, str], *, server: str, deadline: float, data: Path, yes: bool
+) -> bool:
+    """Show what is asked for and what will be sent, and ask; with `yes` only show.
 
     Raises:
         UsageError: nobody is there to be asked.
     """
     screen.say(
         "terms",
-        **{name: value for name, value in asdict(wanted).items() if name not in ("key", "opened")},
+        **{name: value for name, value in asdict(wanted).items() if name not in ("key", "announced")},
+        **asked,
         server=server,
         key=f"{tls.grouped(wanted.key[:16])} …" if wanted.key else "none, without TLS",
-        base=base,
         until=time.strftime("%a %d %b %Y, %H:%M", time.localtime(deadline)),
         data=str(data),
     )

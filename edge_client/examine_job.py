@@ -11,11 +11,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from cryptography import x509
-
 from converters import checkpoint
-from converters.errors import BadData, NotEnough, OneroundError, Refused, Unreachable, UsageError
-from edge_client import disk, examples, footprint, outbox, reach, session
+from converters.errors import BadData, NotEnough, OneroundError, Refused, UsageError
+from edge_client import announced, disk, examples, footprint, outbox, reach, session, trust
 from edge_client.batches import Batches
 from edge_client.finding import Case, Finding, note, ok
 from edge_client.recipe import Setup
@@ -48,7 +46,7 @@ class _Heard(Screen):
 
 async def coordinator(case: Case) -> Finding | None:
     heard = _Heard()
-    finding = reach.connected(case.server, case.state, heard, case.insecure, case.job_name, pin=False)
+    finding = reach.connected(case.way, case.state, heard, case.job_name, pin=False)
     try:
         case.remote = await case.open_now.enter_async_context(finding)
         case.first_use = "pinned" in heard.events
@@ -83,25 +81,12 @@ def validity(pem: bytes, first_use: bool, now: datetime.datetime) -> Finding:
     Raises:
         Unreachable: it does not hold then, so that nobody can connect.
     """
-    shown, fingerprint = x509.load_pem_x509_certificate(pem), tls.grouped(tls.fingerprint(pem))
-    begins, ends = shown.not_valid_before_utc, shown.not_valid_after_utc
-    if now < begins:
-        raise Unreachable(
-            f"by this machine's clock, {now:%Y-%m-%d %H:%M} UTC, the coordinator's certificate does not hold before "
-            f"{begins:%Y-%m-%d %H:%M}",
-            hint=f"set this machine's clock: {_set_clock()}",
-        )
-    if now > ends:
-        raise Unreachable(
-            f"the coordinator's certificate ended on {ends:%Y-%m-%d}, by this machine's clock, {now:%Y-%m-%d}",
-            hint="look at this machine's clock; if it is right, the operator removes certificate.pem, and not key.pem, "
-            "from the coordinator's state folder and starts it again",
-        )
+    fingerprint, ends = tls.grouped(tls.fingerprint(pem)), trust.require_dates(pem, now)
     if ends - now < EXPIRY_NOTED:
         return note(
             "certificate",
             f"ends on {ends:%Y-%m-%d}",
-            "ask the operator to remove certificate.pem, and not key.pem, and to start the coordinator again",
+            "ask the operator to renew the certificate that the coordinator was given, with the same key",
         )
     if first_use:
         return note(
@@ -141,21 +126,21 @@ async def job(case: Case) -> Finding | None:
     if case.remote is None or case.jobs is None:
         return None
     try:
-        announced = await case.remote.describe(case.job_name)
+        offered = await case.remote.describe(case.job_name)
     except Refused as error:
         names = ", ".join(each.spec.name for each in case.jobs.jobs if each.takes_contributions)
         error.hint = error.hint or (f"--job with one of: {names}" if names else "ask the operator for a job")
         raise
-    session.check(announced)
-    name = announced.spec.name
-    case.job, box = announced, outbox.outbox(case.state, announced)
+    announced.check(offered)
+    name = offered.spec.name
+    case.job, box = offered, outbox.outbox(case.state, offered)
     case.done = box.trained() is not None or box.receipt() is not None
     if box.receipt() is not None:
         return ok("job", f"{name}: this machine's contribution is in")
     taking = any(each.takes_contributions for each in case.jobs.jobs if each.spec.name == name)
     if not taking:
         raise Refused(f"{name} takes no more contributions", hint=f"edge-client pull {name}")
-    until = datetime.datetime.fromtimestamp(announced.deadline_unix + case.skew).astimezone()
+    until = datetime.datetime.fromtimestamp(offered.deadline_unix + case.skew).astimezone()
     stands = "; trained here already, join only sends it" if case.done else ""
     return ok("job", f"{name}: takes contributions until {until:%Y-%m-%d %H:%M}{stands}")
 

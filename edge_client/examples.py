@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from converters import custom_code
 from converters.errors import BadData, BadModel, UsageError
 from edge_client.rows import SKIP, Dialogue, Message, Row, Rows, Text, load
 
@@ -55,10 +56,16 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise UsageError("training needs transformers", hint="pip install 'oneround[torch]'") from error
+    custom_code.check(folder)
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadModel(f"{folder} holds no tokenizer that can be loaded: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # the settings are a stranger's, and over them the library raises anything
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise BadModel(
+            f"{folder} holds no tokenizer that can be loaded: {why}", hint=custom_code.hint(folder)
+        ) from error
 
 
 def tokenise(rows: Iterable[Row], tokenizer: Tokenizer, max_seq_len: int, *, skip_bad_rows: bool = False) -> Tokenised:

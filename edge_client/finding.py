@@ -11,6 +11,7 @@ from typing import Literal
 from converters.errors import OneroundError
 from edge_client.backends import Backend
 from edge_client.remote import Remote
+from edge_client.way import ANY, Way
 from oneround.v1 import federation_pb2 as pb
 
 
@@ -30,12 +31,11 @@ class Case:
     """What the command line says, and below it what the checks have found out so far, for those that follow."""
 
     state: Path
-    server: str = ""
+    way: Way = ANY
     job_name: str = ""
     data: Path = Path("data")
     backend_name: str = "auto"
     model: Path | None = None
-    insecure: bool = False
     skip_bad_rows: bool = False
 
     backend: Backend | None = None

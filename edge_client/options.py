@@ -5,29 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import platformdirs
 import typer
 
 from converters.errors import NotEnough, UsageError
-from edge_client import backends, machine, manners
+from edge_client import backends, identity, machine, manners
 from edge_client.guest import Guest
 from edge_client.manners import Manners
 from edge_client.recipe import BITS, PRECISIONS, Setup
-from oneround import invitation as invitations
-from oneround.invitation import Invitation
 
-DEFAULT_STATE = Path(platformdirs.user_data_dir("oneround")) / "client"
+DEFAULT_STATE = identity.DEFAULT_STATE
 State = Annotated[Path, typer.Option("--state", help="Where jobs are kept.", show_default="the user's data folder")]
-Server = Annotated[
-    str,
-    typer.Option(
-        "--server",
-        help="The coordinator's HOST:PORT. Left out: the last one joined, or the one on this network.",
-        show_default=False,
-    ),
-]
 Json = Annotated[bool, typer.Option("--json", help="Print lines of JSON, for scripts.")]
-Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS; for a coordinator on this machine.")]
 Data = Annotated[Path, typer.Option(help="A file or folder: .jsonl, .json, .parquet or .txt.")]
 Backend = Annotated[str, typer.Option(help="auto, torch or mlx.")]
 Model = Annotated[Path | None, typer.Option(help="The base model's folder, if it is on this machine.")]
@@ -96,22 +84,6 @@ def guest(when: list[manners.When], min_battery: float, min_memory: float, nice:
     if nice:
         machine.lower_priority()
     return Guest(asked)
-
-
-def invitation(link: str, server: str) -> Invitation:
-    """What a link says, or a server alone.
-
-    Raises:
-        UsageError: the link is none, or both are given.
-    """
-    if not link:
-        return Invitation(server, "")
-    if server:
-        raise UsageError("the invitation says where the coordinator is", hint="leave --server out")
-    try:
-        return invitations.read(link)
-    except ValueError as error:
-        raise UsageError(f"{link!r} is no invitation: {error}", hint="paste all of the line, in quotes") from error
 
 
 def make(folder: Path) -> None:

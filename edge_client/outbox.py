@@ -13,7 +13,6 @@ Each file is put in place whole; a step is done when its file is there.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,10 +24,8 @@ from google.protobuf.message import Message
 from converters import adapter, tensors
 from converters.adapter import Adapter
 from converters.errors import BadData, NotEnough, Refused, UsageError
-from oneround import stream
+from oneround import rules, stream
 from oneround.v1 import federation_pb2 as pb
-
-JOB_NAME = r"[a-z0-9][a-z0-9._-]{0,62}"  # it becomes part of paths
 
 Record = TypeVar("Record", bound=Message)
 
@@ -74,8 +71,13 @@ class Outbox:
         """What the finished adapter declares; None while there is none."""
         return _read(self.record, pb.Declaration())
 
+    @property
+    def receipt_file(self) -> Path:
+        """The receipt as it came; it holds no secret, and can be given away."""
+        return self.folder / "receipt.json"
+
     def receipt(self) -> pb.Receipt | None:
-        return _read(self.folder / "receipt.json", pb.Receipt())
+        return _read(self.receipt_file, pb.Receipt())
 
     def keep_joined(self, server: str, reply: pb.JoinReply) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -141,11 +143,11 @@ class Outbox:
         has not been sent yet stays."""
         done = self.trained()
         if done is not None and done.digest == sent:
-            for file in (self.record, self.adapter, self.folder / "receipt.json"):
+            for file in (self.record, self.adapter, self.receipt_file):
                 file.unlink(missing_ok=True)
 
     def keep_receipt(self, receipt: pb.Receipt) -> pb.Receipt:
-        _write(self.folder / "receipt.json", receipt)
+        _write(self.receipt_file, receipt)
         return receipt
 
 
@@ -196,7 +198,7 @@ def published_folder(state: Path, name: str) -> Path:
     Raises:
         UsageError: this cannot be a job's name.
     """
-    if not re.fullmatch(JOB_NAME, name):
+    if not rules.is_job_name(name):
         raise UsageError(f"{name} is neither a GGUF file nor a job's name", hint="edge-client status")
     return state / "published" / name
 
@@ -224,7 +226,7 @@ def base_gguf(state: Path, job: pb.Job) -> Path:
 
 def _read(file: Path, record: Record) -> Record | None:
     try:
-        return json_format.Parse(file.read_text("utf-8"), record)
+        return json_format.Parse(file.read_text("utf-8"), record, ignore_unknown_fields=True)  # of other versions
     except FileNotFoundError:
         return None
     except (json_format.ParseError, UnicodeDecodeError) as error:

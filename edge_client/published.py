@@ -21,10 +21,12 @@ from rich.table import Table
 from converters import llama
 from converters.errors import BadData, Refused
 from edge_client import apart, outbox, pulling, reach, scores, serving
-from edge_client.options import DEFAULT_STATE, Insecure, Json, Server, State
+from edge_client.identity import Pins
+from edge_client.options import DEFAULT_STATE, Json, State
 from edge_client.outbox import Source
 from edge_client.scores import Scores
 from edge_client.screen import Screen
+from edge_client.way import ANY, Way, reaching
 
 app = typer.Typer()
 
@@ -37,6 +39,7 @@ VersionHere = Annotated[
 
 
 @app.command(epilog="Example: edge-client pull clinic-notes --artifact peft --to out/")
+@reaching
 def pull(
     job: Job,
     artifact: Annotated[
@@ -48,25 +51,30 @@ def pull(
     ] = "",
     to: Annotated[Path | None, typer.Option(help="Where to put it.", show_default="a folder of the job's name")] = None,
     version: Version = 0,
-    server: Server = "",
+    unsigned: Annotated[
+        bool, typer.Option("--unsigned", help="Take a version that nobody signed, as those of before signatures.")
+    ] = False,
+    way: Way = ANY,
     state: State = DEFAULT_STATE,
-    insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
-    """Fetch what was published; interrupted, it goes on where it was."""
+    """Fetch what was published, as its coordinator has signed it; interrupted, it goes on where it was."""
     screen = Screen(as_json)
     folder = to or Path(job)
 
     async def run() -> None:
-        async with reach.connected(server, state, screen, insecure, job) as remote:
+        async with reach.connected(way, state, screen, job) as remote:
             made = pulling.publication(await remote.job(job), version)
-            await pulling.fetch(remote, job, pulling.wanted(made, artifact, screen), folder, screen)
+            chosen = pulling.wanted(made, artifact, screen)
+            await pulling.check(remote, job, made, folder, Pins(state), screen, unsigned=unsigned)
+            await pulling.fetch(remote, job, chosen, folder, screen)
 
     asyncio.run(run())
     screen.say("folder", folder=str(folder))
 
 
 @app.command(epilog="Example: edge-client evaluate clinic-notes --report")
+@reaching
 def evaluate(
     job: Job,
     data: Annotated[
@@ -86,9 +94,8 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    server: Server = "",
+    way: Way = ANY,
     state: State = DEFAULT_STATE,
-    insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
     """Did federation help here? The base, this machine's adapter and the published model, on its held-out data.
@@ -110,7 +117,7 @@ def evaluate(
         raise BadData(f"there is no data at {source.data}", hint=f"edge-client evaluate {job} --data FILE_OR_FOLDER")
 
     base, published, found = asyncio.run(
-        pulling.to_measure(server, state, screen, insecure, joined.job, source, version, must=report)
+        pulling.to_measure(way, state, screen, joined.job, source, version, must=report)
     )
     held_out = scores.held_out(source, base, joined.job.spec.train.max_seq_len, tokens)
     kept = outbox.base_gguf(state, joined.job)
@@ -139,7 +146,7 @@ def evaluate(
         )
 
         async def tell() -> None:
-            async with reach.connected(server, state, screen, insecure, job) as remote:
+            async with reach.connected(way, state, screen, job) as remote:
                 await remote.report(joined.lease, told)
 
         asyncio.run(tell())
@@ -147,6 +154,7 @@ def evaluate(
 
 
 @app.command(epilog='Example: edge-client chat clinic-notes --prompt "Dear colleague,"')
+@reaching
 def chat(
     model: Model,
     prompt: Annotated[str, typer.Option(help="One prompt, one answer. Left out: a conversation.")] = "",
@@ -154,13 +162,12 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling, at a temperature over 0.", min=0)] = 0,
     version: VersionHere = 0,
-    server: Server = "",
+    way: Way = ANY,
     state: State = DEFAULT_STATE,
-    insecure: Insecure = False,
 ) -> None:
     """Talk with the published model, or with any GGUF; a model without a chat template continues your text."""
     llama.require()
-    file = pulling.model_file(model, version, server, state, insecure, Screen(aside=True))
+    file = pulling.model_file(model, version, way, state, Screen(aside=True))
     ends_by_hand = nullcontext() if prompt else suppress(KeyboardInterrupt)
     with ends_by_hand, apart.Child("edge_client.apart", file) as child:
         talker = apart.Talker(child, file, seed)
@@ -188,20 +195,20 @@ def chat(
 
 
 @app.command(epilog="Example: edge-client serve clinic-notes --port 8080")
+@reaching
 def serve(
     model: Model,
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8080,
     host: Annotated[str, typer.Option(help="Whoever reaches this address may use the model.")] = "127.0.0.1",
     version: VersionHere = 0,
-    server: Server = "",
+    way: Way = ANY,
     state: State = DEFAULT_STATE,
-    insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
     """Serve the published model, or any GGUF, to programs that speak OpenAI's API, on this machine."""
     serving.require()
     screen = Screen(as_json)
-    file = pulling.model_file(model, version, server, state, insecure, screen)
+    file = pulling.model_file(model, version, way, state, screen)
     signal.signal(signal.SIGTERM, _interrupt)
     with suppress(KeyboardInterrupt), ExitStack() as open_now:  # that is how it should end
         with screen.busy("loading the model"):

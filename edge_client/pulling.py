@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from converters.errors import NotEnough, Refused, Unreachable, UsageError
-from edge_client import fitting, outbox, reach, session
+from converters import tensors
+from converters.errors import BadData, NotEnough, Refused, Unreachable, UsageError
+from edge_client import fitting, manifests, outbox, reach, session, signers
+from edge_client.identity import Pins
 from edge_client.outbox import Source
 from edge_client.remote import Remote, local_path
 from edge_client.screen import Screen
-from oneround import stream
+from edge_client.way import Way
+from oneround import statements, stream, tls
 from oneround.v1 import federation_pb2 as pb
 
 
@@ -26,7 +29,8 @@ def publication(status: pb.JobStatus, version: int) -> pb.Publication:
     if not status.publications:
         state = pb.State.Name(status.state).removeprefix("STATE_").lower()
         raise Refused(
-            f"{job} has published nothing yet; it is {state}" + (f" ({status.reason})" if status.reason else "")
+            f"{job} has published nothing yet; it is {state}"
+            + (f" ({stream.one_line(status.reason)})" if status.reason else "")
         )
     made = {each.version: each for each in status.publications}
     if version and version not in made:
@@ -66,13 +70,55 @@ def wanted(made: pb.Publication, artifact: str, screen: Screen) -> Sequence[pb.A
     return [choice.artifact]
 
 
+async def check(
+    remote: Remote, job: str, made: pb.Publication, folder: Path, pins: Pins, screen: Screen, *, unsigned: bool = False
+) -> None:
+    """Hold what is announced of a publication against the manifest that its coordinator has signed; the manifest and
+    the signature are put into the folder once all is well. With `unsigned`, one that nobody signed is taken too.
+
+    Raises:
+        Refused: nobody signed it.
+        BadData: it is not as it was signed, or signed by somebody else.
+        UsageError: the folder has a manifest.json of something else.
+    """
+    announced = {file.name: file for file in made.artifacts}
+    if not {statements.MANIFEST, statements.SIGNATURE} <= announced.keys():
+        if unsigned:
+            screen.say("unsigned", version=made.version)
+            return
+        raise Refused(
+            f"v{made.version} of {job} is not signed: an earlier version of oneround published it, or somebody took "
+            "the signature away",
+            hint=f"`coordinator publish {job}`, over there, makes a signed one; edge-client pull --unsigned takes this",
+        )
+    text = await remote.read(job, announced[statements.MANIFEST], manifests.MOST_BYTES)
+    signature = await remote.read(job, announced[statements.SIGNATURE], manifests.MOST_SIGNATURE_BYTES)
+    manifest = manifests.read(text, signature, f"the manifest of v{made.version}")
+    if not remote.certificate:
+        screen.say("signed_by_anyone", version=made.version)
+    elif manifest.signer not in signers.connected(pins, remote.server, remote.certificate):
+        raise BadData(
+            f"v{made.version} of {job} is signed with another key than this coordinator's: "
+            f"{tls.grouped(manifest.signer)}",
+            hint=f"`coordinator publish {job}`, over there, makes a version that is signed with its key of today",
+        )
+    manifests.check(manifest, job, made)
+    await asyncio.to_thread(_keep, folder, {statements.MANIFEST: text, statements.SIGNATURE: signature})
+    screen.say("signed", version=made.version, fingerprint=tls.grouped(manifest.signer))
+
+
 async def fetch(
     remote: Remote, job: str, artifacts: Sequence[pb.Artifact], folder: Path, screen: Screen
 ) -> Sequence[Path]:
-    """Have these files in a folder; those that are there already, whole, are not fetched again."""
+    """Have these files in a folder; those that are there already, whole, are not fetched again.
+
+    Raises:
+        BadData: one of them has no place in a folder of ours. Then none is fetched.
+    """
+    if not stream.are_apart(artifacts):
+        raise BadData(f"two files that the coordinator has published for {job} have one name")
     fetched = []
-    for artifact in artifacts:
-        file = local_path(folder, artifact)
+    for artifact, file in [(artifact, local_path(folder, artifact)) for artifact in artifacts]:
         if not await asyncio.to_thread(_is_here, file, artifact):
             with screen.bar(artifact.name, artifact.size) as advance:
                 await remote.download(job, artifact, file, advance)
@@ -87,6 +133,7 @@ async def fetch_model(
     """The best published model for this machine, kept in the state folder."""
     made = publication(await remote.job(job), version)
     folder = outbox.published_folder(state, job) / f"v{made.version}"
+    await check(remote, job, made, folder, Pins(state), screen)
     there = outbox.published_here(state, job, made.version)
     for artifact in fitting.merged(made.artifacts):
         if there is not None and artifact.name == there.name and await asyncio.to_thread(_is_here, there, artifact):
@@ -95,11 +142,22 @@ async def fetch_model(
     return file, made
 
 
+def _keep(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Not over a manifest.json that is none of ours."""
+    if (folder / statements.MANIFEST).exists() and not (folder / statements.SIGNATURE).exists():
+        raise UsageError(
+            f"{folder} has a {statements.MANIFEST} of something else, which is left alone", hint="--to another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        tensors.replace(folder / name, [content])
+
+
 def _is_here(file: Path, artifact: pb.Artifact) -> bool:
     return file.is_file() and stream.digest(file) == artifact.digest
 
 
-def model_file(model: str, version: int, server: str, state: Path, insecure: bool, screen: Screen) -> Path:
+def model_file(model: str, version: int, way: Way, state: Path, screen: Screen) -> Path:
     """A GGUF file that is here, or a job's published model, fetched if it is not."""
     if Path(model).is_file():
         return Path(model)
@@ -108,17 +166,16 @@ def model_file(model: str, version: int, server: str, state: Path, insecure: boo
         return here
 
     async def run() -> Path:
-        async with reach.connected(server, state, screen, insecure, model) as remote:
+        async with reach.connected(way, state, screen, model) as remote:
             return (await fetch_model(remote, model, version, state, screen))[0]
 
     return asyncio.run(run())
 
 
 async def to_measure(
-    server: str,
+    way: Way,
     state: Path,
     screen: Screen,
-    insecure: bool,
     job: pb.Job,
     source: Source,
     version: int,
@@ -129,7 +186,7 @@ async def to_measure(
     reached anyway."""
     name, model = job.spec.name, Path(source.model) if source.model else None
     try:
-        async with reach.connected(server, state, screen, insecure, name) as remote:
+        async with reach.connected(way, state, screen, name) as remote:
             file, made = await fetch_model(remote, name, version, state, screen)
             return await session.fetch_base(remote, job, state, model, screen), file, made.version
     except (Unreachable, NotEnough) as error:

@@ -10,10 +10,11 @@ from functools import partial
 from pathlib import Path
 
 from converters.errors import NotEnough, OneroundError, Unreachable, UsageError
-from edge_client import discovery, identity, outbox
+from edge_client import discovery, identity, outbox, probe, trust
 from edge_client.discovery import Found
-from edge_client.remote import Remote, answers, connect
+from edge_client.remote import Remote, connect
 from edge_client.screen import Screen
+from edge_client.way import Way
 from oneround import tls
 
 _MOST_PLACES = 8  # that are tried; anybody on the network can say anything
@@ -23,85 +24,113 @@ class Roaming(Remote):
     """A connection to the coordinator with a key, wherever it is."""
 
     def __init__(
-        self, first: Remote, pins: identity.Pins, state: Path, screen: Screen, open_now: AsyncExitStack
+        self, first: Remote, pins: identity.Pins, way: Way, state: Path, screen: Screen, open_now: AsyncExitStack
     ) -> None:
         self.go_on_over(first)
-        self._key = tls.fingerprint(first.certificate)
-        self._pins, self._state, self._screen, self._open_now = pins, state, screen, open_now
+        self._pins, self._way, self._state, self._screen, self._open_now = pins, way, state, screen, open_now
         self._looking = asyncio.Lock()
 
     async def find_again(self, lost: str) -> bool:
-        """Look for it where the network says it is, and where it has been before.
+        """Look for it where it was, where the network says it is, and where it has been before.
 
-        A place that still answers is kept: gRPC connects there again by itself, also when this machine's own address
-        has changed. Connections that were left stay open until the end, for calls that are still on them.
+        A place that still shows the same certificate is kept: gRPC connects there again by itself, also when this
+        machine's own address has changed. Connections that were left stay open until the end, for calls that are still
+        on them.
         """
         async with self._looking:
             if self.server != lost:
                 return True
-            if await answers(self.server, self._key):
-                return False
+            here = partial(connect, lost, self._pins, _unasked, key=self.fingerprint, own=self._way.own)
             with suppress(OneroundError):
-                other = await _elsewhere(self._key, self.server, self._pins, self._open_now)
-                self.go_on_over(other)
-                self._screen.say("moved", before=lost, server=other.server)
-                outbox.moved(self._state, lost, other.server)
+                if (await probe.look(lost, self._way.own)).certificate == self.certificate:
+                    return False
+                self._go_on(await self._open_now.enter_async_context(here()))  # with a renewed one
+                return True
+            with suppress(OneroundError):
+                self._go_on(await _elsewhere(self.fingerprint, lost, self._pins, self._way, self._open_now))
+                self._screen.say("moved", before=lost, server=self.server)
+                outbox.moved(self._state, lost, self.server)
             return self.server != lost
+
+    def _go_on(self, other: Remote) -> None:
+        self.go_on_over(other)
+        _tell(other, self._screen)
 
 
 @asynccontextmanager
-async def connected(
-    server: str,
-    state: Path,
-    screen: Screen,
-    insecure: bool,
-    job: str = "",
-    *,
-    pin: bool = True,
-    token: str = "",
-    key: str = "",
-) -> AsyncIterator[Remote]:
+async def connected(way: Way, state: Path, screen: Screen, job: str = "", *, pin: bool = True) -> AsyncIterator[Remote]:
     """A connection to the named coordinator; or to the one that the job (or the last job) was joined at, wherever it is
-    now; or to the one on this network. With `pin` the key of one that was never seen before is pinned. An invitation
-    says the `token` to come in by, and the fingerprint of the `key` that has to answer."""
+    now; or to the one on this network. With `pin` the key of one that was never seen before is pinned, after the
+    person has been asked where one is there."""
+    pins, own, trusted = identity.Pins(state, keep=pin), way.own, way.trusted
+    said = ""  # the key that the network says it has
 
-    def on_first_use(address: str, fingerprint: str) -> None:
-        screen.say("pinned", server=address, fingerprint=tls.grouped(fingerprint))
+    async def on_first_use(shown: trust.Shown) -> None:
+        if pin:
+            await trust.first_time(screen, shown, said)
+        screen.say("pinned", server=shown.address, fingerprint=tls.grouped(shown.fingerprint))
 
-    pins = identity.Pins(state, keep=pin)
-    places = [server or _joined_at(state, job)]
+    places = [way.address or _joined_at(state, job)]
     if not places[0]:
-        if insecure:  # who makes itself known speaks TLS
+        if way.plain:  # who makes itself known speaks TLS
             raise UsageError("which coordinator?", hint="add --server HOST:PORT, as `coordinator serve` prints it")
-        with screen.busy("looking for a coordinator on this network"):
-            found = await discovery.look()
-        chosen = await _ask_which(found, screen) if len(found) > 1 and screen.can_ask else discovery.only(found)
-        screen.say("found", name=chosen.name, server=chosen.addresses[0])
-        places = list(chosen.addresses)
+        chosen = await _found(screen, trusted)
+        places, said = list(chosen.addresses), chosen.fingerprint
+    way.require_allowed(places[0])
     async with AsyncExitStack() as open_now:
+        opening = partial(
+            connect,
+            pins=pins,
+            on_first_use=on_first_use,
+            trusted=trusted,
+            own=own,
+            insecure=way.plain,
+            token=way.token,
+        )
         try:
-            remote = await _first_that_answers(
-                [
-                    partial(connect, place, pins, on_first_use, key=key, insecure=insecure, token=token)
-                    for place in places
-                ],
-                open_now,
-            )
+            remote = await _first_that_answers([partial(opening, place) for place in places], open_now)
         except Unreachable as nobody:
-            key = pins.all().get(places[0])
-            if insecure or key is None:
+            key = trusted or pins.all().get(places[0])
+            if way.plain or key is None:
                 raise
             with screen.busy("looking for the coordinator on this network"):
                 try:
-                    remote = await _elsewhere(key, places[0], pins, open_now)
+                    remote = await _elsewhere(key, places[0], pins, way, open_now)
                 except Unreachable:
                     raise nobody from None
             screen.say("moved", before=places[0], server=remote.server)
             outbox.moved(state, places[0], remote.server)
-        yield remote if insecure else Roaming(remote, pins, state, screen, open_now)
+        _tell(remote, screen)
+        yield remote if way.plain else Roaming(remote, pins, way, state, screen, open_now)
 
 
-async def _elsewhere(key: str, but: str, pins: identity.Pins, open_now: AsyncExitStack) -> Remote:
+def _tell(remote: Remote, screen: Screen) -> None:
+    if remote.before:
+        before, now = tls.grouped(remote.before), tls.grouped(remote.fingerprint)
+        screen.say("key_changed", server=remote.server, before=before, now=now)
+
+
+def _unasked(shown: trust.Shown) -> None:
+    """Of one whose key is known, nobody is asked."""
+
+
+async def _found(screen: Screen, trusted: str) -> Found:
+    """The coordinator on this network; the one that says it has the trusted key, if there is one.
+
+    Raises:
+        Unreachable: there is none.
+        UsageError: there are several, and none was chosen.
+    """
+    with screen.busy("looking for a coordinator on this network"):
+        found = await discovery.look()
+    if trusted:
+        found = [each for each in found if each.fingerprint == trusted][:1] or found
+    chosen = await _ask_which(found, screen) if len(found) > 1 and screen.can_ask else discovery.only(found)
+    screen.say("found", name=chosen.name, server=chosen.addresses[0])
+    return chosen
+
+
+async def _elsewhere(key: str, but: str, pins: identity.Pins, way: Way, open_now: AsyncExitStack) -> Remote:
     """A connection to the coordinator with this key at another place: where the network says it is, or where it was.
 
     Raises:
@@ -116,7 +145,7 @@ async def _elsewhere(key: str, but: str, pins: identity.Pins, open_now: AsyncExi
     if not places:
         raise Unreachable("nobody on this network has the coordinator's key")
     return await _first_that_answers(
-        [partial(connect, place, pins, lambda *_: None, key=key) for place in places], open_now
+        [partial(connect, place, pins, _unasked, key=key, own=way.own) for place in places], open_now
     )
 
 

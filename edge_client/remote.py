@@ -1,12 +1,12 @@
-"""The coordinator as the client sees it. The only file that knows the stub, gRPC and TLS."""
+"""The coordinator as the client sees it. The only file that knows the stub and gRPC."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import ssl
+import datetime
+import hashlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path, PurePosixPath
@@ -16,14 +16,17 @@ import grpc
 from google.protobuf.message import Message
 
 from converters import tensors
-from converters.errors import BadData, Refused, Unreachable, UsageError, from_status
-from edge_client import identity
+from converters.errors import BadData, Refused, Unreachable, from_status
+from edge_client import identity, probe, trust
 from edge_client.identity import Me, Pins
-from oneround import signing, stream, tls
+from oneround import rules, signing, stream, tls
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
 
-CONNECT_SECONDS = 10.0
+# What is fetched, by the ends of names: models, adapters, settings, signatures and texts. No program, and no pickle,
+# which can be one.
+_KINDS = frozenset({".gguf", ".safetensors", ".json", ".jinja", ".model", ".txt", ".md", ".signature"})
+
 CALL_SECONDS = 60.0
 _OPTIONS = [
     ("grpc.max_receive_message_length", stream.MAX_MESSAGE_BYTES),
@@ -43,18 +46,29 @@ _PASSING = _GONE | {
 _files = ThreadPoolExecutor(2, "files")  # read, hash and write what travels
 
 OnBytes = Callable[[int], None]  # called with how many bytes of the file are across so far
-OnFirstUse = Callable[[str, str], None]  # called with the address and the fingerprint that is being pinned
+OnFirstUse = Callable[
+    [trust.Shown], Awaitable[None] | None
+]  # called before a key is pinned; may ask, and raise Refused
 
 
 class Remote:
     """A connection. Methods raise OneroundError: Refused for a no, Unreachable when nobody answers."""
 
     def __init__(
-        self, server: str, channel: grpc.aio.Channel, certificate: bytes = b"", me: Me | None = None, token: str = ""
+        self,
+        server: str,
+        channel: grpc.aio.Channel,
+        certificate: bytes = b"",
+        me: Me | None = None,
+        *,
+        token: str = "",
+        before: str = "",
     ) -> None:
-        """`certificate` is PEM, and empty without TLS; `token` is the secret of one, to come in by."""
+        """`certificate` is PEM, and empty without TLS; `before` is the key that was pinned until now, and that the
+        certificate's follows; `token` is the secret of one, to come in by."""
         self.server = server
         self.certificate = certificate
+        self.before = before
         self.channel = channel
         self._stub = rpc.FederationStub(channel)
         self.me = me or identity.passing()
@@ -63,8 +77,13 @@ class Remote:
         self._session, self._renew_at = "", 0.0
         self._signing_in = asyncio.Lock()
 
+    @property
+    def fingerprint(self) -> str:
+        """The key's, in hex; empty without TLS."""
+        return tls.fingerprint(self.certificate) if self.certificate else ""
+
     def go_on_over(self, other: Remote) -> None:
-        """Use another's connection from now on: the same coordinator, at another place."""
+        """Use another's connection from now on: the same coordinator, at another place or with another certificate."""
         self.__dict__ |= other.__dict__
 
     async def find_again(self, lost: str) -> bool:
@@ -78,6 +97,9 @@ class Remote:
     async def jobs(self) -> pb.ListJobsReply:
         """What anybody may know of the coordinator's jobs, newest first, and its clock. Says nothing of who asks."""
         reply: pb.ListJobsReply = await self._call("ListJobs", pb.ListJobsRequest())
+        times = [reply.now_unix, *(time for job in reply.jobs for time in (job.opened_unix, job.deadline_unix))]
+        if not all(map(rules.is_time, times)):
+            raise BadData(f"the coordinator at {self.server} names times that are none", hint="tell who runs it")
         return reply
 
     async def describe(self, name: str) -> pb.Job:
@@ -126,11 +148,25 @@ class Remote:
             )
         if found != artifact.digest:
             partial.unlink()
-            raise BadData(
-                f"{artifact.name} came damaged: its SHA-256 is not the one that was announced", hint="run it again"
-            )
+            raise _damaged(artifact)
         partial.replace(to)
         tensors.sync_folder(to.parent)
+
+    async def read(self, job: str, artifact: pb.Artifact, at_most: int) -> bytes:
+        """A small artifact's bytes.
+
+        Raises:
+            BadData: it has more than so many, or what came is not what was announced.
+        """
+        if artifact.size > at_most:
+            raise BadData(f"{artifact.name} is announced with {artifact.size:,} bytes, which it never has")
+        data = bytearray()
+        async with self._readable():
+            async for piece in self._pieces(job, artifact, 0, lambda _: None):
+                data += piece
+        if hashlib.sha256(data).hexdigest() != artifact.digest:
+            raise _damaged(artifact)
+        return bytes(data)
 
     async def _pieces(self, job: str, artifact: pb.Artifact, offset: int, on_bytes: OnBytes) -> AsyncIterator[bytes]:
         """An artifact's bytes as they come, and not one more than were announced."""
@@ -192,11 +228,12 @@ class Remote:
             if not self._session or time.monotonic() > self._renew_at:
                 self._session = ""
                 asked: pb.ChallengeReply = await self._stub.Challenge(pb.ChallengeRequest(), timeout=CALL_SECONDS)
-                coordinator = tls.fingerprint(self.certificate) if self.certificate else ""
                 request = pb.SignInRequest(
                     key=self.me.public_key,
                     challenge=asked.challenge,
-                    signature=signing.sign(self.me.key, signing.sign_in(coordinator, asked.challenge, self._token)),
+                    signature=signing.sign(
+                        self.me.key, signing.sign_in(self.fingerprint, asked.challenge, self._token)
+                    ),
                     token=self._token,
                 )
                 reply: pb.SignInReply = await self._stub.SignIn(request, timeout=CALL_SECONDS)
@@ -212,16 +249,18 @@ class Remote:
         except grpc.aio.AioRpcError as error:
             if error.code() in _GONE:
                 # "failed to connect to all addresses; last error: UNKNOWN: ipv4:…: Connection refused"
-                raise _unreachable(self.server, (error.details() or "").rpartition(": ")[2]) from error
+                raise probe.unreachable(self.server, (error.details() or "").rpartition(": ")[2]) from error
             if error.code() is grpc.StatusCode.UNAUTHENTICATED and self._session:
                 self._session = ""
                 raise Unreachable(
                     f"the session with the coordinator at {self.server} is over", hint="run the same command again"
                 ) from error
             if error.code() in passing:
-                raise Unreachable(f"the coordinator at {self.server} has a trouble: {error.details()}") from error
+                said = stream.one_line(error.details() or "")
+                raise Unreachable(f"the coordinator at {self.server} has a trouble: {said}") from error
             hint: Any = dict(error.trailing_metadata() or ()).get("hint-bin", b"")
-            raise from_status(error.code().name, error.details() or "", hint.decode()) from error
+            said, try_next = stream.one_line(error.details() or ""), stream.one_line(hint.decode(errors="replace"))
+            raise from_status(error.code().name, said, try_next) from error
 
 
 @asynccontextmanager
@@ -231,46 +270,67 @@ async def connect(
     on_first_use: OnFirstUse,
     *,
     key: str = "",
+    trusted: str = "",
+    own: probe.Own | None = None,
     insecure: bool = False,
     me: Me | None = None,
     token: str = "",
 ) -> AsyncIterator[Remote]:
-    """A connection to the coordinator at HOST:PORT whose key is the pinned one; or the given one, where it has moved.
-    Made as `me`, or as who the pins are of; `token` is the secret of one, to come in by.
+    """A connection to the coordinator at HOST:PORT whose key is the pinned one, or follows it.
+
+    `key` is that of one that has moved: another one is taken for nobody. `trusted` is the key that a person has named,
+    which is pinned whatever was pinned there before. `own` is shown to those who ask for a client's certificate. Made
+    as `me`, or as who the pins are of; `token` is the secret of one, to come in by.
 
     Raises:
-        Refused: its key has changed.
+        Refused: its key has changed, or is not the one that is trusted.
         Unreachable: nobody answers there.
     """
-    certificate = b""
+    me = me or identity.me(pins.state, keep=pins.keep)
     if insecure:
-        channel = grpc.aio.insecure_channel(server, _OPTIONS)
+        if await probe.speaks_tls(server):
+            raise Refused(f"the coordinator at {server} speaks TLS", hint="leave --insecure out")
+        async with grpc.aio.insecure_channel(server, _OPTIONS) as channel:
+            yield Remote(server, channel, me=me, token=token)
+        return
+    shown = await probe.look(server, own)
+    if key and not shown.has(key):
+        raise probe.unreachable(server, "another one answers there")
+    known = pins.known()
+    found = trust.standing(shown, known)
+    if trusted:
+        trust.require_named(shown, trusted)
     else:
-        certificate = await _certificate(server)
-        fingerprint = tls.fingerprint(certificate)
-        if key and fingerprint != key:
-            raise _unreachable(server, "another one answers there")
-        if pins.check(server, fingerprint) and not key:
-            on_first_use(server, fingerprint)
-        # The certificate just seen is the only root: whoever answers on this channel must hold its key.
-        credentials = grpc.ssl_channel_credentials(root_certificates=certificate)
-        channel = grpc.aio.secure_channel(server, credentials, [*_OPTIONS, ("grpc.ssl_target_name_override", tls.NAME)])
-    async with channel:
-        yield Remote(server, channel, certificate, me or identity.me(pins.state, keep=pins.keep), token)
+        trust.require(shown, found, known, pins.state)
+    trust.require_dates(shown.certificate, datetime.datetime.now(datetime.UTC))
+    if found is trust.Standing.NEW and not (trusted or key) and (asking := on_first_use(shown)) is not None:
+        await asking
+    pins.pin(server, shown.fingerprint, shown.earlier)
+    # The certificate just seen is the only root: whoever answers on this channel must hold its key.
+    credentials = grpc.ssl_channel_credentials(shown.certificate, *(own.read() if own else ()))
+    name = ("grpc.ssl_target_name_override", tls.name(shown.certificate))
+    async with grpc.aio.secure_channel(server, credentials, [*_OPTIONS, name]) as channel:
+        before = trust.left_behind(shown, known)
+        yield Remote(server, channel, shown.certificate, me, token=token, before=before)
 
 
 def local_path(folder: Path, artifact: pb.Artifact) -> Path:
     """Where an artifact belongs in a folder of ours.
 
     Raises:
-        BadData: its name would lead out of the folder.
+        BadData: its name would lead out of the folder, or it is of a kind that we have no use for.
     """
-    name = PurePosixPath(artifact.name)
-    if name.is_absolute() or not name.parts or ".." in name.parts or "\\" in artifact.name or "\0" in artifact.name:
-        raise BadData(f"the coordinator names an artifact {artifact.name!r}, which is not a path inside a folder")
+    if not stream.is_name(artifact.name):
+        raise BadData(f"the coordinator names an artifact {artifact.name[:80]!r}, which is not a path inside a folder")
     if not stream.is_digest(artifact.digest):
         raise BadData(f"the coordinator names no SHA-256 for {artifact.name}")
-    return folder.joinpath(*name.parts)
+    name = PurePosixPath(artifact.name)
+    if name.suffix not in _KINDS and name.name != "Modelfile":
+        raise BadData(f"the coordinator offers {artifact.name}: files of this kind are never fetched")
+    file = folder.joinpath(*name.parts)
+    if not file.parent.resolve().is_relative_to(folder.resolve()):
+        raise BadData(f"{file} would be outside of {folder}: a folder on the way is a link", hint="remove that link")
+    return file
 
 
 def partial_path(to: Path, artifact: pb.Artifact) -> Path:
@@ -278,41 +338,8 @@ def partial_path(to: Path, artifact: pb.Artifact) -> Path:
     return to.with_name(f".{to.name}.{artifact.digest[:12]}")
 
 
-async def answers(server: str, key: str) -> bool:
-    """Whether somebody shows this key at an address."""
-    try:
-        return tls.fingerprint(await _certificate(server)) == key
-    except Unreachable:
-        return False
-
-
-async def _certificate(server: str) -> bytes:
-    """The PEM certificate that the server shows; not trusted by this, only seen."""
-    host, _, port = server.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UsageError(f"{server!r} is not HOST:PORT", hint="edge-client join --server host:50051")
-    context = ssl.create_default_context()
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
-    context.set_alpn_protocols(["h2"])
-    try:
-        async with asyncio.timeout(CONNECT_SECONDS):
-            _, writer = await asyncio.open_connection(host.strip("[]"), int(port), ssl=context)
-    except ssl.SSLError as error:
-        raise _unreachable(server, f"no TLS there: {error.reason}") from error
-    except TimeoutError as error:
-        raise _unreachable(server, f"no answer in {CONNECT_SECONDS:.0f} s") from error
-    except (OSError, UnicodeError) as error:  # UnicodeError: a host that cannot be a name
-        number = getattr(error, "errno", None) or 0
-        why = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or str(error)
-        raise _unreachable(server, why) from error
-    seen = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
-    writer.close()
-    return ssl.DER_cert_to_PEM_cert(seen).encode()
-
-
-def _unreachable(server: str, why: str) -> Unreachable:
-    return Unreachable(
-        f"no coordinator answers at {server}" + (f": {why}" if why else ""),
-        hint="check the address and that `coordinator serve` runs there; then run the same command again",
+def _damaged(artifact: pb.Artifact) -> BadData:
+    return BadData(
+        f"{artifact.name} came damaged: its SHA-256 is not the one that was announced",
+        hint="run it again; if it comes like that every time, tell the person who runs the coordinator",
     )

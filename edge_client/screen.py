@@ -20,22 +20,33 @@ from rich.text import Text
 # Every event that the client reports, and its sentence.
 SENTENCES = {
     "pinned": "First time at {server}: its key is now pinned.\n  fingerprint  {fingerprint}",
+    "unknown": "The coordinator at {server} is not known here. Its key:\n"
+    "  fingerprint  {fingerprint}\n"
+    "`coordinator serve` prints the right one over there; ask whoever runs it.",
+    "key_changed": "The coordinator at {server} has a new key, which the old one has signed. It is pinned now:\n"
+    "  before       {before}\n"
+    "  now          {now}",
+    "trusted": "Pinned for {server}:\n  fingerprint  {fingerprint}",
+    "unpinned": "No longer pinned for {server}:\n  fingerprint  {fingerprint}",
     "terms": "\nJob [bold]{job}[/bold], open until {until}\n"
     "  at         {server}, key {key}\n"
     "  base       {base}\n"
     "  data       {data}\n"
+    "  trains     {trains}\n"
+    "  takes      {takes}\n"
     "What leaves this machine, and nothing else:\n"
     "  to join    {to_join}\n"
     "  meanwhile  {meanwhile}\n"
     "  at last    {at_last}\n"
-    "The files stay here. The adapter is what was learnt from them.",
+    "The files stay here. The adapter is what was learnt from them. No program comes with a job or its base.",
     "standing": "\nEvery job named {accept}, at {server}\n"
     "  data       {data}\n"
+    "  trains     a LoRA as each job says, over its base model, which comes from the coordinator\n"
     "What leaves this machine for each of them, and nothing else:\n"
     "  to join    {to_join}\n"
     "  meanwhile  {meanwhile}\n"
     "  at last    {at_last}\n"
-    "The files stay here. The adapter is what was learnt from them.",
+    "The files stay here. The adapter is what was learnt from them. No program comes with a job or its base.",
     "declined": "Nothing was sent, and the coordinator knows nothing of this machine.",
     "several": "Several coordinators make themselves known on this network:\n{rows}",
     "found": "Found [bold]{name}[/bold] on this network, at {server}",
@@ -78,6 +89,27 @@ SENTENCES = {
     "not_installed": "There is no {file}; nothing takes part by itself.",
     "waiting": "Waiting for the publication ({state})",
     "published": "[green]Published[/green] v{version}. Take it with:\n  edge-client pull {job}",
+    "signed": "v{version}, as the coordinator signed it",
+    "signed_by_anyone": "[yellow]v{version} is as it was signed; without TLS nothing says whose key that was.[/yellow]",
+    "unsigned": "[yellow]v{version} is not signed: nothing shows that it is what the coordinator published.[/yellow]",
+    "receipt_by_anyone": "[yellow]Without TLS nothing says whose key signed it.[/yellow] It is\n  {fingerprint}",
+    "receipt_kept": "Receipt for [bold]{job}[/bold], of {received}\n"
+    "  signed by  {by}\n"
+    "  sent       {size:,} bytes\n"
+    "  sha256     {digest}\n"
+    "  client     {client}\n"
+    "  file       {file}",
+    "no_receipt": "No receipt yet{of}. One comes with:  edge-client join --server HOST:PORT --data FILE_OR_FOLDER",
+    "receipt_holds": "[green]The receipt holds.[/green]\n"
+    "  signed by  {by}\n"
+    "  key        {fingerprint}\n"
+    "  job        {job}\n"
+    "  received   {received}, {size:,} bytes\n"
+    "  sha256     {digest}\n"
+    "  client     {client}",
+    "adapter_fits": "[green]It is for this adapter:[/green] {file}",
+    "takes_part": "[green]It is part of v{version} of {job}[/green], with {weight:.1%} of the mean: {why}",
+    "takes_no_part": "[yellow]It is no part of v{version} of {job}:[/yellow] {why}",
     "pulled": "{name}  {size:,} bytes",
     "chosen": "Taking {name}, {reason}: it needs about {needs} of this machine's {total} to run.",
     "full": "[yellow]Only {available} of memory are free now: close something before you run it.[/yellow]",
@@ -95,6 +127,8 @@ SENTENCES = {
 }
 
 Advance = Callable[..., None]
+_LINES = ("rows", "commands")  # fields that hold lines of ours
+_LONGEST = 2000  # letters of a field
 _PLAIN_EVERY = 5.0  # seconds between lines of progress without a terminal
 _JSON_EVERY = 1.0
 
@@ -158,7 +192,7 @@ class Screen:
         if self._json:
             self._print_json(event, fields)
         else:
-            self._print(sentence.format(**{name: _plain(value) for name, value in fields.items()}))
+            self._print(sentence.format(**{name: _plain(value, name in _LINES) for name, value in fields.items()}))
 
     @contextmanager
     def busy(self, label: str) -> Iterator[None]:
@@ -231,11 +265,12 @@ class Screen:
         sys.stdout.flush()
 
 
-def _plain(value: object) -> object:
-    """Names come from elsewhere too: no markup, and no control characters that a terminal would obey."""
+def _plain(value: object, is_lines: bool = False) -> object:
+    """Names come from elsewhere too: no markup, no control characters that a terminal obeys, no lines like ours."""
     if not isinstance(value, str):
         return value
-    return escape("".join(letter for letter in value if letter.isprintable() or letter == "\n"))
+    kept = value if is_lines else value.replace("\n", " ")[:_LONGEST]
+    return escape("".join(letter for letter in kept if letter.isprintable() or letter == "\n"))
 
 
 def _duration(seconds: float) -> str:

@@ -17,10 +17,11 @@ import typer
 from converters.errors import BadData, Refused, Unreachable, UsageError
 from edge_client import backends, consent, identity, machine, options, reach, service, staying
 from edge_client.manners import When
-from edge_client.options import DEFAULT_STATE, Insecure, Json, Server, State
+from edge_client.options import DEFAULT_STATE, Json, State
 from edge_client.remote import Remote
 from edge_client.screen import Screen
 from edge_client.session import Taker
+from edge_client.way import ANY, Way, reaching
 from oneround.v1 import federation_pb2 as pb
 
 Accept = Annotated[
@@ -30,9 +31,10 @@ Accept = Annotated[
 Nice = Annotated[bool, typer.Option(help="Let other programs go first, on the CPU and the disk.")]
 
 
+@reaching
 def stay(
     accept: Accept,
-    server: Server = "",
+    way: Way = ANY,
     data: options.Data = Path("data"),
     backend: options.Backend = "auto",
     model: options.Model = None,
@@ -49,7 +51,6 @@ def stay(
         staying.LOOK_SECONDS
     ),
     state: State = DEFAULT_STATE,
-    insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
     """Stay, and take part once in every accepted job as it appears. Ends with Ctrl-C."""
@@ -71,19 +72,20 @@ def stay(
     )
 
     def connect() -> AbstractAsyncContextManager[Remote]:
-        return reach.connected(server, state, screen, insecure)
+        return reach.connected(way, state, screen)
 
     async def run() -> None:
-        await _agree(screen, taker.request(""), accept, server, data, yes)
+        await _agree(screen, taker.request(""), accept, way.address, data, yes)
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # a service is ended by it
         await staying.Staying(connect, accept, taker, screen, look_seconds=look_every).stay()
 
     asyncio.run(run())
 
 
+@reaching
 def install_service(
     accept: Accept,
-    server: Server = "",
+    way: Way = ANY,
     data: options.Data = Path("data"),
     backend: options.Backend = "auto",
     model: options.Model = None,
@@ -97,7 +99,6 @@ def install_service(
     nice: Nice = True,
     yes: options.Yes = False,
     state: State = DEFAULT_STATE,
-    insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
     """Let this machine take part by itself: `edge-client stay` as a service of yours. Again replaces it."""
@@ -111,9 +112,9 @@ def install_service(
         chosen = backends.choose(backend)
     options.setup(chosen, precision, bits)  # a wrong one is an error now, and not in a log
     taker = Taker(state, name or socket.gethostname(), data, chosen)
-    asyncio.run(_agree(screen, taker.request(""), accept, server, data, yes))
-    place = asyncio.run(_reach_once(server, state, screen, insecure))
-    command = [sys.executable, "-P", "-m", "edge_client.cli", "stay", "--yes", "--server", place]
+    asyncio.run(_agree(screen, taker.request(""), accept, way.address, data, yes))
+    place = asyncio.run(_reach_once(way, state, screen))
+    command = [sys.executable, "-P", "-m", "edge_client.cli", "stay", "--yes", *way.again(place)]
     for pattern in accept:
         command += ["--accept", pattern]
     for each in when:
@@ -125,7 +126,6 @@ def install_service(
     command += ["--name", name] if name else []
     command += ["--skip-bad-rows"] if skip_bad_rows else []
     command += [] if nice else ["--no-nice"]
-    command += ["--insecure"] if insecure else []
     on_a_mac = installed.file.suffix == ".plist"
     content = service.agent(command, Path.home()) if on_a_mac else service.unit(command).encode()
     why = service.install(installed, content)
@@ -153,18 +153,18 @@ def uninstall_service(as_json: Json = False) -> None:
     Screen(as_json).say("uninstalled" if there else "not_installed", file=str(installed.file))
 
 
-async def _reach_once(server: str, state: Path, screen: Screen, insecure: bool) -> str:
+async def _reach_once(way: Way, state: Path, screen: Screen) -> str:
     """The coordinator's address. Its key is pinned now, while a person looks on; a service has nobody to ask.
 
     Raises:
         Unreachable: it does not answer, and its key is not known here.
     """
     try:
-        async with reach.connected(server, state, screen, insecure) as remote:
+        async with reach.connected(way, state, screen) as remote:
             return remote.server
     except Unreachable:
-        if server and (insecure or server in identity.Pins(state).all()):
-            return server
+        if way.address and (way.plain or way.address in identity.Pins(state).all()):
+            return way.address
         raise
 
 

@@ -6,9 +6,7 @@ Every step leaves its result in the outbox and is skipped when the result is the
 from __future__ import annotations
 
 import asyncio
-import math
 import platform
-import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,7 +16,7 @@ from pathlib import Path
 from converters import adapter, checkpoint
 from converters.adapter import Adapter, Shape
 from converters.errors import BadData, NotEnough, OneroundError, Refused, Unreachable
-from edge_client import disk, examples, footprint, gaps, outbox, patience, snapshot
+from edge_client import announced, disk, examples, footprint, gaps, outbox, patience, receipts, snapshot
 from edge_client.backends import Backend, Progress
 from edge_client.batches import Batches
 from edge_client.guest import Guest
@@ -27,7 +25,7 @@ from edge_client.recipe import EXACT, Recipe, Setup
 from edge_client.remote import Remote, local_path
 from edge_client.screen import Screen
 from edge_client.snapshot import Snapshot
-from oneround import stream
+from oneround import signing, stream, tls
 from oneround.v1 import federation_pb2 as pb
 
 HEARTBEAT_SECONDS = 2.0
@@ -52,6 +50,7 @@ class Taker:
     again: bool = False  # train anew, where the operator lets this machine send another contribution
     guest: Guest = field(default_factory=Guest)  # keeps to the manners that the person asks for
     consent: str = ""  # digest of the terms that the person has agreed to
+    agreed: pb.Job | None = None  # the job that was shown; no other one is taken part in
 
     def request(self, job: str) -> pb.JoinRequest:
         """What is said of this machine to join a job."""
@@ -66,15 +65,25 @@ class Taker:
         )
 
 
-async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen) -> pb.Receipt:
-    """From joining to the receipt.
+class AwaitsApproval(Refused):
+    """The operator has not let this machine in, and may yet."""
+
+
+async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen, *, waits: bool = True) -> pb.Receipt:
+    """From joining to the receipt. Where the operator has to let this machine in, it `waits` for that.
 
     Raises:
+        AwaitsApproval: it does not wait.
         Refused: the coordinator says no, or has quarantined the contribution.
-        BadData: the data, or what the coordinator sent, is not sound.
+        BadData: the data, or what the coordinator sent, is not sound; a receipt that is none too.
     """
-    reply = await _let_in(remote, taker.request(job_name), screen)
-    check(reply.job)
+    reply = await _let_in(remote, taker.request(job_name), screen, waits=waits)
+    announced.check(reply.job)
+    if reply.job.spec.name != job_name or (taker.agreed is not None and reply.job != taker.agreed):
+        raise Refused(
+            f"{job_name} is not the job any more that it was: the coordinator announces another one now",
+            hint="run it again, to see what it asks for now; nothing was sent but what joining takes",
+        )
     box = outbox.outbox(taker.state, reply.job)
     box.keep_joined(remote.server, reply)
     if taker.consent:
@@ -87,7 +96,9 @@ async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen)
                 f"this machine's contribution to {reply.job.spec.name!r} is in already",
                 hint=f"ask the operator for `coordinator replace {reply.job.spec.name} {taker.name}`",
             )
-        _safe(box.keep_receipt(reply.receipt), screen)
+        mine = box.trained()
+        receipts.accept(reply.receipt, reply.job, taker.client_id, mine.digest if mine else "", remote.certificate)
+        _safe(box.keep_receipt(reply.receipt), remote, screen)
         return _judged(reply.receipt, reply.judgement, screen)
     if reply.HasField("receipt"):
         box.begin_again(reply.receipt.digest)
@@ -104,7 +115,8 @@ async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen)
         else:
             screen.say("resumed", folder=str(box.folder))
         receipt = await _send(remote, reply, declaration, box, screen)
-        _safe(box.keep_receipt(receipt), screen)
+        receipts.accept(receipt, reply.job, taker.client_id, declaration.digest, remote.certificate)
+        _safe(box.keep_receipt(receipt), remote, screen)
         judgement = await _verdict(remote, reply.lease)
     finally:
         beating.cancel()
@@ -112,18 +124,18 @@ async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen)
     return _judged(receipt, judgement, screen)
 
 
-async def _let_in(remote: Remote, request: pb.JoinRequest, screen: Screen) -> pb.JoinReply:
-    """Join; where the operator has to approve, wait for that until the deadline.
+async def _let_in(remote: Remote, request: pb.JoinRequest, screen: Screen, *, waits: bool) -> pb.JoinReply:
+    """Join, as soon as the operator has approved where the job takes that.
 
     Raises:
-        Refused: the deadline came first.
+        AwaitsApproval: nobody has before the deadline, or so far if it does not wait.
     """
     reply = await remote.join(request)
     if reply.awaits_approval:
         screen.say("asks", job=reply.job.spec.name, id=remote.me.client_id[:12], name=request.client_name)
     while reply.awaits_approval:
-        if time.time() > reply.job.deadline_unix:
-            raise Refused(f"nobody has let this machine into {reply.job.spec.name!r} before its deadline")
+        if not waits or time.time() > reply.job.deadline_unix:
+            raise AwaitsApproval(f"nobody has let this machine into {reply.job.spec.name!r} so far")
         await asyncio.sleep(APPROVAL_SECONDS)
         with suppress(Unreachable):
             reply = await remote.join(request)
@@ -147,7 +159,7 @@ class Pulse:
                 pause = min(max(HEARTBEAT_SECONDS, answer.next_seconds), patience.LONGEST_PAUSE)
                 waits, misses = patience.pauses(), 0
                 if answer.directive == pb.DIRECTIVE_STOP:
-                    self.stop = answer.reason
+                    self.stop = stream.one_line(answer.reason) or "it gives no reason"
             except Unreachable:
                 pause, misses = max(HEARTBEAT_SECONDS, next(waits)), misses + 1
                 if misses >= patience.LOST_AFTER and await remote.find_again(place):
@@ -160,31 +172,6 @@ class Pulse:
         """Raises Refused when this client is to stop."""
         if self.stop:
             raise Refused(f"the coordinator stopped this job: {self.stop}")
-
-
-def check(job: pb.Job) -> None:
-    """Hold a job from the wire against what it may say; parts of it become paths and loop bounds.
-
-    Raises:
-        BadData: it says something else.
-    """
-    spec = job.spec
-    sound = (
-        re.fullmatch(outbox.JOB_NAME, spec.name)
-        and re.fullmatch(r"[0-9a-f]{32}", job.id)
-        and stream.is_digest(job.initial.digest)
-        and job.base_fingerprint == stream.fingerprint(job.base_files)
-        and 0 < spec.train.epochs <= 1000
-        and 0 < spec.train.learning_rate < math.inf
-        and 1 <= spec.train.batch_size <= 65536
-        and 2 <= spec.train.max_seq_len <= 1 << 20
-        and 1 <= spec.lora.rank <= 1024
-        and 0 < spec.lora.alpha < math.inf
-        and 0 <= spec.lora.dropout < 1
-        and spec.upload.dtype in adapter.WIRE_DTYPES
-    )
-    if not sound:
-        raise BadData("the coordinator announced a job that makes no sense", hint="tell the person who runs it")
 
 
 async def fetch_base(remote: Remote, job: pb.Job, state: Path, model: Path | None, screen: Screen) -> Path:
@@ -232,6 +219,8 @@ async def _train(
             fetch = partial(remote.download, job.spec.name, job.initial, box.initial)
             await patience.through(remote, job.deadline_unix, screen, fetch, advance)
     initial = adapter.read(box.initial)
+    if set(initial.ranks.values()) != {job.spec.lora.rank}:
+        raise BadData(f"the coordinator's initial adapter is not of rank {job.spec.lora.rank}, as its job says")
     adapter.check(initial, {module.name: Shape(module.out_features, module.in_features) for module in job.modules})
 
     tokenizer = await asyncio.to_thread(examples.load_tokenizer, base)
@@ -371,8 +360,10 @@ async def _send(
         return await patience.through(remote, reply.job.deadline_unix, screen, upload, advance)
 
 
-def _safe(receipt: pb.Receipt, screen: Screen) -> None:
+def _safe(receipt: pb.Receipt, remote: Remote, screen: Screen) -> None:
     screen.say("receipt", size=receipt.size, digest=receipt.digest)
+    if not remote.certificate:
+        screen.say("receipt_by_anyone", fingerprint=tls.grouped(signing.fingerprint(receipt.signature.key)))
 
 
 async def _verdict(remote: Remote, lease: str) -> pb.Judgement:
@@ -389,7 +380,9 @@ async def _verdict(remote: Remote, lease: str) -> pb.Judgement:
 def _judged(receipt: pb.Receipt, judgement: pb.Judgement, screen: Screen) -> pb.Receipt:
     """Raises Refused when the contribution takes no part."""
     if judgement.verdict == pb.VERDICT_QUARANTINED:
-        raise Refused(f"the contribution is stored, but takes no part in the average: {judgement.reason}")
+        raise Refused(
+            f"the contribution is stored, but takes no part in the average: {stream.one_line(judgement.reason)}"
+        )
     if judgement.verdict in (pb.VERDICT_UNSPECIFIED, pb.VERDICT_PENDING):
         screen.say("pending", job=receipt.job)
     screen.say("done", job=receipt.job)

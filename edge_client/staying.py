@@ -42,10 +42,12 @@ class Failed:
 
     @staticmethod
     def once_more(before: Failed | None, error: OneroundError, now: float) -> Failed:
-        """A refusal stands; data that is not sound and a full disk are looked at again, ever more rarely."""
+        """A refusal stands; data that is not sound, a full disk and an operator who has to approve are looked at again,
+        ever more rarely."""
         times = (before.times if before else 0) + 1
         pause = min(_FIRST_TRY_AGAIN * 2 ** (times - 1), _LAST_TRY_AGAIN)
-        return Failed(times, math.inf if isinstance(error, Refused) else now + pause)
+        stands = isinstance(error, Refused) and not isinstance(error, session.AwaitsApproval)
+        return Failed(times, math.inf if stands else now + pause)
 
 
 class Staying:
@@ -105,7 +107,7 @@ class Staying:
     async def _take_part(self, remote: Remote, job: pb.JobStatus) -> None:
         try:
             with command.only_one(self._taker.state, "edge-client join"):
-                await session.take_part(remote, job.spec.name, self._taker, self._screen)
+                await session.take_part(remote, job.spec.name, self._taker, self._screen, waits=False)
         except Unreachable:
             raise
         except OneroundError as error:

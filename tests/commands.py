@@ -37,11 +37,11 @@ def events(out: str) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
-def coordinator(state: Path, *, advertise: bool = False) -> Iterator[str]:
+def coordinator(state: Path, *options: object, advertise: bool = False) -> Iterator[str]:
     """A daemon on a free port of 127.0.0.1; gives its address, and ends it with SIGTERM."""
     log = (state.parent / f"{state.name}.log").open("w")
     command = [str(BIN / "coordinator"), "serve", "--listen", "127.0.0.1:0", "--state", str(state)]
-    command += [] if advertise else ["--no-advertise"]
+    command += [*map(str, options), *([] if advertise else ["--no-advertise"])]
     process = subprocess.Popen(command, stdout=log, stderr=log)
     announced = state / "daemon.json"
     announced.unlink(missing_ok=True)

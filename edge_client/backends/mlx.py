@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters import settings
+from converters import checkpoint, custom_code, settings
 from converters.adapter import Adapter, LowRank, Shape
 from converters.errors import BadModel, LayoutMismatch
 from converters.settings import Settings
@@ -196,11 +196,15 @@ def _smaller(model: Any, setup: Setup, batch_size: int, error: RuntimeError | Me
 
 def _model(base: Path, setup: Setup) -> Any:
     """The base, frozen. In evaluation mode: LoRA's dropout is the recipe's, the base's own would not be."""
+    custom_code.check(base)
+    checkpoint.weights(base)  # MLX would read beyond a file whose header lies
     rope = _rope(settings.read(base / "config.json", BadModel))
     try:
         model, _ = load_model(base, lazy=True, model_config=rope)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise BadModel(f"{base} holds no model that mlx-lm can load: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # the settings are a stranger's, and over them the library raises anything
+        raise BadModel(f"{base} holds no model that mlx-lm can load: {error}", hint=custom_code.hint(base)) from error
     model.set_dtype(getattr(mx, setup.precision))
     if setup.bits:
         nn.quantize(model, _GROUP, setup.bits, class_predicate=_can_be_rounded)

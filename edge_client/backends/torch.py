@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
+from converters import checkpoint, custom_code
 from converters.adapter import Adapter
 from converters.errors import BadModel, UsageError
 from edge_client.backends import EXACT, Progress, Setup, too_little_memory
@@ -118,6 +118,8 @@ def _smaller(setup: Setup, batch_size: int, error: RuntimeError | MemoryError) -
 
 def _model(base: Path, setup: Setup) -> PreTrainedModel:
     """The base, on the device. In evaluation mode: LoRA's dropout is the recipe's, the base's own would not be."""
+    custom_code.check(base)
+    checkpoint.weights(base)  # safetensors that are beside their index, and sound
     logging.disable_progress_bar()
     dtype = getattr(torch, setup.precision)
     try:
@@ -129,8 +131,13 @@ def _model(base: Path, setup: Setup) -> PreTrainedModel:
             use_safetensors=True,
             local_files_only=True,
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise BadModel(f"{base} holds no model that transformers can load: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # the settings are a stranger's, and over them the library raises anything
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise BadModel(
+            f"{base} holds no model that transformers can load: {why}", hint=custom_code.hint(base)
+        ) from error
     model.config.use_cache = False
     return model.eval() if setup.bits else model.to(device()).eval()
 

@@ -21,7 +21,7 @@ class Invitation:
     """What a link says. `server` is HOST:PORT; `fingerprint` is hex, and empty for a coordinator without TLS."""
 
     server: str
-    token: str
+    token: str = ""
     fingerprint: str = ""
 
     def __str__(self) -> str:

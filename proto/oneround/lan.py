@@ -99,3 +99,12 @@ def fingerprint(properties: Mapping[bytes, bytes | None]) -> str:
     """The key's fingerprint in a record from the network; empty when there is none, or it cannot be one."""
     said = (properties.get(KEY) or b"").decode("ascii", "replace")
     return said if re.fullmatch(r"[0-9a-f]{64}", said) else ""
+
+
+def is_loopback(address: str) -> bool:
+    """Whether HOST:PORT is on this machine alone."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

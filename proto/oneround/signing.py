@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
@@ -50,7 +50,10 @@ def public(der: bytes) -> PublicKey:
     Raises:
         ValueError: it is none, or of a kind that is not used here.
     """
-    key = serialization.load_der_public_key(der)
+    try:
+        key = serialization.load_der_public_key(der)
+    except UnsupportedAlgorithm as error:  # a curve that OpenSSL has never heard of
+        raise ValueError(str(error)) from error
     if not isinstance(key, PublicKey):
         raise ValueError(f"a {type(key).__name__} is not used here")
     return key

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+import re
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,10 @@ _LARGE_BYTES = 64 * MAX_CHUNK_BYTES
 MAX_MESSAGE_BYTES = MAX_CHUNK_BYTES + 64 * 1024  # room for the fields around a chunk
 _HELD_PIECES = 4  # may wait for the disk while more comes in
 _BEHIND_BYTES = 32 * 1024 * 1024  # written, not yet on the disk; then the disk is set to work
+
+# A part of a path that means one file on every disk: never hidden, nothing that a shell or a terminal obeys, one form.
+_PART = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._+=@-]{0,198}[A-Za-z0-9_+=@-])?")
+_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)  # on disks that Windows shares
 
 _syncing = ThreadPoolExecutor(2, "sync")
 
@@ -156,6 +161,23 @@ def digest(path: Path) -> str:
 def is_digest(text: str) -> bool:
     """Whether a string from the wire can be a digest; it may become part of a path."""
     return len(text) == 64 and all(letter in "0123456789abcdef" for letter in text)
+
+
+def is_name(text: str) -> bool:
+    """Whether a string from the wire can be a file's path inside a folder: `/` between parts, and no way out of it."""
+    parts = text.split("/")
+    return len(parts) <= 8 and all(_PART.fullmatch(part) and not _DEVICE.fullmatch(part) for part in parts)
+
+
+def are_apart(files: Sequence[pb.Artifact]) -> bool:
+    """Whether no two of these files are one where a disk takes upper and lower case for the same."""
+    return len({file.name.lower() for file in files}) == len(files)
+
+
+def one_line(text: str, most: int = 500) -> str:
+    """What a peer says, as part of a sentence of ours: on one line, of so many letters, none that a terminal obeys."""
+    plain = " ".join("".join(letter if letter.isprintable() else " " for letter in text[: 2 * most]).split())
+    return plain if len(plain) <= most else f"{plain[:most]} …"
 
 
 def fingerprint(files: Iterable[pb.Artifact]) -> str:

@@ -20,6 +20,9 @@ from coordinator.daemon import Daemon
 from coordinator.database import engine
 from coordinator.schema import Base
 from coordinator.store import Store
+from edge_client import pulling
+from edge_client.identity import Pins
+from edge_client.screen import Screen
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd
 from tests.coordinator.test_server import ALICE, BOB, SPEC, join, judged, nothing, trained, with_server, written
@@ -87,6 +90,7 @@ def test_a_backup_of_a_running_daemon_comes_back(tmp_path: Path) -> None:
         assert publication.folder == str(again / "publications" / "notes" / "v1")
         for artifact in publication.artifacts:
             await remote.download("notes", artifact, tmp_path / "pulled" / artifact.name, nothing)
+        await pulling.check(remote, "notes", publication, tmp_path / "pulled", Pins(again), Screen())
         await daemon.publish(pb.PublishRequest(job="notes"))  # the contributions are there too
         await version(daemon, 2, "notes")
 

@@ -25,12 +25,13 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf import json_format
 from grpc import StatusCode
 
 from converters.errors import Refused, Unreachable
 from coordinator import control, job
 from coordinator.leases import public_id
-from oneround import stream
+from oneround import statements, stream
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd, connected, me
 from tests.coordinator.dying import HOOK, ROOT, Plan
@@ -96,9 +97,10 @@ PUBLISHING = SENDING.union(
     *(_placed(f"{_WORK}/{kind}", "adapter_config.json") for kind in ("peft", "mlx")),
     _placed(f"{_WORK}/peft", "adapter_model.safetensors"),
     _placed(f"{_WORK}/mlx", "adapters.safetensors"),
-    {"commit publish"},
+    _placed(f"{_VERSIONS}/v<n>", "manifest.json.signature"),
+    {f"fsync {_VERSIONS}/v<n>", "commit publish"},
 )
-_FILES = ("adapter.gguf", "notes-f16.gguf", "README.md", "Modelfile", "manifest.json")
+_FILES = ("adapter.gguf", "notes-f16.gguf", "README.md", "Modelfile", "manifest.json", "manifest.json.signature")
 DELETING = {"commit mark_deleted", "commit forget", "unlink blobs/<digest>", f"rmdir {_VERSIONS}"}.union(
     *({f"unlink {_VERSIONS}/v<n>/{name}" for name in _FILES},),
     {f"rmdir {_VERSIONS}/v<n>", f"rmdir {_VERSIONS}/v<n>/peft", f"rmdir {_VERSIONS}/v<n>/mlx"},
@@ -362,7 +364,9 @@ def _check_publication(world: World, folder: Path) -> None:
     listed = {given["id"]: given["digest"] for given in manifest["contributions"]}
     assert listed == {public_id(me(client).client_id): mine[-1].digest for client, mine in world.receipts.items()}
     there = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
-    assert there == {"manifest.json", *manifest["files"]}
+    assert there == {"manifest.json", "manifest.json.signature", *manifest["files"]}
+    signature = json_format.Parse((folder / "manifest.json.signature").read_text(), pb.Signature())
+    assert statements.signer(signature, statements.manifest(stream.digest(folder / "manifest.json")))
     for name, file in manifest["files"].items():
         assert (stream.digest(folder / name), (folder / name).stat().st_size) == (file["sha256"], file["size"])
 
@@ -608,8 +612,8 @@ class Load:
                     self.left.add(client)
                     return True
                 receipt = await self._send(remote, reply.lease, file, declaration)
-                assert (receipt.job, receipt.client_id) == (name, me(client).client_id)
-                assert receipt.digest == declaration.digest
+                said = (receipt.job, receipt.client_id, receipt.digest)
+                assert said == (name, me(client).client_id, declaration.digest)
                 self.receipts[name, client] = receipt
                 again = (await remote.join_as(client, pb.JoinRequest(job=name))).receipt
                 assert again == receipt, "it is there from now on"

@@ -46,6 +46,7 @@ def order(base: Path, folder: Path, gguf: Path | None = None, **spec: Any) -> Or
     files = [contribution(base, folder, seed, rank) for seed, rank in ((1, 2), (2, 3))]
     return Order(
         spec=job.parse({"name": "notes", "model": {"base": str(base)}, **spec}),
+        job_id="1" * 32,
         version=1,
         reason="all 2 contributions are in",
         at_least=2,

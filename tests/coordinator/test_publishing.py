@@ -76,7 +76,10 @@ def test_an_interrupted_publication_is_made_again(tmp_path: Path) -> None:
         assert [given["weight"] for given in manifest["contributions"]] == [0.25, 0.75, 0.0]
         assert "NaN" in manifest["contributions"][2]["reason"]
         assert manifest["verification"]["notes-f16.gguf"]["passed"]
-        assert {artifact.name for artifact in publication.artifacts} == {"manifest.json", *manifest["files"]}
+        assert {artifact.name for artifact in publication.artifacts} == {
+            *("manifest.json", "manifest.json.signature"),
+            *manifest["files"],
+        }
         assert np.isfinite(llama.logits(llama.load(folder / "notes-f16.gguf"), [5, 6, 7])).all()
 
     asyncio.run(test())

@@ -1,6 +1,7 @@
 """The daemon behind a real gRPC server with TLS: what survives, and what is refused."""
 
 import asyncio
+import stat
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -13,7 +14,7 @@ import pytest
 from converters import adapter
 from converters.adapter import Adapter, LowRank, Shape
 from converters.errors import BadData, Refused, Unreachable
-from coordinator import control, identity, job, server
+from coordinator import control, identity, job, server, transport
 from coordinator.daemon import Daemon
 from edge_client import remote as remotes
 from edge_client.identity import Pins
@@ -35,14 +36,20 @@ SPEC = {
 
 @asynccontextmanager
 async def running(
-    state: Path, clock: Callable[[], float] = time.time, database: str = ""
+    state: Path,
+    clock: Callable[[], float] = time.time,
+    database: str = "",
+    *,
+    certificates: transport.Certificates | None = None,
+    insecure: bool = False,
 ) -> AsyncIterator[tuple[Daemon, str]]:
     """A daemon and its server on a free port."""
     daemon = Daemon(state, database, clock=clock)
     loop = asyncio.create_task(daemon.run())
-    grpc_server, address = server.create(daemon, identity.load_or_create(state), "127.0.0.1:0", insecure=False)
+    who = identity.load_or_create(state)
+    grpc_server, address = server.create(daemon, who, "127.0.0.1:0", insecure=insecure, certificates=certificates)
     await grpc_server.start()
-    control.announce(state, address, insecure=False)
+    control.announce(state, address, insecure=insecure)
     try:
         yield daemon, address
     finally:
@@ -322,6 +329,9 @@ def test_only_the_operator_administers(tmp_path: Path) -> None:
                     with pytest.raises(grpc.aio.AioRpcError) as caught:
                         await rpc.AdminStub(channel).Close(pb.CloseRequest(job="notes"), metadata=metadata)
                     assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+            socket = Path(transport.socket(state).removeprefix("unix:"))
+            mode = stat.S_IMODE((await asyncio.to_thread(socket.stat)).st_mode)
+            assert mode == 0o600, "nobody else can connect"
             assert (await control.show(state, "notes")).state == pb.STATE_OPEN
             assert (await control.close(state, "notes")).state == pb.STATE_EXPIRED
 
@@ -392,15 +402,15 @@ def test_a_coordinator_with_another_key_is_refused(tmp_path: Path) -> None:
         first_use: list[str] = []
         pins = Pins(tmp_path)
         async with running(tmp_path / "one") as (_, address):
-            async with remotes.connect(address, pins, lambda _, seen: first_use.append(seen)) as remote:
+            async with remotes.connect(address, pins, lambda shown: first_use.append(shown.fingerprint)) as remote:
                 with pytest.raises(Refused, match="no job is open"):
                     await remote.join(pb.JoinRequest())
-            async with remotes.connect(address, pins, lambda _, seen: first_use.append(seen)):
+            async with remotes.connect(address, pins, lambda shown: first_use.append(shown.fingerprint)):
                 pass
         assert first_use == [identity.load_or_create(tmp_path / "one").fingerprint]
 
         async with running(tmp_path / "two") as (_, other):
-            assert pins.check(other, first_use[0]), "pinned to the key of another coordinator"
+            pins.pin(other, first_use[0])  # that of another coordinator
             with pytest.raises(Refused, match="another key") as caught:
                 async with remotes.connect(other, pins, lambda *_: None):
                     pass

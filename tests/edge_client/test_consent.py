@@ -78,7 +78,7 @@ def shown() -> str:
     machine = pb.Machine(platform="Linux arm64", backend="torch", device="cuda")
     spec = pb.JobSpec(name="notes", lora=pb.LoraSpec(rank=8), upload=pb.UploadSpec(dtype="float16"))
     request = pb.JoinRequest(job="notes", client_name="vera", machine=machine)
-    terms = consent.terms(pb.JobStatus(spec=spec), request, "")
+    terms = consent.terms(pb.Job(spec=spec), request, "")
     return f"{terms.to_join} {terms.meanwhile} {terms.at_last}"
 
 
@@ -131,14 +131,15 @@ def test_which_job_is_meant() -> None:
 def test_an_answer_holds_for_what_was_shown_and_for_nothing_else(tmp_path: Path) -> None:
     box = outbox.Outbox(tmp_path)
     spec = pb.JobSpec(name="notes", lora=pb.LoraSpec(rank=8))
-    known, request = pb.JobStatus(spec=spec, opened_unix=1.0), pb.JoinRequest(client_name="vera")
+    known, request = pb.Job(spec=spec, id="1"), pb.JoinRequest(client_name="vera")
     agreed = consent.terms(known, request, "ab" * 32)
     assert not consent.given([box], agreed)
     box.keep_consent(agreed.digest)
     assert consent.given([box], consent.terms(known, request, "ab" * 32))
     assert not consent.given([box], consent.terms(known, request, "cd" * 32))
     assert not consent.given([box], consent.terms(known, pb.JoinRequest(client_name="vera's other"), "ab" * 32))
-    assert not consent.given([box], consent.terms(pb.JobStatus(spec=spec, opened_unix=2.0), request, "ab" * 32))
+    assert not consent.given([box], consent.terms(pb.Job(spec=spec, id="2"), request, "ab" * 32))
+    assert not consent.given([box], consent.terms(pb.Job(spec=spec, id="1", deadline_unix=1.0), request, "ab" * 32))
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +177,9 @@ def test_who_says_no_leaves_no_trace(served: tuple[Path, str]) -> None:
     folder, address = served
     for keys, code, says in (("n\n", 3, "Nothing was sent"), ("\x03", 130, "To go on:")):  # the latter is Ctrl-C
         with terminal.running("edge-client", *joins(served), columns=60) as screen:
+            if code == 3:
+                screen.expect("Is it the same there?")
+                screen.type("y\n")
             screen.expect("Take part, and send this? [y/N]")
             assert f"at    {address}" in screen.text and "the name 'vera'" in screen.text
             screen.type(keys)

@@ -6,6 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,11 @@ from zeroconf.asyncio import AsyncServiceInfo
 
 from converters.errors import Unreachable, UsageError
 from coordinator import discovery as advertising
+from coordinator import identity
 from edge_client import discovery
 from edge_client.discovery import Found
-from oneround import lan
+from edge_client.identity import Pins
+from oneround import lan, tls
 from tests import commands, terminal
 
 ROOT = Path(__file__).parents[2]
@@ -144,6 +149,7 @@ def test_of_several_coordinators_a_person_chooses_one(tmp_path: Path) -> None:
     ):
         _, err = commands.run("edge-client", *pulls, code=2)
         assert "several coordinators" in err and one in err and two in err and "add --server" in err
+        asked = "Is it the same there?"
         for keys, code, says in (("", 2, "no coordinator was chosen"), ("0\nx\n", 3, f"First time at {two}")):
             with terminal.running("edge-client", *pulls, columns=120) as screen:
                 screen.expect("Which one?")
@@ -151,6 +157,10 @@ def test_of_several_coordinators_a_person_chooses_one(tmp_path: Path) -> None:
                 (number,) = [row.split()[0] for row in rows if f" at {two}, key " in row]
                 assert any(f" at {one}, key " in row for row in rows)
                 screen.type(f"{keys}{number}\n" if keys else "\x04")  # Ctrl-D
+                if keys:
+                    screen.expect(f"The coordinator at {two} is not known here")
+                    screen.expect(asked)
+                    screen.type("y\n")
                 assert says in screen.finish(code=code)
 
 
@@ -183,3 +193,48 @@ def test_from_one_machine_to_another(namespaces: tuple[str, str], tmp_path: Path
     finally:
         saying.terminate()
         saying.wait()
+
+
+def test_a_hostile_coordinator_on_the_same_network(namespaces: tuple[str, str], tmp_path: Path) -> None:
+    """It has the true one's name, and says its own key or the true one's: what is said is never believed."""
+    here, there = (("ip", "netns", "exec", name) for name in namespaces)
+    keys = [identity.load_or_create(tmp_path / name).fingerprint for name in ("true", "hostile")]
+    client, address = tmp_path / "client", "10.77.0.2:50666"
+
+    @contextmanager
+    def started(*arguments: object) -> Iterator[None]:
+        process = subprocess.Popen([*there, *map(str, arguments)], env=env, stdout=log, stderr=log)
+        try:
+            yield
+        finally:
+            process.terminate()
+            process.wait()
+
+    def saying(key: str) -> AbstractContextManager[None]:
+        program = f"asyncio.run(advertise('10.77.0.2', 50666, '{key}', name='ward-1'))"
+        return started(sys.executable, "-c", f"import asyncio\nfrom coordinator.discovery import advertise\n{program}")
+
+    def refused(*options: str) -> str:
+        pulls = [*here, str(commands.BIN / "edge-client"), "pull", "notes", "--state", str(client), *options]
+        for _ in range(5):
+            done = subprocess.run(pulls, env=env, capture_output=True, text=True, check=False)
+            if "no coordinator makes itself known" not in done.stderr:
+                break
+        assert done.returncode == 3 and not done.stdout.count("First time"), done.stderr
+        return done.stderr
+
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto")])}
+    serves = (commands.BIN / "coordinator", "serve", "--state", tmp_path / "hostile", "--no-advertise")
+    with (tmp_path / "log").open("w") as log, started(*serves, "--listen", address):
+        while not (tmp_path / "hostile" / "daemon.json").exists():
+            time.sleep(0.05)
+        with saying(keys[1]):
+            err = refused()
+            assert address in err and "only heard of on this network" in err and f"--trust {keys[1]}" in err
+            assert "another key than you trust" in refused("--trust", keys[0])
+            assert not Pins(client).all()
+        Pins(client).pin("10.77.0.2:50051", keys[0])
+        with saying(keys[0]):
+            err = refused()
+            assert "one with another answers there" in err and all(tls.grouped(key) in err for key in keys)
+    assert Pins(client).all() == {"10.77.0.2:50051": keys[0]}

@@ -25,6 +25,7 @@ from edge_client.backends import BACKENDS
 from edge_client.finding import Case, Finding
 from edge_client.footprint import Outlook
 from edge_client.screen import Screen
+from edge_client.way import Way
 from oneround.lan import Interface
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
@@ -60,7 +61,7 @@ def with_coordinator(
         async with running(tmp_path / "coordinator", clock) as (daemon, address):
             if spec is not None:
                 await daemon.submit(job.parse(spec))
-            seen = replace(case, server=case.server or address)
+            seen = replace(case, way=replace(case.way, server=case.way.server or address))
             found = {each.check: each async for each in doctor.examine(seen, Screen())}
             if spec is not None:
                 status = await daemon.status(str(spec["name"]))
@@ -115,15 +116,15 @@ def test_rows_that_are_cut_or_bad(tmp_path: Path) -> None:
     found = with_coordinator(tmp_path, case, short)
     assert found["data"].level == "note" and "are cut at 16 tokens" in found["data"].says
     case = replace(case, data=rows(tmp_path / "bad", '{"txet": "typo"}'))
-    found = examined(replace(case, server="127.0.0.1:1"))
+    found = examined(replace(case, way=Way("127.0.0.1:1")))
     assert (found["data"].level, found["data"].exit_code) == ("problem", 5)
     assert "notes.jsonl:31" in found["data"].says and "--skip-bad-rows" in found["data"].hint
-    found = examined(replace(case, server="127.0.0.1:1", skip_bad_rows=True))
+    found = examined(replace(case, way=Way("127.0.0.1:1"), skip_bad_rows=True))
     assert found["data"].level == "note" and "1 bad rows are skipped" in found["data"].says
 
 
 def test_a_coordinator_that_does_not_answer(tmp_path: Path) -> None:
-    case = Case(tmp_path / "client", server="127.0.0.1:1", data=tmp_path / "none", model=tmp_path)
+    case = Case(tmp_path / "client", way=Way("127.0.0.1:1"), data=tmp_path / "none", model=tmp_path)
     found = examined(case)
     assert (found["coordinator"].level, found["coordinator"].exit_code) == ("problem", 4)
     assert "coordinator serve" in found["coordinator"].hint
@@ -140,18 +141,18 @@ def test_a_key_that_is_pinned_and_one_that_has_changed(tmp_path: Path) -> None:
     async def run() -> tuple[dict[str, Finding], dict[str, Finding]]:
         async with running(tmp_path / "coordinator") as (daemon, address):
             await daemon.submit(job.parse(SPEC))
-            case = Case(state, server=address, data=rows(tmp_path / "data"))
-            identity.Pins(state).check(address, identities.load_or_create(tmp_path / "coordinator").fingerprint)
+            case = Case(state, way=Way(address), data=rows(tmp_path / "data"))
+            identity.Pins(state).pin(address, identities.load_or_create(tmp_path / "coordinator").fingerprint)
             pinned = {each.check: each async for each in doctor.examine(replace(case), Screen())}
             (state / "known-coordinators.json").write_text(json.dumps({address: "ab" * 32}))
-            changed = {each.check: each async for each in doctor.examine(Case(state, server=address), Screen())}
+            changed = {each.check: each async for each in doctor.examine(Case(state, way=Way(address)), Screen())}
             return pinned, changed
 
     pinned, changed = asyncio.run(run())
     assert pinned["certificate"].level == "ok" and "the one that is pinned" in pinned["certificate"].says
     assert (changed["certificate"].level, changed["certificate"].exit_code) == ("problem", 3)
     assert "another key than the last time" in changed["certificate"].says
-    assert "known-coordinators.json" in changed["certificate"].hint
+    assert "edge-client trust 127.0.0.1:" in changed["certificate"].hint
     assert "job" not in changed, "nobody is asked for a job who may be somebody else"
 
 
@@ -166,7 +167,7 @@ def test_the_dates_of_a_certificate() -> None:
     day = datetime.timedelta(days=1)
     assert examine_job.validity(pem(NOW - day, NOW + 365 * day), False, NOW).level == "ok"
     soon = examine_job.validity(pem(NOW - day, NOW + 7 * day), False, NOW)
-    assert soon.level == "note" and "2026-11-28" in soon.says and "certificate.pem" in soon.hint
+    assert soon.level == "note" and "2026-11-28" in soon.says and "same key" in soon.hint
     with pytest.raises(Unreachable, match="ended on 2026-11-20"):
         examine_job.validity(pem(NOW - 9 * day, NOW - day), False, NOW)
     with pytest.raises(Unreachable, match="does not hold before 2026-11-22") as caught:
@@ -196,7 +197,7 @@ def test_a_job_that_takes_no_more(tmp_path: Path) -> None:
         async with running(tmp_path / "coordinator") as (daemon, address):
             await daemon.submit(job.parse(SPEC))
             await daemon.cancel("notes")
-            case = Case(tmp_path / "client", server=address, job_name="notes", data=rows(tmp_path / "data"))
+            case = Case(tmp_path / "client", way=Way(address), job_name="notes", data=rows(tmp_path / "data"))
             return {each.check: each async for each in doctor.examine(case, Screen())}
 
     found = asyncio.run(run())
@@ -211,7 +212,7 @@ def test_what_is_trained_needs_no_data(tmp_path: Path) -> None:
             box = outbox.outbox(tmp_path, announced)
             box.keep_joined(address, pb.JoinReply(lease="x", job=announced))
             box.keep_trained(adapter.initial({"x": Shape(3, 2)}, 1, 0), "bfloat16", pb.Declaration(num_examples=3))
-            case = Case(tmp_path, server=address, data=tmp_path / "none")
+            case = Case(tmp_path, way=Way(address), data=tmp_path / "none")
             return {each.check: each async for each in doctor.examine(case, Screen())}
 
     found = asyncio.run(run())
@@ -224,7 +225,7 @@ def test_a_disk_without_room(tmp_path: Path) -> None:
         found = with_coordinator(tmp_path, Case(state, data=rows(tmp_path / "data")))
         assert (found["disk"].level, found["disk"].exit_code) == ("problem", 6)
         assert f"not enough room on the disk of {state}" in found["disk"].says and "free " in found["disk"].hint
-        found = examined(Case(state, server="127.0.0.1:1"))
+        found = examined(Case(state, way=Way("127.0.0.1:1")))
         assert found["disk"].level == "note"
 
 
@@ -238,7 +239,7 @@ def test_memory_that_is_short() -> None:
 
 
 def test_a_backend_that_is_none(tmp_path: Path) -> None:
-    found = examined(Case(tmp_path, server="127.0.0.1:1", backend_name="jax", data=rows(tmp_path / "data")))
+    found = examined(Case(tmp_path, way=Way("127.0.0.1:1"), backend_name="jax", data=rows(tmp_path / "data")))
     assert (found["backend"].level, found["backend"].exit_code) == ("problem", 2) and "--backend" in found[
         "backend"
     ].hint
@@ -280,7 +281,7 @@ def test_the_local_network_of_macos(system: str, release: str, unreached: str, t
 
 
 def test_this_machine_by_itself(tmp_path: Path) -> None:
-    found = examined(Case(tmp_path, server="127.0.0.1:1"))
+    found = examined(Case(tmp_path, way=Way("127.0.0.1:1")))
     assert found["python"].level == "ok" and "Python 3." in found["python"].says
     assert found["packages"].level == "ok" and "oneround" in found["packages"].says
     assert found["backend"].says.split()[0] in usable

@@ -24,6 +24,7 @@ from edge_client.recipe import EXACT, Recipe, Setup
 from edge_client.remote import Remote
 from edge_client.screen import Screen
 from edge_client.snapshot import Snapshot
+from edge_client.way import Way
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.coordinator.test_server import SPEC, running
@@ -75,7 +76,7 @@ class Waits(Quick):
 
 
 async def take_part(address: str, who: session.Taker, screen: Screen) -> pb.Receipt:
-    async with reach.connected(address, who.state, screen, insecure=False) as remote:
+    async with reach.connected(Way(address), who.state, screen) as remote:
         return await session.take_part(remote, "notes", who, screen)
 
 
@@ -146,9 +147,9 @@ def test_a_coordinator_is_found_where_it_was_before(tmp_path: Path) -> None:
         async with Relay() as cable, Relay() as wifi, running(tmp_path / "one") as (_, there):
             for wire in (cable, wifi):
                 wire.target = there
-                async with reach.connected(wire.address, tmp_path, screen, insecure=False):
+                async with reach.connected(Way(wire.address), tmp_path, screen):
                     pass
-            async with reach.connected(cable.address, tmp_path, screen, insecure=False) as remote:
+            async with reach.connected(Way(cable.address), tmp_path, screen) as remote:
                 assert not await remote.find_again(cable.address), "it answers there, so there it stays"
                 cable.target = ""
                 cable.cut()

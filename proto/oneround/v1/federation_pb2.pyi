@@ -1349,8 +1349,34 @@ class UploadRequest(_message.Message):
 Global___UploadRequest: _TypeAlias = UploadRequest  # noqa: Y015
 
 @_typing.final
+class Signature(_message.Message):
+    """A coordinator's signature over a statement; see proto/oneround/statements.py for what is signed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    VALUE_FIELD_NUMBER: _builtins.int
+    key: _builtins.bytes
+    """Its public key, as DER (SubjectPublicKeyInfo); clients know it by its fingerprint."""
+    value: _builtins.bytes
+    """Ed25519, ECDSA with SHA-256 (DER), or RSA PKCS #1 v1.5 with SHA-256, as the key is."""
+    def __init__(
+        self,
+        *,
+        key: _builtins.bytes | None = ...,
+        value: _builtins.bytes | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Signature: _TypeAlias = Signature  # noqa: Y015
+
+@_typing.final
 class Receipt(_message.Message):
-    """The coordinator's word that a contribution is safe."""
+    """The coordinator's word that a contribution is safe. It holds no secret, and may be shown to anybody."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1359,8 +1385,10 @@ class Receipt(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
     RECEIVED_UNIX_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
     job: _builtins.str
-    """The job that was contributed to."""
+    """The name of the job that was contributed to."""
     client_id: _builtins.str
     """Who contributed: the first 32 hex digits of the SHA-256 of the client's key."""
     digest: _builtins.str
@@ -1369,6 +1397,12 @@ class Receipt(_message.Message):
     """Its length in bytes."""
     received_unix: _builtins.float
     """Seconds since the Unix epoch."""
+    job_id: _builtins.str
+    """The job's id: one made anew under the same name is another job."""
+    @_builtins.property
+    def signature(self) -> Global___Signature:
+        """Over all the other fields, by the key that the coordinator shows."""
+
     def __init__(
         self,
         *,
@@ -1377,10 +1411,12 @@ class Receipt(_message.Message):
         digest: _builtins.str | None = ...,
         size: _builtins.int | None = ...,
         received_unix: _builtins.float | None = ...,
+        signature: Global___Signature | None = ...,
+        job_id: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "digest", b"digest", "job", b"job", "received_unix", b"received_unix", "size", b"size"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "digest", b"digest", "job", b"job", "job_id", b"job_id", "received_unix", b"received_unix", "signature", b"signature", "size", b"size"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "digest", b"digest", "job", b"job", "received_unix", b"received_unix", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "digest", b"digest", "job", b"job", "job_id", b"job_id", "received_unix", b"received_unix", "signature", b"signature", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1614,7 +1650,7 @@ class Publication(_message.Message):
     """When it was there, in seconds since the Unix epoch."""
     @_builtins.property
     def artifacts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Artifact]:
-        """`manifest.json` and everything that it lists."""
+        """`manifest.json`, `manifest.json.signature` (a Signature as JSON), and everything that the manifest lists."""
 
     @_builtins.property
     def withheld(self) -> _containers.RepeatedCompositeFieldContainer[Global___Withheld]:

@@ -1,0 +1,48 @@
+"""The look for known vulnerabilities: quick and loud where nobody answers, a failure where there is one."""
+
+import json
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import audit
+
+FOUND = {
+    "dependencies": [
+        {"name": "safe", "version": "1.0", "vulns": []},
+        {"name": "unknown", "skip_reason": "not on PyPI"},
+        {"name": "holed", "version": "2.0", "vulns": [{"id": "PYSEC-1", "fix_versions": ["2.1", "3.0"]}]},
+        {"name": "old", "version": "0.1", "vulns": [{"id": "GHSA-x", "fix_versions": []}]},
+    ]
+}
+
+
+def test_what_is_found() -> None:
+    assert audit.vulnerable(json.dumps(FOUND)) == [
+        "holed 2.0: PYSEC-1, mended in 2.1, 3.0",
+        "old 0.1: GHSA-x, mended in no version yet",
+    ]
+    with pytest.raises(ValueError):
+        audit.vulnerable("No network")
+
+
+@pytest.mark.parametrize("listens", [False, True])
+def test_nobody_answers(listens: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither refused, nor taken and left waiting: soon over, said aloud, and no failure."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        if not listens:
+            server.close()
+        began = time.monotonic()
+        assert audit.main(f"http://127.0.0.1:{port}/pypi/pip/json") == 0
+        assert time.monotonic() - began < 2 * audit.ANSWER_SECONDS
+    assert capsys.readouterr().out.startswith("AUDIT SKIPPED: http://127.0.0.1")
+
+
+def test_every_pin_is_exact() -> None:
+    """Which is what pip-audit asks for, and what makes an answer mean anything."""
+    lines = Path(audit.PINS).read_text().split()
+    assert lines and all(line.count("==") == 1 for line in lines)
+    assert lines == sorted(lines, key=str.lower)
