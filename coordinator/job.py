@@ -60,11 +60,12 @@ def check(spec: pb.JobSpec) -> pb.JobSpec:
         spec.lora.target_modules.append("all-linear")
     if not spec.publish.gguf:
         spec.publish.gguf.extend(["f16", "q8_0"])
+    aggregated = spec.aggregate
     said = rules.broken(spec) or rules.first_broken(
         spec,
         [
-            ("aggregate.method", spec.aggregate.method in aggregate.METHODS, rules.one_of(aggregate.METHODS)),
-            ("aggregate.server_learning_rate", 0 < spec.aggregate.server_learning_rate <= 100, "more than 0, to 100"),
+            ("aggregate.method", aggregated.method in aggregate.METHODS, rules.one_of(aggregate.METHODS)),
+            ("aggregate.server_learning_rate", 0 < aggregated.server_learning_rate <= 100, "more than 0, at most 100"),
             ("publish.gguf", set(spec.publish.gguf) <= set(GGUF_TYPES), "a list of " + rules.one_of(GGUF_TYPES)),
             ("admission.max_num_examples", 1 <= spec.admission.max_num_examples <= 1 << 40, "1 or more"),
             ("admission.clip", spec.admission.clip == 0 or 1 <= spec.admission.clip <= 1e6, "0, or 1 or more"),
