@@ -96,7 +96,7 @@ def one_crowd(arguments: argparse.Namespace, clients: int, megabytes: float) -> 
 
 async def _warm_up(running: Daemon, clients: int, work: Path) -> list[Sendable]:
     """Everybody's adapter; and one client more has joined and sent, so that idle memory has seen everything once."""
-    async with running.remote() as remote:
+    async with running.remote(clients) as remote:
         reply = await joined(remote, clients)
         initial = await fetched(remote, reply.job, work / "initial.safetensors")
         sendables = crowd.write_adapters(reply.job, initial, work / "adapters", range(clients + 1))
@@ -211,12 +211,15 @@ def run_publishing(arguments: argparse.Namespace) -> Found:
 async def _publishing(running: Daemon, work: Path) -> Found:
     """Ten clients beat ten times a second: first for nothing else, then while what three of them sent is published."""
     tally = Tally()
-    async with running.remote() as remote:
+    async with running.remote(0) as remote:
         first = await joined(remote, 0)
         initial = await fetched(remote, first.job, work / "initial.safetensors")
         sendables = crowd.write_adapters(first.job, initial, work / "adapters", range(3))
         channels = [crowd.channel(running.address, running.certificate) for _ in range(10)]
-        remotes = [Remote(running.address, channel) for channel in channels]
+        remotes = [
+            Remote(running.address, channel, running.certificate, me=crowd.me(number))
+            for number, channel in enumerate(channels)
+        ]
         leases = [(await joined(each, number)).lease for number, each in enumerate(remotes)]
         pulses = [asyncio.create_task(crowd.lag(tally.lags))]
         for each, lease in zip(remotes, leases, strict=True):

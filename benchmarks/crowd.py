@@ -8,6 +8,7 @@ common direction with noise of the client's own.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 import time
 from collections import Counter
@@ -18,10 +19,12 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from converters import adapter
 from converters.adapter import Adapter, LowRank
 from converters.errors import OneroundError, Unreachable
+from edge_client.identity import Me
 from edge_client.remote import Remote
 from oneround import stream, tls
 from oneround.v1 import federation_pb2 as pb
@@ -86,8 +89,9 @@ def channel(address: str, certificate: bytes) -> grpc.aio.Channel:
     return grpc.aio.secure_channel(address, credentials, _OPTIONS)
 
 
-def client_id(number: int) -> str:
-    return f"{number:032x}"
+def me(number: int) -> Me:
+    """A client's key; the same number always has the same one."""
+    return Me(Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"client {number}".encode()).digest()))
 
 
 def client_name(number: int) -> str:
@@ -167,19 +171,18 @@ class Client:
         self._lease = ""
 
     async def arrive(self, pulses: list[asyncio.Task[None]]) -> None:
-        """Connect and join at some time; the heartbeat begins."""
+        """Connect, sign in and join at some time; the heartbeat begins."""
         await asyncio.sleep(random.uniform(0, self._plan.join_seconds))
         started = time.monotonic()
         self._channel = channel(self._plan.address, self._plan.certificate)
-        self._remote = Remote(self._plan.address, self._channel)
+        self._remote = Remote(self._plan.address, self._channel, self._plan.certificate, me=me(self._number))
         self._lease = (await self._joined()).lease
         self._tally.joins.append(1e3 * (time.monotonic() - started))
         beats = beat(self._remote, self._lease, self._plan.beat_seconds, self._tally)
         pulses.append(asyncio.create_task(beats))
 
     async def _joined(self) -> pb.JoinReply:
-        number = self._number
-        request = pb.JoinRequest(job=self._plan.job, client_id=client_id(number), client_name=client_name(number))
+        request = pb.JoinRequest(job=self._plan.job, client_name=client_name(self._number))
         while True:
             try:
                 return await self._remote.join(request)

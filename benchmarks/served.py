@@ -48,9 +48,10 @@ class Daemon:
         return float(used.user + used.system)
 
     @asynccontextmanager
-    async def remote(self) -> AsyncIterator[Remote]:
+    async def remote(self, number: int) -> AsyncIterator[Remote]:
+        """The connection of one client."""
         async with crowd.channel(self.address, self.certificate) as channel:
-            yield Remote(self.address, channel)
+            yield Remote(self.address, channel, self.certificate, me=crowd.me(number))
 
 
 @contextmanager
@@ -131,8 +132,8 @@ def rank_for(base: Path, megabytes: float, dtype: str) -> int:
 
 
 async def joined(remote: Remote, number: int) -> pb.JoinReply:
-    request = pb.JoinRequest(job=JOB, client_id=crowd.client_id(number), client_name=crowd.client_name(number))
-    return await remote.join(request)
+    """Of the client that the connection is of."""
+    return await remote.join(pb.JoinRequest(job=JOB, client_name=crowd.client_name(number)))
 
 
 async def fetched(remote: Remote, job: pb.Job, to: Path) -> Path:

@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace, wanted: Sequence[str]) -> Found:
 
 
 async def _transfers(arguments: argparse.Namespace, running: Daemon, work: Path, wanted: Sequence[str]) -> Found:
-    async with running.remote() as remote:
+    async with running.remote(0) as remote:
         reply = await joined(remote, 0)
         initial = await fetched(remote, reply.job, work / "initial.safetensors")
         (sent,) = crowd.write_adapters(reply.job, initial, work / "adapters", range(1))
@@ -126,6 +126,8 @@ class Upload:
 
     async def prepare(self) -> None:
         self._number += 1
+        there = self._remote
+        self._remote = Remote(there.server, there.channel, there.certificate, me=crowd.me(self._number))
         self._lease = (await joined(self._remote, self._number)).lease
         self._sent = changed(self._sent.file, self._number)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -174,7 +174,6 @@ class Daemon:
         self.leases.forget(name)
         self.uploads.forget(name)
         await self.statuses.changed(name)
-        await offload(self.people.forget, name)
         await offload(sweeping.delete, self._state, self._store, self._blobs, name)
         log.info("job_deleted", job=name)
 
@@ -307,14 +306,17 @@ class Daemon:
         self.leases.heard(lease)
         return await self.uploads.open(lease, request.declaration, await self._round(lease.client.job))
 
-    async def upload(self, messages: AsyncIterator[pb.UploadRequest], client_id: str) -> pb.Receipt:
-        """Take the bytes of a client's contribution; the receipt once they are safe. It is judged after that."""
+    async def upload(
+        self, messages: AsyncIterator[pb.UploadRequest], may: Callable[[str], Awaitable[None]]
+    ) -> pb.Receipt:
+        """Take the bytes of a contribution; the receipt once they are safe. It is judged after that. `may` is called
+        with the lease, before anything is taken, and raises what is to be answered to who may not send."""
         rest = self.uploads.stream(messages)
         try:
             first = await rest.next()
             if first is None:
                 raise UsageError("an empty upload: the first message names the lease")
-            await self.belongs(first.lease, client_id)
+            await may(first.lease)
             lease = await self._lease(first.lease)
             self.leases.heard(lease)
             given = await self.uploads.take(lease, first, rest)
@@ -373,10 +375,16 @@ class Daemon:
         """Jobs, without their clients."""
         return [await offload(self.statuses.outline, name) for name in names]
 
-    async def belongs(self, token: str, client_id: str) -> None:
-        """Raises Denied when a lease is not this client's."""
-        if (await self._lease(token)).client.client_id != client_id:
+    async def belongs(self, token: str, client_id: str) -> str:
+        """The job that a lease is for.
+
+        Raises:
+            Denied: it is not this client's.
+        """
+        client = (await self._lease(token)).client
+        if client.client_id != client_id:
             raise Denied("this lease is another client's", hint="edge-client join again")
+        return client.job
 
     def every(self) -> list[pb.JobStatus]:
         """Every job with its clients; blocks."""
@@ -443,8 +451,10 @@ class Daemon:
 
 
 def _named(wanted: str, clients: Sequence[Client]) -> Client:
-    """A client by its id, or by its name where only one has it."""
-    found = [client for client in clients if wanted in (public_id(client.client_id), client.name)]
+    """A client by its id, or by its name where only one has it. Who takes another's id for a name is found by its own
+    id alone."""
+    found = [client for client in clients if wanted == public_id(client.client_id)]
+    found = found or [client for client in clients if wanted == client.name]
     if len(found) == 1:
         return found[0]
     if not found:

@@ -143,7 +143,10 @@ class Doors:
         return await offload(self._people.jobs_of, caller.client_id) if caller.client_id else set()
 
     def _standing(self, caller: Caller, job: str, passes: set[str]) -> access.Standing:
-        who = self._who(job)
+        try:
+            who = self._who(job)
+        except NotFound:
+            raise self._hidden(job) from None  # in the same words as for one that is hidden
         return access.standing(who, local=caller.local, passed=caller.operator or EVERY in passes or job in passes)
 
     def _hidden(self, job: str) -> NotFound:
@@ -213,8 +216,9 @@ class Doors:
 
 
 def _named(wanted: str, people: Sequence[Person]) -> Person:
-    """Somebody by id, or by a name that only one has."""
-    found = [person for person in people if wanted in (public_id(person.client_id), person.name)]
+    """Somebody by id, or by a name that only one has. Who takes another's id for a name is found by its own id."""
+    found = [person for person in people if wanted == public_id(person.client_id)]
+    found = found or [person for person in people if wanted == person.name]
     if len(found) == 1:
         return found[0]
     if not found:

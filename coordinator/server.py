@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -284,12 +285,12 @@ class Federation(rpc.FederationServicer):
 
     async def OpenUpload(self, request: pb.OpenUploadRequest, context: Context) -> pb.OpenUploadReply:
         async with self._known(context, "OpenUpload", request) as caller:
-            await self._daemon.belongs(request.lease, caller.client_id)
+            await self._may_give(caller, request.lease)
             return await self._daemon.open_upload(request)
 
     async def Upload(self, request_iterator: AsyncIterator[pb.UploadRequest], context: Context) -> pb.Receipt:
         async with self._known(context, "Upload", request_iterator) as caller:
-            return await self._daemon.upload(_Messages(context), caller.client_id)
+            return await self._daemon.upload(_Messages(context), partial(self._may_give, caller))
 
     async def Withdraw(self, request: pb.WithdrawRequest, context: Context) -> pb.WithdrawReply:
         async with self._known(context, "Withdraw", request) as caller:
@@ -299,7 +300,7 @@ class Federation(rpc.FederationServicer):
 
     async def Report(self, request: pb.ReportRequest, context: Context) -> pb.ReportReply:
         async with self._known(context, "Report", request) as caller:
-            await self._daemon.belongs(request.lease, caller.client_id)
+            await self._may_give(caller, request.lease)
             await self._daemon.report(request)
             return pb.ReportReply()
 
@@ -308,6 +309,10 @@ class Federation(rpc.FederationServicer):
             await self._doors.see(caller, request.job)
             async for status in self._daemon.statuses.watch(request.job):
                 yield status
+
+    async def _may_give(self, caller: Caller, lease: str) -> None:
+        """Raises what is to be answered when a lease is another's, or its client was let in and is not any more."""
+        await self._doors.be_in(caller, await self._daemon.belongs(lease, caller.client_id))
 
     async def _only(self, caller: Caller) -> str:
         return await self._daemon.only_open(await self._doors.visible(caller, await self._daemon.names()))

@@ -65,7 +65,8 @@ class Sessions:
         statement = signing.sign_in(self._fingerprint, request.challenge, request.token)
         if not signing.signed(request.key, statement, request.signature):
             raise NotSignedIn("the signature is not this key's, or not for this coordinator")
-        self._answered = {used: at for used, at in self._answered.items() if now - at <= CHALLENGE_SECONDS}
+        while self._answered and now - next(iter(self._answered.values())) > CHALLENGE_SECONDS:  # oldest first
+            del self._answered[next(iter(self._answered))]
         if request.challenge in self._answered:
             raise NotSignedIn("this challenge has been used")
         self._answered[request.challenge] = now

@@ -9,6 +9,7 @@ import structlog
 
 from coordinator import publisher
 from coordinator.blobs import Blobs
+from coordinator.people import People
 from coordinator.store import Store
 
 log = structlog.get_logger()
@@ -46,6 +47,7 @@ def delete(state: Path, known: Store, blobs: Blobs, name: str) -> None:
     """Drop the files and the rows of a job that is marked as deleted; killed at any instant, it can be done again."""
     shutil.rmtree(state / "publications" / name, ignore_errors=True)
     blobs.discard_all(name)
+    People(known.database).forget(name)  # or the next job of this name would let the same clients in
     with blobs.changing:
         before = known.digests()
         known.forget(name)

@@ -35,6 +35,12 @@ class Hostile(rpc.FederationServicer):
         )
         self.joined: list[pb.JoinRequest] = []
 
+    async def Challenge(self, request: Any, context: Any) -> pb.ChallengeReply:
+        return pb.ChallengeReply(challenge=bytes(56))
+
+    async def SignIn(self, request: Any, context: Any) -> pb.SignInReply:
+        return pb.SignInReply(session="session", holds_seconds=3600)
+
     async def ListJobs(self, request: Any, context: Any) -> pb.ListJobsReply:
         return pb.ListJobsReply(jobs=[self.status])
 

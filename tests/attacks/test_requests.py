@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 import math
@@ -11,6 +12,7 @@ import random
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import sys
 import time
@@ -32,12 +34,11 @@ from structlog.testing import capture_logs
 from coordinator import control, identity, job, tables, transport
 from coordinator.daemon import Daemon
 from coordinator.leases import public_id
-from edge_client import remote as remotes
-from edge_client.identity import Pins
 from edge_client.remote import Remote
 from oneround import tls
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
+from tests.clients import Crowd, connected, me, session, signed_in, speaking
 from tests.coordinator.test_server import ALICE, BOB, SPEC, join, judged, nothing, running, trained, written
 
 MALLORY = "e" * 32
@@ -62,12 +63,12 @@ def no_fault() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def attacked(state: Path, **changes: Any) -> AsyncIterator[tuple[Daemon, Remote]]:
+async def attacked(state: Path, **changes: Any) -> AsyncIterator[tuple[Daemon, Crowd]]:
     """A daemon with the job `notes`, and somebody who has found it."""
     with no_fault():
         async with (
             running(state) as (daemon, address),
-            remotes.connect(address, Pins(state), lambda *_: None) as remote,
+            connected(address, state) as remote,
         ):
             await daemon.submit(job.parse({**SPEC, **changes}))
             yield daemon, remote
@@ -92,9 +93,9 @@ async def refused(call: Any, code: StatusCode, says: str = "") -> None:
     assert len(details) < 1000 and all(letter.isprintable() for letter in details), "fit for a terminal and a log"
 
 
-async def honest(remote: Remote, folder: Path, client: str = ALICE, name: str = "notes") -> None:
+async def honest(remote: Crowd, folder: Path, client: str = ALICE, name: str = "notes") -> None:
     """A client that does as it should, and is served."""
-    reply = await remote.join(pb.JoinRequest(job=name, client_id=client, client_name="honest"))
+    reply = await remote.join_as(client, pb.JoinRequest(job=name, client_name="honest"))
     beat = await remote.heartbeat(pb.HeartbeatRequest(lease=reply.lease, step=1, total_steps=2, loss=1.0))
     assert beat.directive == pb.DIRECTIVE_CONTINUE
     file, declaration = written(trained(reply, seed=int(client[:2], 16)), folder / f"honest-{client[:8]}")
@@ -107,7 +108,8 @@ def test_who_one_is_cannot_be_guessed(tmp_path: Path) -> None:
     async def test() -> None:
         async with attacked(tmp_path / "state") as (daemon, remote):
             stub, lease = remote._stub, (await join(remote)).lease
-            tries = ["", "0" * 64, ALICE, public_id(ALICE), lease[:-1], lease + "0", lease.upper(), "%", "' OR 1=1 --"]
+            alice = me(ALICE).client_id
+            tries = ["", "0" * 64, alice, public_id(alice), lease[:-1], lease + "0", lease.upper(), "%", "' OR 1=1 --"]
             for guess in [*tries, "\0", "\x1b[2J", "x" * 10_000]:
                 assert guess != lease
                 await refused(stub.Heartbeat(pb.HeartbeatRequest(lease=guess)), StatusCode.PERMISSION_DENIED)
@@ -117,19 +119,22 @@ def test_who_one_is_cannot_be_guessed(tmp_path: Path) -> None:
                 opened = pb.OpenUploadRequest(lease=guess, declaration=pb.Declaration(digest="0" * 64, size=1))
                 await refused(stub.OpenUpload(opened), StatusCode.PERMISSION_DENIED)
                 await refused(stub.Upload(iter([pb.UploadRequest(lease=guess)])), StatusCode.PERMISSION_DENIED)
-            shapes = [
-                "",
-                "a" * 31,
-                "a" * 33,
-                "A" * 32,
-                "a" * 32 + "\n",
-                "٣" * 32,
-                "g" * 32,
-                "../" * 10 + "aa",
-                "x" * 9999,
+            # Sessions cannot be guessed either, nor made from what is public.
+            beat = pb.HeartbeatRequest(lease=lease)
+            _, whole = (await session(await remote.speaker(ALICE)))[0]
+            await refused(stub.Heartbeat(beat, metadata=[]), StatusCode.UNAUTHENTICATED)
+            raw = base64.urlsafe_b64decode(whole.removeprefix("Session "))
+            later = raw[:16] + struct.pack(">d", 1e12) + raw[24:]
+            another = bytes.fromhex(me(MALLORY).client_id) + raw[16:]
+            forged = [
+                base64.urlsafe_b64encode(made).decode() for made in (later, another, raw[:-1], raw + b"x", raw[:24])
             ]
-            for shape in [*shapes, public_id(ALICE)]:
-                await refused(stub.Join(pb.JoinRequest(job="notes", client_id=shape)), StatusCode.INVALID_ARGUMENT)
+            for shape in ["", "a", alice, "=" * 9999, "é", f"{raw!r}", *forged]:
+                given = [("authorization", f"Session {shape}")]
+                if shape.isascii():
+                    await refused(stub.Heartbeat(beat, metadata=given), StatusCode.UNAUTHENTICATED)
+            for given in (whole.removeprefix("Session "), whole.lower(), whole.replace("Session", "Bearer")):
+                await refused(stub.Heartbeat(beat, metadata=[("authorization", given)]), StatusCode.UNAUTHENTICATED)
 
             # What anybody may ask tells nobody enough to speak for another.
             public = (await stub.ListJobs(pb.ListJobsRequest())).SerializeToString()
@@ -137,10 +142,10 @@ def test_who_one_is_cannot_be_guessed(tmp_path: Path) -> None:
             async for status in stub.Watch(pb.WatchRequest(job="notes")):
                 public += status.SerializeToString()
                 break
-            for secret in (lease, ALICE, ALICE[:5]):
+            for secret in (lease, alice, public_id(alice), ALICE[:5]):
                 assert secret.encode() not in public
             shown = (await daemon.status("notes")).SerializeToString()  # and neither what the operator may
-            assert lease.encode() not in shown and ALICE.encode() not in shown
+            assert lease.encode() not in shown and alice.encode() not in shown
             await honest(remote, tmp_path)
 
     asyncio.run(test())
@@ -160,17 +165,24 @@ def test_only_the_token_administers(tmp_path: Path) -> None:
                     (stub.Delete, pb.DeleteRequest(job="notes")),
                     (stub.Publish, pb.PublishRequest(job="notes")),
                     (stub.Judge, pb.JudgeRequest(job="notes", client="aaaaa", decision=pb.DECISION_EXCLUDE)),
+                    (stub.CreateToken, pb.CreateTokenRequest(job="notes", holds_seconds=60)),
+                    (stub.ListTokens, pb.ListTokensRequest()),
+                    (stub.RevokeToken, pb.RevokeTokenRequest(id="0" * 8)),
+                    (stub.ListClients, pb.ListClientsRequest()),
+                    (stub.Settle, pb.SettleRequest(client="aaaaa", settlement=pb.SETTLEMENT_BAN)),
                 ]
                 assert {call._method.decode().rpartition("/")[2] for call, _ in calls} == {
                     method.name for method in pb.DESCRIPTOR.services_by_name["Admin"].methods
                 }
-                for value in (None, "", "Bearer", "Bearer ", token[:-1], token.removeprefix("Bearer "), token + "x"):
+                wrong = (None, "", "Bearer", "Bearer ", token[:-1], token.removeprefix("Bearer "), token + "x")
+                ((_, whole),) = await session(remote)
+                for value in (*wrong, whole, whole.replace("Session", "Bearer")):
                     metadata = [] if value is None else [("authorization", value)]
                     for call, request in calls:
                         await refused(call(request, metadata=metadata), StatusCode.UNAUTHENTICATED)
                 twice = [("authorization", "Bearer x"), ("authorization", token), ("authorization", "Bearer y")]
                 await refused(stub.Close(pb.CloseRequest(job="notes"), metadata=twice), StatusCode.UNAUTHENTICATED)
-            assert [status.state for status in await daemon.all()] == [pb.STATE_OPEN]
+            assert [status.state for status in await daemon.outlines(await daemon.names())] == [pb.STATE_OPEN]
             await honest(remote, tmp_path)
 
     asyncio.run(test())
@@ -184,11 +196,10 @@ def test_names_that_mean_harm(tmp_path: Path) -> None:
             before = {file.relative_to(state) for file in state.rglob("*")}
             for number, name in enumerate(NAMES):
                 machine = pb.Machine(platform=name, backend=name, device=name)
-                asked = pb.JoinRequest(job="notes", client_id=f"{number:032x}", client_name=name, machine=machine)
-                await stub.Join(asked)
+                asked = pb.JoinRequest(job="notes", client_name=name, machine=machine)
+                await remote.join_as(f"{number:032x}", asked)
                 if name:  # an empty one is the only job that is open
-                    missing = pb.JoinRequest(job=name, client_id=MALLORY)
-                    await refused(stub.Join(missing), StatusCode.NOT_FOUND)
+                    await refused(stub.Join(pb.JoinRequest(job=name)), StatusCode.NOT_FOUND)
                 await refused(stub.Watch(pb.WatchRequest(job=name)), StatusCode.NOT_FOUND)
                 for asked_of, digest in [("notes", name), (name, "0" * 64)]:
                     wanted = pb.DownloadRequest(job=asked_of, digest=digest)
@@ -383,8 +394,10 @@ def test_lies_about_the_content(tmp_path: Path) -> None:
             sent = pb.UploadRequest(lease=undeclared.lease, offset=0, data=b"x")
             await refused(stub.Upload(iter([sent])), StatusCode.FAILED_PRECONDITION, "OpenUpload")
             await daemon.close("notes")
-            late = pb.JoinRequest(job="notes", client_id="d" * 32)
-            await refused(stub.Join(late), StatusCode.FAILED_PRECONDITION, "no more contributions")
+            late = await remote.stub("d" * 32)
+            await refused(
+                late.Join(pb.JoinRequest(job="notes")), StatusCode.FAILED_PRECONDITION, "no more contributions"
+            )
 
     asyncio.run(test())
 
@@ -398,8 +411,8 @@ def test_quotas(tmp_path: Path) -> None:
             stub, clients = remote._stub, [f"{number:032x}" for number in range(4)]
             leases = [(await join(remote, client)).lease for client in clients]
             for number in range(4, 20):
-                stranger = pb.JoinRequest(job="notes", client_id=f"{number:032x}")
-                await refused(stub.Join(stranger), StatusCode.RESOURCE_EXHAUSTED, "max_clients")
+                stranger = await remote.stub(f"{number:032x}")
+                await refused(stranger.Join(pb.JoinRequest(job="notes")), StatusCode.RESOURCE_EXHAUSTED, "max_clients")
             assert [(await join(remote, client)).lease for client in clients] == leases, "who is in stays in"
 
             def opens(lease: str, size: int, digest: str = "0" * 64) -> Awaitable[pb.OpenUploadReply]:
@@ -425,8 +438,8 @@ def test_a_quota_that_many_reach_for_at_once(tmp_path: Path) -> None:
         async with attacked(tmp_path / "state") as (daemon, remote):
             for name in ("once", "twice", "thrice"):
                 await daemon.submit(job.parse({**SPEC, **quota, "name": name}))
-                asked = [pb.JoinRequest(job=name, client_id=f"{number:032x}") for number in range(8)]
-                leases = [(await remote.join(request)).lease for request in asked]
+                asked = pb.JoinRequest(job=name)
+                leases = [(await remote.join_as(f"{number:032x}", asked)).lease for number in range(8)]
                 declared = pb.Declaration(digest="0" * 64, size=30_000, num_examples=1)
                 opened = [pb.OpenUploadRequest(lease=lease, declaration=declared) for lease in leases]
                 answers = await asyncio.gather(*(status_of(remote._stub.OpenUpload(request)) for request in opened))
@@ -483,7 +496,7 @@ def test_a_job_that_is_submitted_twice_at_once(tmp_path: Path) -> None:
             assert len(seeds) == 1
             refusals = [answer for answer in answers if not isinstance(answer, pb.JobStatus)]
             assert 1 <= len(refusals) <= 3 and all("different job" in str(refusal) for refusal in refusals), refusals
-            assert len(await daemon.all()) == 2
+            assert len(await daemon.names()) == 2
             initial = {daemon._store.announced(name).job.initial.digest for name in ("notes", "twice")}
             assert {file.name for file in (state / "blobs").iterdir()} == initial
 
@@ -568,25 +581,26 @@ def test_streams_that_stay_half_open(tmp_path: Path, count: int) -> None:
 
     async def test(daemon: Target) -> None:
         async with AsyncExitStack() as stack:
-            remote = await stack.enter_async_context(remotes.connect(daemon.address, Pins(tmp_path), lambda *_: None))
+            remote = await stack.enter_async_context(connected(daemon.address, tmp_path))
             channels = [await stack.enter_async_context(daemon.channel()) for _ in range(count // 50)]
-            stubs = [rpc.FederationStub(channel) for channel in channels]
+            there = [Remote(daemon.address, channel, daemon.certificate) for channel in channels]
             before = daemon.memory()
             ended: Counter[str] = Counter()
             over = asyncio.Event()
 
             async def half_open(number: int) -> None:
-                stub = stubs[number % len(stubs)]
-                lease = (await stub.Join(pb.JoinRequest(job="notes", client_id=f"{number:032x}"))).lease
+                speaker = speaking(there[number % len(there)], f"{number:032x}")
+                stub, known = speaker._stub, await session(speaker)
+                lease = (await stub.Join(pb.JoinRequest(job="notes"), metadata=known)).lease
                 declared = pb.Declaration(digest=f"{number:064x}", size=30_000, num_examples=1)
-                await stub.OpenUpload(pb.OpenUploadRequest(lease=lease, declaration=declared))
+                await stub.OpenUpload(pb.OpenUploadRequest(lease=lease, declaration=declared), metadata=known)
 
                 async def silence() -> AsyncIterator[pb.UploadRequest]:
                     if number % 4:
                         yield pb.UploadRequest(lease=lease, offset=0, data=bytes((0, 0, 1, 30_000)[number % 4]))
                     await over.wait()
 
-                code, _ = await status_of(stub.Upload(silence()))
+                code, _ = await status_of(stub.Upload(silence(), metadata=known))
                 ended[code.name] += 1
 
             crowd = [asyncio.create_task(half_open(number)) for number in range(count)]
@@ -615,14 +629,15 @@ def test_downloads_that_nobody_reads(tmp_path: Path, count: int) -> None:
 
     async def test(daemon: Target) -> None:
         async with AsyncExitStack() as stack:
-            remote = await stack.enter_async_context(remotes.connect(daemon.address, Pins(tmp_path), lambda *_: None))
+            remote = await stack.enter_async_context(connected(daemon.address, tmp_path))
             largest = max((await join(remote)).job.base_files, key=lambda file: file.size)
             before = daemon.memory()
             calls = []
             for number in range(count):
                 if number % 50 == 0:
                     stub = rpc.FederationStub(await stack.enter_async_context(daemon.channel()))
-                calls.append(stub.Download(pb.DownloadRequest(job="notes", digest=largest.digest)))
+                wanted = pb.DownloadRequest(job="notes", digest=largest.digest)
+                calls.append(stub.Download(wanted, metadata=await session(remote)))
             await asyncio.gather(*(call.read() for call in calls))  # the first chunk, and no more
             assert largest.size > 4 << 20 and daemon.memory() - before < GROWTH, daemon.memory() - before
             await honest(remote, tmp_path)
@@ -654,7 +669,7 @@ def test_connections_that_say_little(tmp_path: Path, count: int) -> None:
                     one = context.wrap_socket(one)
                     one.sendall(b"PRI * HTTP/2.0")
                 opened.append(one)
-            async with asyncio.timeout(30), remotes.connect(daemon.address, Pins(tmp_path), lambda *_: None) as remote:
+            async with asyncio.timeout(30), connected(daemon.address, tmp_path) as remote:
                 await honest(remote, tmp_path)
             assert daemon.memory() - before < GROWTH
         finally:
@@ -683,7 +698,7 @@ class Asked:
 
     path: str
     messages: tuple[bytes, ...]
-    token: bool = False
+    known: tuple[tuple[str, str], ...] = ()  # its metadata
 
     @property
     def method(self) -> str:
@@ -694,7 +709,7 @@ def _mutated(rng: random.Random, asked: Asked, others: list[bytes]) -> Asked:
     """Bits flipped, bytes cut out or put in, lengths made absurd, fields of other messages added before or after."""
     if asked.method in ("Close", "Cancel", "Delete"):
         others = [b""]  # or another's name would get in, and the prey would soon be gone
-    return Asked(asked.path, tuple(_bent(rng, message, others) for message in asked.messages), asked.token)
+    return Asked(asked.path, tuple(_bent(rng, message, others) for message in asked.messages), asked.known)
 
 
 def _bent(rng: random.Random, message: bytes, others: list[bytes]) -> bytes:
@@ -721,22 +736,25 @@ def _bent(rng: random.Random, message: bytes, others: list[bytes]) -> bytes:
     return bytes(data)
 
 
-async def _corpus(remote: Remote, folder: Path) -> list[Asked]:
-    """A valid request of every method, from clients and over jobs that nobody minds losing."""
+async def _corpus(remote: Crowd, folder: Path, admin: str) -> list[Asked]:
+    """A valid request of every method, from clients and over jobs that nobody minds losing: by who may make it, by
+    nobody, and by somebody else."""
     leases, declared = [], []
     for number in range(4):
-        reply = await remote.join(pb.JoinRequest(job="prey", client_id=f"{number:032x}", client_name=f"prey {number}"))
+        reply = await remote.join_as(f"{number:032x}", pb.JoinRequest(job="prey", client_name=f"prey {number}"))
         file, declaration = written(trained(reply, seed=number), folder / "prey")
         declaration.MergeFrom(pb.Declaration(num_tokens=1000, steps=30, train_loss=1.25))
         leases.append(reply.lease)
         declared.append((declaration, file.read_bytes()))
     await remote.upload(leases[0], declared[0][0], _file(folder, declared[0][1]), nothing)
+    labels = [f"{number:032x}" for number in range(9)]
+    prey = [public_id(me(label).client_id) for label in labels]
     requests: dict[str, list[list[Message]]] = {
+        "Challenge": [[pb.ChallengeRequest()]],
+        "SignIn": [[await signed_in(remote, label, token)] for label in labels for token in ("", "x" * 22)],
         "ListJobs": [[pb.ListJobsRequest()]],
         "Describe": [[pb.DescribeRequest(job="prey")]],
-        "Join": [
-            [pb.JoinRequest(job="prey", client_id=f"{number:032x}", client_name="x" * number)] for number in range(9)
-        ],
+        "Join": [[pb.JoinRequest(job="prey", client_name="x" * number)] for number in range(9)],
         "Heartbeat": [
             [pb.HeartbeatRequest(lease=lease, step=3, total_steps=9, loss=1.5, tokens_per_second=99)]
             for lease in leases
@@ -767,17 +785,34 @@ async def _corpus(remote: Remote, folder: Path) -> list[Asked]:
         "Delete": [[pb.DeleteRequest(job="deleted")]],
         "Publish": [[pb.PublishRequest(job="cancelled", adapter_rank=3, reason="why not")]],
         "Judge": [
-            [pb.JudgeRequest(job="prey", client=public_id(f"{0:032x}"), decision=decision, why="because")]
+            [pb.JudgeRequest(job="prey", client=prey[0], decision=decision, why="because")]
             for decision in (pb.DECISION_ADMIT, pb.DECISION_EXCLUDE, pb.DECISION_LET_REPLACE)
         ],
+        "CreateToken": [[pb.CreateTokenRequest(job="prey", holds_seconds=3600, uses=2, note="for nobody")]],
+        "ListTokens": [[pb.ListTokensRequest()]],
+        "RevokeToken": [[pb.RevokeTokenRequest(id="3f9a01bc")]],
+        "ListClients": [[pb.ListClientsRequest(job="prey")]],
+        "Settle": [
+            [pb.SettleRequest(client=client, job="prey", settlement=settlement, why="because")]
+            for client in prey[:2]
+            for settlement in (pb.SETTLEMENT_APPROVE, pb.SETTLEMENT_REFUSE, pb.SETTLEMENT_UNBAN)
+        ],
     }
+    sessions = {label: tuple(await session(await remote.speaker(label))) for label in labels}
     corpus = []
     for service in pb.DESCRIPTOR.services_by_name.values():
         for method in service.methods:
-            for messages in requests.pop(method.name):
+            for number, messages in enumerate(requests.pop(method.name)):
                 raw = tuple(message.SerializeToString() for message in messages)
                 path = f"/{service.full_name}/{method.name}"
-                corpus += [Asked(path, raw, token) for token in {False, service.name == "Admin"}]
+                known, another = sessions[labels[number % 4]], sessions[labels[8]]
+                if method.name == "Join":
+                    known = sessions[labels[number]]
+                if method.name == "Withdraw":
+                    known = sessions[labels[3]]
+                if service.name == "Admin":
+                    known = (("authorization", admin),)
+                corpus += [Asked(path, raw, metadata) for metadata in (known, known, (), another)]
     assert not requests
     return corpus
 
@@ -788,8 +823,8 @@ def _file(folder: Path, data: bytes) -> Path:
     return file
 
 
-async def _answer(channel: grpc.aio.Channel, asked: Asked, token: str) -> tuple[StatusCode, str]:
-    metadata = [("authorization", token)] if asked.token else []
+async def _answer(channel: grpc.aio.Channel, asked: Asked) -> tuple[StatusCode, str]:
+    metadata = asked.known
     if asked.method == "Upload":
         return await status_of(channel.stream_unary(asked.path)(iter(asked.messages), metadata=metadata, timeout=20))
     (message,) = asked.messages
@@ -803,12 +838,12 @@ async def _answer(channel: grpc.aio.Channel, asked: Asked, token: str) -> tuple[
 def test_requests_with_changed_bytes(tmp_path: Path, count: int) -> None:
     async def test(daemon: Target) -> None:
         rng = random.Random(count)
-        token = f"Bearer {identity.load_or_create(daemon.state).admin_token}"
+        admin = f"Bearer {identity.load_or_create(daemon.state).admin_token}"
         async with AsyncExitStack() as stack:
-            remote = await stack.enter_async_context(remotes.connect(daemon.address, Pins(tmp_path), lambda *_: None))
+            remote = await stack.enter_async_context(connected(daemon.address, tmp_path))
             channels = [await stack.enter_async_context(daemon.channel()) for _ in range(4)]
             local = await stack.enter_async_context(grpc.aio.insecure_channel(transport.socket(daemon.state)))
-            corpus = await _corpus(remote, tmp_path)
+            corpus = await _corpus(remote, tmp_path, admin)
             by_method: dict[str, list[Asked]] = {}
             for asked in corpus:
                 by_method.setdefault(asked.method, []).append(asked)
@@ -821,7 +856,7 @@ def test_requests_with_changed_bytes(tmp_path: Path, count: int) -> None:
                     asked = rng.choice(by_method[rng.choice(sorted(by_method))])
                     bent = _mutated(rng, asked, fragments)
                     channel = local if ".Admin/" in asked.path else channels[number % 4]
-                    code, details = await _answer(channel, bent, token)
+                    code, details = await _answer(channel, bent)
                     assert code in _ENDS or (asked.method == "Upload" and details == _BROKEN), (bent, code, details)
                     seen[asked.method, code.name] += 1
 

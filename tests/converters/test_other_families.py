@@ -36,9 +36,8 @@ from converters.errors import BadModel
 from converters.gguf_file import Info, Tensor
 from coordinator import base as bases
 from coordinator import job
-from edge_client import remote as remotes
-from edge_client.identity import Pins
 from oneround.v1 import federation_pb2 as pb
+from tests.clients import connected
 from tests.converters import tiny, tiny_families
 from tests.coordinator.test_publishing import contribute, until
 from tests.coordinator.test_server import SPEC, running
@@ -281,7 +280,7 @@ def test_a_whole_job(helix: Other, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     async def test() -> Path:
         async with (
             running(state) as (daemon, address),
-            remotes.connect(address, Pins(state), lambda *_: None) as remote,
+            connected(address, state) as remote,
         ):
             await daemon.submit(spec)
             await contribute(remote, tmp_path)

@@ -160,7 +160,7 @@ def _wrap_opens(steps: _Steps) -> None:
 
 
 def _wrap_commits(steps: _Steps) -> None:
-    """A commit is named by the method of the store that wants it."""
+    """A commit is named by the method of the store, or of people.py, that wants it."""
     from sqlalchemy.engine.base import Connection
 
     original = Connection._commit_impl
@@ -169,7 +169,7 @@ def _wrap_commits(steps: _Steps) -> None:
         if not self.get_execution_options().get("writes"):
             original(self)
             return
-        with steps.step(f"commit {_caller('store.py')}"):
+        with steps.step(f"commit {_caller('store.py', 'people.py')}"):
             original(self)
 
     Connection._commit_impl = commit  # type: ignore[method-assign]
@@ -188,10 +188,10 @@ def _wrap_writes(steps: _Steps) -> None:
     stream.Sink.write = write  # type: ignore[method-assign]
 
 
-def _caller(file: str) -> str:
+def _caller(*files: str) -> str:
     frame = sys._getframe(1)
     while frame.f_back is not None:
-        if frame.f_code.co_filename.endswith(file) and not frame.f_code.co_name.startswith(("_writes", "_readable")):
+        if frame.f_code.co_filename.endswith(files) and not frame.f_code.co_name.startswith(("_writes", "_readable")):
             return frame.f_code.co_name.replace("__init__", "upgrade")
         frame = frame.f_back
     return "?"

@@ -22,9 +22,9 @@ from coordinator.schema import Base
 from coordinator.store import Store
 from edge_client import pulling
 from edge_client.identity import Pins
-from edge_client.remote import Remote
 from edge_client.screen import Screen
 from oneround.v1 import federation_pb2 as pb
+from tests.clients import Crowd
 from tests.coordinator.test_server import ALICE, BOB, SPEC, join, judged, nothing, trained, with_server, written
 from tests.coordinator.test_versions import version
 
@@ -59,7 +59,7 @@ def test_a_database_of_another_kind_is_left_alone(tmp_path: Path) -> None:
             Store(url)
 
 
-async def two_contribute(remote: Remote, folder: Path) -> None:
+async def two_contribute(remote: Crowd, folder: Path) -> None:
     """Alice and Bob; the round publishes when the operator closes it."""
     for seed, client in enumerate((ALICE, BOB)):
         reply = await join(remote, client)
@@ -73,17 +73,17 @@ async def two_contribute(remote: Remote, folder: Path) -> None:
 def test_a_backup_of_a_running_daemon_comes_back(tmp_path: Path) -> None:
     state, kept, again = tmp_path / "state", tmp_path / "kept", tmp_path / "again"
 
-    async def before(daemon: Daemon, remote: Remote) -> None:
+    async def before(daemon: Daemon, remote: Crowd) -> None:
         await two_contribute(remote, tmp_path)
         early = await asyncio.to_thread(backup.backup, state, kept)
-        assert (early.jobs, early.files) == (1, 1 + 2 + 3), "the initial adapter, the contributions, the identity"
+        assert (early.jobs, early.files) == (1, 1 + 2 + 4), "the initial adapter, the contributions, the identity"
         await daemon.close("notes")
         await version(daemon, 1, "notes")
         late = await asyncio.to_thread(backup.backup, state, kept)
         published = [file for file in (state / "publications" / "notes" / "v1").rglob("*") if file.is_file()]
-        assert late.files == len(published) + 3, "what was there is not copied again"
+        assert late.files == len(published) + 4, "what was there is not copied again"
 
-    async def after(daemon: Daemon, remote: Remote) -> None:
+    async def after(daemon: Daemon, remote: Crowd) -> None:
         status = await daemon.status("notes")
         assert (status.admitted, status.state) == (2, pb.STATE_PUBLISHED)
         (publication,) = status.publications
@@ -106,7 +106,7 @@ def test_a_backup_of_a_running_daemon_comes_back(tmp_path: Path) -> None:
 def test_a_backup_that_is_not_whole(tmp_path: Path) -> None:
     state, kept = tmp_path / "state", tmp_path / "kept"
 
-    async def contribute(_: Daemon, remote: Remote) -> None:
+    async def contribute(_: Daemon, remote: Crowd) -> None:
         await two_contribute(remote, tmp_path)
 
     with pytest.raises(UsageError, match="no coordinator has run"):
@@ -162,14 +162,14 @@ def test_postgresql(tmp_path: Path, postgres: str) -> None:
     assert difference(postgres) == []
     state, kept, again = tmp_path / "state", tmp_path / "kept", tmp_path / "again"
 
-    async def before(daemon: Daemon, remote: Remote) -> None:
+    async def before(daemon: Daemon, remote: Crowd) -> None:
         await two_contribute(remote, tmp_path)
         await daemon.submit(job.parse(SPEC))  # again, which changes nothing
         await daemon.close("notes")
         await version(daemon, 1, "notes")
         await asyncio.to_thread(backup.backup, state, kept, postgres)
 
-    async def after(daemon: Daemon, remote: Remote) -> None:
+    async def after(daemon: Daemon, remote: Crowd) -> None:
         assert (await daemon.status("notes")).admitted == 2
         await daemon.publish(pb.PublishRequest(job="notes"))
         await version(daemon, 2, "notes")

@@ -23,12 +23,10 @@ from structlog.testing import capture_logs
 from converters.errors import NotEnough, Unreachable
 from coordinator import control, job, publishing
 from coordinator.daemon import Daemon
-from edge_client import remote as remotes
-from edge_client.identity import Pins
-from edge_client.remote import Remote
 from oneround import stream
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
+from tests.clients import Crowd, connected
 from tests.coordinator.test_server import ALICE, BASE, BOB, SPEC, join, judged, nothing, running, trained, written
 
 MB = 1 << 20
@@ -90,12 +88,12 @@ def full_of_files(folder: Path) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def at_work(state: Path, **options: object) -> AsyncIterator[tuple[Daemon, Remote]]:
+async def at_work(state: Path, **options: object) -> AsyncIterator[tuple[Daemon, Crowd]]:
     """A daemon over the disk with the job `notes`, which never has a fault of its own."""
     with capture_logs() as said:
         async with (
             running(state, **options) as (daemon, address),  # type: ignore[arg-type]
-            remotes.connect(address, Pins(state.parent), lambda *_: None) as remote,
+            connected(address, state.parent) as remote,
         ):
             await daemon.submit(job.parse(SPEC))
             yield daemon, remote
@@ -111,7 +109,7 @@ async def no_room(call: object, says: str = "") -> str:
     return details
 
 
-async def contribute(remote: Remote, folder: Path, client: str) -> pb.Receipt:
+async def contribute(remote: Crowd, folder: Path, client: str) -> pb.Receipt:
     reply = await join(remote, client)
     file, declaration = written(trained(reply, seed=int(client[:2], 16)), folder / client[:5])
     receipt = await remote.upload(reply.lease, declaration, file, nothing)
@@ -150,14 +148,14 @@ def test_a_full_disk_and_room_again(tmp_path: Path) -> None:
                 await no_room(stub.OpenUpload(opened), "no room")
                 with pytest.raises(Unreachable, match="no room"):  # which a client waits out
                     await remote.upload(reply.lease, declaration, file, nothing)
-                newcomer = pb.JoinRequest(job="notes", client_id="c" * 32)
-                await no_room(stub.Join(newcomer), "database")
+                newcomer = await remote.stub("c" * 32)
+                await no_room(newcomer.Join(pb.JoinRequest(job="notes")), "database")
                 for step in range(20):
                     said = pb.HeartbeatRequest(lease=reply.lease, step=step, total_steps=20, loss=1.0)
                     assert (await remote.heartbeat(said)).directive == pb.DIRECTIVE_CONTINUE
                 with pytest.raises(NotEnough, match="no room"):
                     await control.submit(state, job.parse({**SPEC, "name": "other"}))
-                assert [status.spec.name for status in await daemon.all()] == ["notes"]
+                assert await daemon.names() == ["notes"]
                 assert intact(state, earlier)
                 assert (await daemon.status("notes")).contributed == 1
             seen: list[int] = []
@@ -216,7 +214,7 @@ def test_no_room_for_another_file(tmp_path: Path) -> None:
             receipt = await remote.upload(reply.lease, declaration, file, nothing)
             assert intact(state, earlier) and intact(state, receipt)
 
-    async def _send_some(remote: Remote, lease: str, data: bytes) -> None:
+    async def _send_some(remote: Crowd, lease: str, data: bytes) -> None:
         with pytest.raises(grpc.aio.AioRpcError, match="ended at byte"):
             await remote._stub.Upload(iter([pb.UploadRequest(lease=lease, offset=0, data=data)]))
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from converters.errors import Refused
 from coordinator import evaluations, tables
 from coordinator.daemon import Daemon
-from edge_client.remote import Remote
 from oneround.v1 import federation_pb2 as pb
+from tests.clients import Crowd
 from tests.coordinator.test_database import two_contribute
 from tests.coordinator.test_server import ALICE, BOB, join, with_server
 from tests.coordinator.test_versions import version
@@ -40,7 +40,7 @@ def test_the_mean_counts_every_client_once() -> None:
 def test_reports_are_kept_and_shown_to_the_operator(tmp_path: Path) -> None:
     state = tmp_path / "state"
 
-    async def before(daemon: Daemon, remote: Remote) -> None:
+    async def before(daemon: Daemon, remote: Crowd) -> None:
         await two_contribute(remote, tmp_path)
         leases = {client: (await join(remote, client)).lease for client in (ALICE, BOB)}
         with pytest.raises(Refused, match="has no version 1"):
@@ -53,7 +53,7 @@ def test_reports_are_kept_and_shown_to_the_operator(tmp_path: Path) -> None:
         with pytest.raises(Refused, match="lease is not known"):
             await remote.report("0" * 64, said(3.0, 2.5, 2.4))
 
-    async def after(daemon: Daemon, remote: Remote) -> None:
+    async def after(daemon: Daemon, remote: Crowd) -> None:
         status = await daemon.status("notes")
         (whole,) = status.comparisons
         assert (whole.clients, whole.better_than_base, whole.better_than_own) == (2, 2, 1)

@@ -31,12 +31,9 @@ from grpc import StatusCode
 from converters.errors import Refused, Unreachable
 from coordinator import control, job
 from coordinator.leases import public_id
-from edge_client import remote as remotes
-from edge_client.identity import Pins
-from edge_client.remote import Remote
 from oneround import statements, stream
 from oneround.v1 import federation_pb2 as pb
-from tests.clients import me
+from tests.clients import Crowd, connected, me
 from tests.coordinator.dying import HOOK, ROOT, Plan
 from tests.coordinator.test_server import ALICE, BOB, SPEC, judged, trained, written
 
@@ -56,8 +53,12 @@ STARTING_AGAIN = {
     *("open .daemon.json.partial", "fsync .daemon.json.partial", "rename daemon.json", "fsync ."),
 }
 STARTING = STARTING_AGAIN | {
-    *(f"{verb} {name}.partial" for verb in ("open", "fsync") for name in ("key", "certificate", "admin-token")),
-    *(f"rename {name}" for name in ("key.pem", "certificate.pem", "admin-token")),
+    *(
+        f"{verb} {name}.partial"
+        for verb in ("open", "fsync")
+        for name in ("key", "certificate", "admin-token", "session-secret")
+    ),
+    *(f"rename {name}" for name in ("key.pem", "certificate.pem", "admin-token", "session-secret")),
     *("mkdir blobs", "mkdir uploads"),
 }
 SUBMITTING = {
@@ -68,7 +69,15 @@ SUBMITTING = {
 }
 _PARTIAL = "uploads/notes.<client>.<digest>"
 SENDING = {
-    *("commit join", f"open {_PARTIAL}", f"write {_PARTIAL}", f"fsync {_PARTIAL}", "link blobs/<digest>"),
+    *(
+        "commit lets_in",
+        "commit seen",
+        "commit join",
+        f"open {_PARTIAL}",
+        f"write {_PARTIAL}",
+        f"fsync {_PARTIAL}",
+        "link blobs/<digest>",
+    ),
     *("fsync blobs", "commit contribute", f"unlink {_PARTIAL}"),
 }
 TAKING = SENDING | {"commit judge", "commit withdraw"}
@@ -198,9 +207,9 @@ class World:
     async def submit(self) -> None:
         await control.submit(self.state, self.spec)
 
-    async def contribute(self, remote: Remote, client: str, seed: int) -> None:
+    async def contribute(self, remote: Crowd, client: str, seed: int) -> None:
         """As edge-client does it: join, send from where the coordinator is, keep the receipt."""
-        reply = await remote.join(pb.JoinRequest(job="notes", client_id=client, client_name=client[:5]))
+        reply = await remote.join_as(client, pb.JoinRequest(job="notes", client_name=client[:5]))
         mine = self.receipts.setdefault(client, [])
         file, declaration = written(trained(reply, seed), self.folder / f"{client[:5]}{seed}")
         for earlier in mine:
@@ -229,14 +238,14 @@ class World:
             self.done.add(what)
 
 
-Script = Callable[[World, Remote], Awaitable[None]]
+Script = Callable[[World, Crowd], Awaitable[None]]
 
 
-async def submitting(world: World, _: Remote) -> None:
+async def submitting(world: World, _: Crowd) -> None:
     await world.submit()
 
 
-async def taking(world: World, remote: Remote) -> None:
+async def taking(world: World, remote: Crowd) -> None:
     """Two contributions, a replacement, a client that leaves with half an upload, and one that leaves after all."""
     if "replacing" not in world.done:
         await world.contribute(remote, ALICE, 0)
@@ -252,7 +261,7 @@ async def taking(world: World, remote: Remote) -> None:
     await world.once("left", lambda: _leave(remote, BOB))
 
 
-async def publishing(world: World, remote: Remote) -> None:
+async def publishing(world: World, remote: Crowd) -> None:
     """The second contribution closes the round, and the publication comes."""
     await world.contribute(remote, BOB, 1)
     async with asyncio.timeout(120):
@@ -263,7 +272,7 @@ async def publishing(world: World, remote: Remote) -> None:
                 break
 
 
-async def deleting(world: World, _: Remote) -> None:
+async def deleting(world: World, _: Crowd) -> None:
     with suppress(Refused):  # the last try got through, and only its answer did not: there is no such job
         await control.delete(world.state, "notes")
     assert not await control.jobs(world.state)
@@ -271,16 +280,16 @@ async def deleting(world: World, _: Remote) -> None:
 
 
 def _replace(client: str) -> pb.JudgeRequest:
-    return pb.JudgeRequest(job="notes", client=public_id(client), decision=pb.DECISION_LET_REPLACE)
+    return pb.JudgeRequest(job="notes", client=public_id(me(client).client_id), decision=pb.DECISION_LET_REPLACE)
 
 
-async def _leave(remote: Remote, client: str) -> None:
-    reply = await remote.join(pb.JoinRequest(job="notes", client_id=client))
+async def _leave(remote: Crowd, client: str) -> None:
+    reply = await remote.join_as(client, pb.JoinRequest(job="notes"))
     await remote.withdraw(reply.lease)
 
 
-async def _leave_halfway(world: World, remote: Remote) -> None:
-    reply = await remote.join(pb.JoinRequest(job="notes", client_id=CAROL, client_name="carol"))
+async def _leave_halfway(world: World, remote: Crowd) -> None:
+    reply = await remote.join_as(CAROL, pb.JoinRequest(job="notes", client_name="carol"))
     file, declaration = written(trained(reply, 3), world.folder / "carol")
     opened = await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
     if opened.committed_offset < CHUNK:
@@ -314,6 +323,8 @@ def at_rest(state: Path) -> Rows:
             [json.loads(text)["initial"]["digest"] for (text,) in database.execute("select job from jobs")],
             database.execute("select version, publication is not null from publications").fetchall(),
         )
+        jobs = "select name from jobs union select ''"
+        assert not database.execute(f"select client_id, job from passes where job not in ({jobs})").fetchall()
     finally:
         database.close()
     blobs = {file.name for file in (state / "blobs").iterdir()}
@@ -333,13 +344,13 @@ def at_rest(state: Path) -> Rows:
 def check(world: World) -> None:
     """What has to hold of a round's state folder at rest."""
     rows = at_rest(world.state)
-    acknowledged = [(client, r.digest, r.size) for client, mine in world.receipts.items() for r in mine]
+    acknowledged = [(me(client).client_id, r.digest, r.size) for client, mine in world.receipts.items() for r in mine]
     if "deleted" in world.done:
         assert not (rows.contributions or rows.initial or rows.versions)
         return
     assert sorted(row[1:4] for row in rows.contributions) == sorted(acknowledged), "each that is acknowledged, once"
     for client, mine in world.receipts.items():
-        standing = [row for row in rows.contributions if row[1] == client and not row[4]]
+        standing = [row for row in rows.contributions if row[1] == me(client).client_id and not row[4]]
         assert [row[2] for row in standing] == [mine[-1].digest], "the last that is acknowledged stands"
         left = client == BOB and "left" in world.done
         assert standing[0][5] == ("exclude" if left else ""), "who withdraws takes no part"
@@ -351,7 +362,7 @@ def check(world: World) -> None:
 def _check_publication(world: World, folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     listed = {given["id"]: given["digest"] for given in manifest["contributions"]}
-    assert listed == {public_id(client): mine[-1].digest for client, mine in world.receipts.items()}
+    assert listed == {public_id(me(client).client_id): mine[-1].digest for client, mine in world.receipts.items()}
     there = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
     assert there == {"manifest.json", "manifest.json.signature", *manifest["files"]}
     signature = json_format.Parse((folder / "manifest.json.signature").read_text(), pb.Signature())
@@ -387,7 +398,7 @@ async def _try(world: World, daemon: Running, scripts: Collection[Script]) -> bo
     with suppress(FileNotFoundError):
         address = json.loads((world.state / "daemon.json").read_text())["address"]
         try:
-            async with remotes.connect(address, Pins(world.folder), lambda *_: None) as remote:
+            async with connected(address, world.folder) as remote:
                 for script in scripts:
                     await script(world, remote)
             return True
@@ -499,9 +510,9 @@ async def _prepared(folder: Path, known: Daemons, spec: Mapping[str, object], *s
     return world
 
 
-async def one_is_in(world: World, remote: Remote) -> None:
+async def one_is_in(world: World, remote: Crowd) -> None:
     await world.contribute(remote, ALICE, 0)
-    await judged(remote, (await remote.join(pb.JoinRequest(job="notes", client_id=ALICE))).lease)
+    await judged(remote, (await remote.join_as(ALICE, pb.JoinRequest(job="notes"))).lease)
 
 
 Deaths = Callable[[Sweep, Daemons], Awaitable[set[str]]]
@@ -591,8 +602,8 @@ class Load:
         """Whether this client is done, with a receipt or by leaving."""
         try:
             address = json.loads((self.folder / "state" / "daemon.json").read_text())["address"]
-            async with remotes.connect(address, Pins(self.folder), lambda *_: None) as remote:
-                reply = await remote.join(pb.JoinRequest(job=name, client_id=client, client_name=client[:5]))
+            async with connected(address, self.folder) as remote:
+                reply = await remote.join_as(client, pb.JoinRequest(job=name, client_name=client[:5]))
                 for step in range(self.random.randrange(3)):
                     await remote.heartbeat(pb.HeartbeatRequest(lease=reply.lease, step=step, total_steps=3, loss=1.0))
                 if leaves:
@@ -604,7 +615,7 @@ class Load:
                 said = (receipt.job, receipt.client_id, receipt.digest)
                 assert said == (name, me(client).client_id, declaration.digest)
                 self.receipts[name, client] = receipt
-                again = (await remote.join(pb.JoinRequest(job=name, client_id=client))).receipt
+                again = (await remote.join_as(client, pb.JoinRequest(job=name))).receipt
                 assert again == receipt, "it is there from now on"
                 return True
         except (FileNotFoundError, Unreachable) as error:
@@ -615,7 +626,7 @@ class Load:
             self.broken[error.code().name] += 1
         return (name, client) in self.receipts
 
-    async def _send(self, remote: Remote, lease: str, file: Path, declaration: pb.Declaration) -> pb.Receipt:
+    async def _send(self, remote: Crowd, lease: str, file: Path, declaration: pb.Declaration) -> pb.Receipt:
         data = await asyncio.to_thread(file.read_bytes)
         opened = await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=lease, declaration=declaration))
         if opened.HasField("receipt"):
@@ -666,13 +677,16 @@ def test_kills_at_random_under_load(tmp_path: Path) -> None:
         rows = at_rest(state)
         found = {(name, client): (digest, size) for name, client, digest, size, _, _ in rows.contributions}
         assert len(found) == len(rows.contributions), "each once"
-        assert found == {key: (receipt.digest, receipt.size) for key, receipt in load.receipts.items()}
+        assert found == {
+            (name, me(client).client_id): (receipt.digest, receipt.size)
+            for (name, client), receipt in load.receipts.items()
+        }
         assert len(load.receipts) > KILLS // 4, "the load was one"
 
     async def _sendable(folder: Path) -> list[tuple[Path, pb.Declaration]]:
         address = json.loads((folder / "state" / "daemon.json").read_text())["address"]
-        async with remotes.connect(address, Pins(folder), lambda *_: None) as remote:
-            reply = await remote.join(pb.JoinRequest(job="notes", client_id=ALICE))
+        async with connected(address, folder) as remote:
+            reply = await remote.join_as(ALICE, pb.JoinRequest(job="notes"))
             return [written(trained(reply, seed), folder / f"adapter-{seed}") for seed in range(40)]
 
     asyncio.run(run())

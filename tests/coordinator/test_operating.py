@@ -22,11 +22,9 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 import coordinator.cli
-from edge_client import remote as remotes
-from edge_client.identity import Pins
-from edge_client.remote import Remote
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
+from tests.clients import Crowd, connected
 from tests.coordinator.test_server import ALICE, BASE, judged, nothing, trained, written
 
 DEPLOY = Path(coordinator.cli.__file__).parent / "deploy"
@@ -70,8 +68,8 @@ def test_what_monitoring_sees(tmp_path: Path) -> None:
             commands.run("coordinator", "serve", "--listen", "127.0.0.1:0", "--state", state)
 
         async def contribute() -> None:
-            async with remotes.connect(_address(state), Pins(tmp_path), lambda *_: None) as remote:
-                reply = await remote.join(pb.JoinRequest(job="notes", client_id=ALICE, client_name="ward-1"))
+            async with connected(_address(state), tmp_path) as remote:
+                reply = await remote.join_as(ALICE, pb.JoinRequest(job="notes", client_name="ward-1"))
                 file, declaration = written(trained(reply), tmp_path)
                 await remote.upload(reply.lease, declaration, file, nothing)
                 await judged(remote, reply.lease)
@@ -124,8 +122,8 @@ def test_sigterm_lets_an_open_upload_end(tmp_path: Path) -> None:
     state = tmp_path / "state"
     process = serve(state)
 
-    async def upload(remote: Remote) -> pb.Receipt:
-        reply = await remote.join(pb.JoinRequest(job="notes", client_id=ALICE))
+    async def upload(remote: Crowd) -> pb.Receipt:
+        reply = await remote.join_as(ALICE, pb.JoinRequest(job="notes"))
         file, declaration = written(trained(reply), tmp_path)
         await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
 
@@ -139,7 +137,7 @@ def test_sigterm_lets_an_open_upload_end(tmp_path: Path) -> None:
         return await remote._stub.Upload(messages())
 
     async def test() -> None:
-        async with remotes.connect(_address(state), Pins(tmp_path), lambda *_: None) as remote:
+        async with connected(_address(state), tmp_path) as remote:
             assert (await upload(remote)).size > 1000
 
     asyncio.run(test())

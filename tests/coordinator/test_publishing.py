@@ -10,10 +10,8 @@ from converters import adapter, llama
 from converters.adapter import LowRank
 from coordinator import job
 from coordinator.daemon import Daemon
-from edge_client import remote as remotes
-from edge_client.identity import Pins
-from edge_client.remote import Remote
 from oneround.v1 import federation_pb2 as pb
+from tests.clients import Crowd, connected
 from tests.coordinator.test_server import (
     ALICE,
     BOB,
@@ -30,7 +28,7 @@ from tests.coordinator.test_server import (
 EVE = "e" * 32
 
 
-async def contribute(remote: Remote, folder: Path) -> None:
+async def contribute(remote: Crowd, folder: Path) -> None:
     """Alice and Bob send sound adapters, Eve one with NaN."""
     for seed, client in enumerate((ALICE, BOB, EVE)):
         reply = await join(remote, client)
@@ -58,7 +56,7 @@ def test_an_interrupted_publication_is_made_again(tmp_path: Path) -> None:
     async def test() -> None:
         async with (
             running(state) as (daemon, address),
-            remotes.connect(address, Pins(state), lambda *_: None) as remote,
+            connected(address, state) as remote,
         ):
             await daemon.submit(job.parse(SPEC))
             await contribute(remote, tmp_path)
@@ -90,7 +88,7 @@ def test_an_interrupted_publication_is_made_again(tmp_path: Path) -> None:
 def test_a_failed_publication_says_why_and_can_be_tried_again(tmp_path: Path) -> None:
     state = tmp_path / "state"
 
-    async def test(daemon: Daemon, remote: Remote) -> None:
+    async def test(daemon: Daemon, remote: Crowd) -> None:
         await contribute(remote, tmp_path)
         (base,) = (state / "bases").iterdir()
         whole = base.read_bytes()

@@ -18,10 +18,10 @@ from coordinator import control, identity, job, server, transport
 from coordinator.daemon import Daemon
 from edge_client import remote as remotes
 from edge_client.identity import Pins
-from edge_client.remote import Remote
 from oneround import stream, tls
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
+from tests.clients import Crowd, connected, me
 
 BASE = Path(__file__).parents[2] / "benchmarks" / "base"
 ALICE, BOB = "a" * 32, "b" * 32
@@ -59,13 +59,13 @@ async def running(
         daemon.release()
 
 
-def with_server(state: Path, test: Callable[[Daemon, Remote], Awaitable[None]], **options) -> None:  # type: ignore[no-untyped-def]
+def with_server(state: Path, test: Callable[[Daemon, Crowd], Awaitable[None]], **options) -> None:  # type: ignore[no-untyped-def]
     """Run a test against a fresh server over a state folder that may have seen others."""
 
     async def run() -> None:
         async with (
             running(state, **options) as (daemon, address),
-            remotes.connect(address, Pins(state), lambda *_: None) as remote,
+            connected(address, state) as remote,
         ):
             await daemon.submit(job.parse(SPEC))
             await test(daemon, remote)
@@ -73,8 +73,8 @@ def with_server(state: Path, test: Callable[[Daemon, Remote], Awaitable[None]], 
     asyncio.run(run())
 
 
-async def join(remote: Remote, client: str = ALICE) -> pb.JoinReply:
-    return await remote.join(pb.JoinRequest(job="notes", client_id=client, client_name=client[:5]))
+async def join(remote: Crowd, client: str = ALICE) -> pb.JoinReply:
+    return await remote.join_as(client, pb.JoinRequest(job="notes", client_name=client[:5]))
 
 
 def trained(reply: pb.JoinReply, seed: int = 0, **changes) -> Adapter:  # type: ignore[no-untyped-def]
@@ -94,7 +94,7 @@ def described(job: pb.Job, **changes: str) -> dict[str, str]:
     return over | changes
 
 
-async def judged(remote: Remote, lease: str) -> pb.Judgement:
+async def judged(remote: Crowd, lease: str) -> pb.Judgement:
     """What is made of a contribution, once it is."""
     for _ in range(600):
         judgement = (await remote.heartbeat(pb.HeartbeatRequest(lease=lease))).judgement
@@ -116,7 +116,7 @@ def nothing(_: int) -> None:
 
 
 def test_a_contribution_is_taken_once(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Remote) -> None:
+    async def test(daemon: Daemon, remote: Crowd) -> None:
         reply = await join(remote)
         assert (await join(remote)).lease == reply.lease, "joining again renews"
         file, declaration = written(trained(reply), tmp_path)
@@ -138,7 +138,7 @@ def test_a_contribution_is_taken_once(tmp_path: Path) -> None:
 def test_an_upload_that_breaks_off_goes_on_after_a_restart(tmp_path: Path) -> None:
     sent = 20_000
 
-    async def half(_: Daemon, remote: Remote) -> None:
+    async def half(_: Daemon, remote: Crowd) -> None:
         reply = await join(remote)
         file, declaration = written(trained(reply), tmp_path)
         await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
@@ -149,7 +149,7 @@ def test_an_upload_that_breaks_off_goes_on_after_a_restart(tmp_path: Path) -> No
         with pytest.raises(grpc.aio.AioRpcError, match="ended at byte 20000"):
             await remote._stub.Upload(messages())
 
-    async def rest(_: Daemon, remote: Remote) -> None:
+    async def rest(_: Daemon, remote: Crowd) -> None:
         reply = await join(remote)
         file, declaration = written(trained(reply), tmp_path)
         opened = await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
@@ -164,20 +164,20 @@ def test_an_upload_that_breaks_off_goes_on_after_a_restart(tmp_path: Path) -> No
 
 
 def test_a_lying_digest_drops_what_came(tmp_path: Path) -> None:
-    async def test(_: Daemon, remote: Remote) -> None:
+    async def test(_: Daemon, remote: Crowd) -> None:
         reply = await join(remote)
         file, declaration = written(trained(reply), tmp_path)
         lie = pb.Declaration(digest="0" * 64, size=declaration.size, num_examples=1)
         with pytest.raises(BadData, match="was declared"):
             await remote.upload(reply.lease, lie, file, nothing)
-        assert not list((tmp_path / "state" / "uploads").glob("notes.a*"))
+        assert not list((tmp_path / "state" / "uploads").glob(f"notes.{me(ALICE).client_id}*"))
         assert (await remote.upload(reply.lease, declaration, file, nothing)).digest == declaration.digest
 
     with_server(tmp_path / "state", test)
 
 
 def test_unsound_adapters_are_quarantined_and_the_round_goes_on(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Remote) -> None:
+    async def test(daemon: Daemon, remote: Crowd) -> None:
         reply = await join(remote)
         module = reply.job.modules[0]
         good = trained(reply).modules[module.name]
@@ -240,7 +240,7 @@ def test_unsound_adapters_are_quarantined_and_the_round_goes_on(tmp_path: Path) 
     [(7, b"x", "starts at byte 7; 0 are here"), (0, b"x" * 500_000, "more bytes came"), (0, b"x", "ended at byte 1")],
 )
 def test_chunks_that_do_not_fit(tmp_path: Path, offset: int, data: bytes, says: str) -> None:
-    async def test(_: Daemon, remote: Remote) -> None:
+    async def test(_: Daemon, remote: Crowd) -> None:
         reply = await join(remote)
         _, declaration = written(trained(reply), tmp_path)
         await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
@@ -255,7 +255,7 @@ def test_chunks_that_do_not_fit(tmp_path: Path, offset: int, data: bytes, says: 
 
 
 def test_one_stream_at_a_time(tmp_path: Path) -> None:
-    async def test(_: Daemon, remote: Remote) -> None:
+    async def test(_: Daemon, remote: Crowd) -> None:
         reply = await join(remote)
         file, declaration = written(trained(reply), tmp_path)
         await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
@@ -267,7 +267,7 @@ def test_one_stream_at_a_time(tmp_path: Path) -> None:
             yield pb.UploadRequest(data=file.read_bytes()[1000:])
 
         first = asyncio.create_task(_receipt(remote._stub.Upload(messages())))
-        partial = tmp_path / "state" / "uploads" / f"notes.{ALICE}.{declaration.digest}"
+        partial = tmp_path / "state" / "uploads" / f"notes.{me(ALICE).client_id}.{declaration.digest}"
         for _ in range(1000):  # until the coordinator has taken the stream
             if partial.exists():
                 break
@@ -287,16 +287,14 @@ def test_one_stream_at_a_time(tmp_path: Path) -> None:
 
 
 def test_what_a_stranger_may_not(tmp_path: Path) -> None:
-    async def test(_: Daemon, remote: Remote) -> None:
+    async def test(_: Daemon, remote: Crowd) -> None:
         stub = remote._stub
         beat = pb.HeartbeatRequest(lease="0" * 64)
         with pytest.raises(Refused, match="lease"):
             await remote.heartbeat(beat)
         for name, says in [("../../etc/passwd", "no job"), ("nothing", "no job")]:
             with pytest.raises(Refused, match=says):
-                await remote.join(pb.JoinRequest(job=name, client_id=ALICE))
-        with pytest.raises(grpc.aio.AioRpcError, match="32 lower-case hex"):
-            await stub.Join(pb.JoinRequest(job="notes", client_id="../../../etc/passwd"))
+                await remote.join_as(ALICE, pb.JoinRequest(job=name))
         reply = await join(remote)
         for declaration, says in [
             (pb.Declaration(digest="../../key.pem", size=10), "not a SHA-256"),
@@ -341,9 +339,9 @@ def test_only_the_operator_administers(tmp_path: Path) -> None:
 
 
 def test_submitting_again_is_idempotent_and_another_job_of_the_name_is_refused(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, _: Remote) -> None:
+    async def test(daemon: Daemon, _: Crowd) -> None:
         again = await daemon.submit(job.parse(SPEC))
-        assert again.spec.name == "notes" and len(await daemon.all()) == 1
+        assert again.spec.name == "notes" and len(await daemon.names()) == 1
         with pytest.raises(Refused, match="different job"):
             await daemon.submit(job.parse({**SPEC, "train": {"epochs": 1}}))
         with pytest.raises(BadData, match="is not there"):
@@ -355,7 +353,7 @@ def test_submitting_again_is_idempotent_and_another_job_of_the_name_is_refused(t
 def test_silent_clients_sleep_and_the_deadline_closes(tmp_path: Path) -> None:
     now = [1000.0]
 
-    async def test(daemon: Daemon, remote: Remote) -> None:
+    async def test(daemon: Daemon, remote: Crowd) -> None:
         reply = await join(remote)
         now[0] += 61
         assert (await daemon.status("notes")).clients[0].phase == pb.PHASE_ASLEEP
@@ -365,6 +363,7 @@ def test_silent_clients_sleep_and_the_deadline_closes(tmp_path: Path) -> None:
         assert (client.phase, client.step, client.loss) == (pb.PHASE_TRAINING, 3, 1.5)
 
         now[0] += 86400
+        await remote.jobs()  # the session was over meanwhile
         async for status in remote.watch("notes"):
             if status.state == pb.STATE_EXPIRED:
                 break
@@ -377,7 +376,7 @@ def test_silent_clients_sleep_and_the_deadline_closes(tmp_path: Path) -> None:
 
 
 def test_downloads_resume_and_are_checked(tmp_path: Path) -> None:
-    async def test(_: Daemon, remote: Remote) -> None:
+    async def test(_: Daemon, remote: Crowd) -> None:
         reply = await join(remote)
         to = tmp_path / "initial.safetensors"
         partial = tmp_path / f".initial.safetensors.{reply.job.initial.digest[:12]}"
@@ -405,7 +404,7 @@ def test_a_coordinator_with_another_key_is_refused(tmp_path: Path) -> None:
         async with running(tmp_path / "one") as (_, address):
             async with remotes.connect(address, pins, lambda shown: first_use.append(shown.fingerprint)) as remote:
                 with pytest.raises(Refused, match="no job is open"):
-                    await remote.join(pb.JoinRequest(client_id=ALICE))
+                    await remote.join(pb.JoinRequest())
             async with remotes.connect(address, pins, lambda shown: first_use.append(shown.fingerprint)):
                 pass
         assert first_use == [identity.load_or_create(tmp_path / "one").fingerprint]

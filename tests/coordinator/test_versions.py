@@ -12,8 +12,8 @@ from converters.adapter import Adapter, LowRank
 from converters.errors import Conflict, NotFound, Refused, UsageError
 from coordinator import diff, job
 from coordinator.daemon import Daemon
-from edge_client.remote import Remote
 from oneround.v1 import federation_pb2 as pb
+from tests.clients import Crowd
 from tests.coordinator.test_server import (
     ALICE,
     BOB,
@@ -30,11 +30,9 @@ CLIENTS = [letter * 32 for letter in "abcdef"]
 LATE = {**SPEC, "name": "late", "round": {"min_clients": 2, "target_clients": 4, "renew_every": "1s"}}
 
 
-async def contribute(
-    remote: Remote, folder: Path, client: str, seed: int, job: str = "late", times: float = 1.0
-) -> str:
+async def contribute(remote: Crowd, folder: Path, client: str, seed: int, job: str = "late", times: float = 1.0) -> str:
     """A client's whole part in a job; returns its lease. All updates point about the same way."""
-    reply = await remote.join(pb.JoinRequest(job=job, client_id=client, client_name=f"client-{client[0]}"))
+    reply = await remote.join_as(client, pb.JoinRequest(job=job, client_name=f"client-{client[0]}"))
     made, common = trained(reply, seed), trained(reply, 99)
     factor = np.float32(0.02 * times)
     modules = {
@@ -68,7 +66,7 @@ def decide(client: str, decision: pb.Decision, why: str = "", job: str = "late")
 
 
 def test_versions_of_a_job(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Remote) -> None:
+    async def test(daemon: Daemon, remote: Crowd) -> None:
         await daemon.submit(job.parse(LATE))
         for seed, client in enumerate(CLIENTS[:3]):
             await contribute(remote, tmp_path, client, seed)
@@ -132,7 +130,7 @@ def test_versions_of_a_job(tmp_path: Path) -> None:
 
 
 def test_decisions_that_cannot_be(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Remote) -> None:
+    async def test(daemon: Daemon, remote: Crowd) -> None:
         reply = await join(remote)
         with pytest.raises(NotFound, match="no client 'nobody'"):
             await daemon.judge(decide("nobody", pb.DECISION_ADMIT, job="notes"))
@@ -151,7 +149,7 @@ def test_decisions_that_cannot_be(tmp_path: Path) -> None:
             await daemon.publish(pb.PublishRequest(job="notes", aggregate=pb.AggregateSpec(method="magic")))
         with pytest.raises(Refused, match="is open"):
             await daemon.delete("notes")
-        twin = await remote.join(pb.JoinRequest(job="notes", client_id=BOB, client_name="aaaaa"))
+        twin = await remote.join_as(BOB, pb.JoinRequest(job="notes", client_name="aaaaa"))
         assert twin.lease != reply.lease
         with pytest.raises(Refused, match="2 clients are called"):
             await daemon.judge(decide("aaaaa", pb.DECISION_EXCLUDE, job="notes"))
@@ -160,7 +158,7 @@ def test_decisions_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_another_contribution_only_where_the_operator_lets_it(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Remote) -> None:
+    async def test(daemon: Daemon, remote: Crowd) -> None:
         reply = await join(remote)
         file, declaration = written(trained(reply), tmp_path / "one")
         first = await remote.upload(reply.lease, declaration, file, nothing)
@@ -182,7 +180,7 @@ def test_another_contribution_only_where_the_operator_lets_it(tmp_path: Path) ->
 
 
 def test_leaving_and_coming_back(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Remote) -> None:
+    async def test(daemon: Daemon, remote: Crowd) -> None:
         reply = await join(remote)
         file, declaration = written(trained(reply), tmp_path)
         await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
@@ -200,7 +198,7 @@ def test_leaving_and_coming_back(tmp_path: Path) -> None:
 
 
 def test_a_cancelled_job_tells_its_clients(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Remote) -> None:
+    async def test(daemon: Daemon, remote: Crowd) -> None:
         reply = await join(remote)
         assert (await daemon.cancel("notes")).state == pb.STATE_CANCELLED
         answer = await remote.heartbeat(pb.HeartbeatRequest(lease=reply.lease))

@@ -14,7 +14,7 @@ from coordinator import job
 from edge_client import consent, outbox
 from oneround.v1 import federation_pb2 as pb
 from tests import commands, terminal
-from tests.coordinator.test_server import ALICE, SPEC, running
+from tests.coordinator.test_server import SPEC, running
 from tests.edge_client.test_backends import usable
 from tests.edge_client.test_session import Quick, take_part, taker
 
@@ -23,10 +23,16 @@ JOB = f'name = "notes"\n[model]\nbase = "{BASE}"\n[lora]\nrank = 2\n[train]\nepo
 
 # Each field of each message that `join` sends, and the words that stand for it. None: the coordinator said it first.
 SAID: dict[str, dict[str, str | None]] = {
+    "ChallengeRequest": {},
+    "SignInRequest": {
+        "key": "a public key that stands for this machine",
+        "challenge": None,
+        "signature": None,  # which shows that the key is its own
+        "token": None,  # which the operator made
+    },
     "ListJobsRequest": {},
     "JoinRequest": {
         "job": None,
-        "client_id": "a random number that stands for this machine",
         "client_name": "the name 'vera'",
         "machine": "Linux arm64",
     },
@@ -71,7 +77,7 @@ def shown() -> str:
     """What is said to a person of a job."""
     machine = pb.Machine(platform="Linux arm64", backend="torch", device="cuda")
     spec = pb.JobSpec(name="notes", lora=pb.LoraSpec(rank=8), upload=pb.UploadSpec(dtype="float16"))
-    request = pb.JoinRequest(job="notes", client_id=ALICE, client_name="vera", machine=machine)
+    request = pb.JoinRequest(job="notes", client_name="vera", machine=machine)
     terms = consent.terms(pb.Job(spec=spec), request, "")
     return f"{terms.to_join} {terms.meanwhile} {terms.at_last}"
 

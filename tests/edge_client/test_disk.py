@@ -24,7 +24,7 @@ from edge_client.screen import Screen
 from edge_client.snapshot import Snapshot
 from oneround.v1 import federation_pb2 as pb
 from tests.coordinator.test_disk import disk, full
-from tests.coordinator.test_server import ALICE, BASE, SPEC, running
+from tests.coordinator.test_server import BASE, SPEC, running
 
 MB = 1 << 20
 MODULES = [pb.Module(name=f"model.layers.{n}.self_attn.q_proj", out_features=96, in_features=64) for n in range(40)]
@@ -165,7 +165,7 @@ def with_a_disk(
     (tmp_path / "data.jsonl").write_text("".join(f'{{"text": "row {n} of the data"}}\n' for n in range(90)))
 
     async def run(state: Path) -> None:
-        who = session.Taker(state, ALICE, "alice", tmp_path / "data.jsonl", Fills(), model, save_every=0.0)
+        who = session.Taker(state, "alice", tmp_path / "data.jsonl", Fills(), model, save_every=0.0)
         async with running(tmp_path / "coordinator") as (daemon, address):
             await daemon.submit(job.parse(SPEC))
             await test(state, address, who)

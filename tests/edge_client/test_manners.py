@@ -26,7 +26,7 @@ from edge_client.manners import IDLE_SECONDS, Heat, Manners, Pause, Readings, de
 from edge_client.screen import Screen
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
-from tests.coordinator.test_server import ALICE, SPEC, running
+from tests.coordinator.test_server import SPEC, running
 
 ROOT = Path(__file__).parents[2]
 FINE = Readings(battery=80.0, idle=9999.0, memory=50.0)
@@ -299,9 +299,7 @@ def taker(folder: Path, guest: Guest, rows: int = 40) -> session.Taker:
     folder.mkdir(exist_ok=True)
     data = folder / "data.jsonl"
     data.write_text("".join(f'{{"text": "def f{n}(x): return x + {n}"}}\n' for n in range(rows)))
-    return session.Taker(
-        state=folder, client_id=ALICE, name="alice", data=data, backend=backends.choose(), guest=guest, save_every=3600
-    )
+    return session.Taker(state=folder, name="alice", data=data, backend=backends.choose(), guest=guest, save_every=3600)
 
 
 async def take_part(address: str, who: session.Taker) -> pb.Receipt:
@@ -344,8 +342,7 @@ def test_a_run_that_pauses_gives_the_same_bits(tmp_path: Path, capsys: pytest.Ca
             laptop.readings = FINE
             await taking
             assert laptop.awake == 0
-            again = replace(whole, client_id="b" * 32)
-            await take_part(address, again)
+            await take_part(address, whole)
         one, other = (adapter.read(outbox.find(who.state, "notes").adapter) for who in (paused, whole))
         for name, factors in one.modules.items():
             assert np.array_equal(factors.a, other.modules[name].a)

@@ -39,7 +39,7 @@ from edge_client.snapshot import Snapshot
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.converters import tiny
-from tests.coordinator.test_server import ALICE, BASE, SPEC, running
+from tests.coordinator.test_server import BASE, SPEC, running
 from tests.edge_client.test_session import Quick
 
 GB = 2**30
@@ -264,7 +264,7 @@ async def contributed(address: str, folder: Path) -> session.Taker:
     (folder / "client").mkdir()
     data = folder / "notes.jsonl"
     data.write_text("".join(json.dumps({"text": f"def f{n}(self):\n    return {n}\n"}) + "\n" for n in range(60)))
-    who = session.Taker(folder / "client", ALICE, "alice", data, Careful())
+    who = session.Taker(folder / "client", "alice", data, Careful())
     async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
         await session.take_part(remote, "notes", who, Screen())
     return who

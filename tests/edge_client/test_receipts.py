@@ -21,6 +21,7 @@ from converters.errors import BadData, Refused, UsageError
 from coordinator import identity, job, server
 from coordinator.daemon import Daemon
 from edge_client import cli, manifests, outbox, receipt_cli, receipts, session
+from edge_client import identity as clients
 from edge_client import remote as remotes
 from edge_client.identity import Pins
 from edge_client.manifests import Given, Manifest
@@ -29,8 +30,8 @@ from edge_client.screen import Screen
 from oneround import signing, statements, stream, tls
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
-from tests.clients import me
-from tests.coordinator.test_server import ALICE, BOB, SPEC, join, judged, nothing, running, trained, written
+from tests.clients import Crowd, connected, me
+from tests.coordinator.test_server import BOB, SPEC, join, judged, nothing, running, trained, written
 from tests.coordinator.test_versions import version
 from tests.edge_client.test_published import contributed
 from tests.edge_client.test_session import Quick, taker
@@ -57,7 +58,7 @@ class Past:
         return outbox.find(self.state, "notes").receipt_file
 
 
-async def contribute(remote: Remote, folder: Path, client: str, *, sound: bool = True) -> Path:
+async def contribute(remote: Crowd, folder: Path, client: str, *, sound: bool = True) -> Path:
     """One more client; returns its receipt."""
     reply = await join(remote, client)
     made = trained(reply, ord(client[0]))
@@ -80,7 +81,7 @@ def past(tmp_path_factory: pytest.TempPathFactory) -> Past:
     async def round() -> None:
         async with (
             running(folder / "coordinator") as (daemon, address),
-            remotes.connect(address, Pins(folder), lambda *_: None) as remote,
+            connected(address, folder) as remote,
         ):
             await daemon.submit(job.parse(SPEC))
             await contributed(address, folder)
@@ -122,8 +123,10 @@ def test_a_receipt_is_checked_offline(past: Past, tmp_path: Path) -> None:
     assert "The receipt holds" in shown and "signed by  the coordinator at 127.0.0.1:" in shown
     assert "It is part of v1 of notes" in shown and "of the mean: admitted" in shown
     listed, _ = commands.run("edge-client", "receipt", "show", "--state", past.state)
-    assert str(own.receipt_file) in listed and ALICE not in listed, "what a client speaks by stays secret"
-    assert ALICE not in own.receipt_file.read_text()
+    joined = own.joined()
+    assert joined is not None
+    assert str(own.receipt_file) in listed and joined.lease not in listed, "what a client speaks by stays secret"
+    assert joined.lease not in own.receipt_file.read_text()
 
     shutil.copy(own.receipt_file, tmp_path / "given.json")  # to somebody who has never seen the coordinator
     given = ("receipt", "verify", tmp_path / "given.json", "--state", tmp_path, "--json")
@@ -345,7 +348,7 @@ def test_a_wrong_receipt_is_none_and_the_adapter_stays(tmp_path: Path) -> None:
                 (box,) = outbox.all_outboxes(who.state)
                 assert box.receipt() is None and box.trained() is not None and box.adapter.exists()
             receipt = await take_part(address, lambda _: None)
-            assert box.receipt() == receipt and receipt.client_id == who.me.client_id
+            assert box.receipt() == receipt and receipt.client_id == clients.me(who.state).client_id
         assert backend.runs == 1
 
     asyncio.run(test())
@@ -528,9 +531,9 @@ def test_after_a_change_of_keys(past: Past, served: Path, says: Says, tmp_path: 
     async def again() -> pb.Receipt:
         async with (
             running(served) as (_, address),
-            remotes.connect(address, Pins(tmp_path), lambda *_: None) as remote,
+            remotes.connect(address, Pins(tmp_path), lambda *_: None, me=clients.me(past.state)) as remote,
         ):
-            return (await remote.join(pb.JoinRequest(job="notes", client_id=ALICE))).receipt
+            return (await remote.join(pb.JoinRequest(job="notes"))).receipt
 
     receipt = asyncio.run(again())
     assert receipts.signer(receipt) == identity.load_or_create(served).fingerprint != before

@@ -24,7 +24,7 @@ from edge_client.screen import Screen
 from edge_client.snapshot import Snapshot
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
-from tests.coordinator.test_server import ALICE, BASE, SPEC, running
+from tests.coordinator.test_server import BASE, SPEC, running
 
 
 class Quick:
@@ -82,7 +82,7 @@ def taker(tmp_path: Path, backend: Quick, rows: int = 30) -> session.Taker:
     data.write_text("".join(f'{{"text": "row {n} of the data"}}\n' for n in range(rows)))
     state = tmp_path / "client"
     state.mkdir(exist_ok=True)
-    return session.Taker(state=state, client_id=ALICE, name="alice", data=data, backend=backend)
+    return session.Taker(state=state, name="alice", data=data, backend=backend)
 
 
 async def take_part(address: str, who: session.Taker, error: Exception | None = None) -> pb.Receipt:
@@ -154,7 +154,7 @@ def test_a_model_of_ones_own_has_to_be_the_jobs(tmp_path: Path) -> None:
         async with running(tmp_path / "one") as (daemon, address):
             await daemon.submit(job.parse(SPEC))
             async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
-                announced = (await remote.join(pb.JoinRequest(job="notes", client_id=ALICE))).job
+                announced = (await remote.join(pb.JoinRequest(job="notes"))).job
                 found = await session.fetch_base(remote, announced, who.state, BASE, Screen())
                 assert found == BASE
                 with pytest.raises(BadData, match="is not the job's base model"):
