@@ -58,8 +58,11 @@ def parse(table: Mapping[str, Any]) -> pb.JobSpec:
     return check(spec)
 
 
-def check(spec: pb.JobSpec) -> pb.JobSpec:
-    """The same spec with every default filled in, if all of it makes sense; from a file or from the wire alike."""
+def check(spec: pb.JobSpec, clients: int | None = None) -> pb.JobSpec:
+    """The same spec with every default filled in, if all of it makes sense; from a file or from the wire alike.
+
+    `clients`: how many contributions the method will be given; where they are not in yet, the quorum.
+    """
     spec = _filled(spec)
     if not spec.lora.target_modules:
         spec.lora.target_modules.append("all-linear")
@@ -101,7 +104,8 @@ def check(spec: pb.JobSpec) -> pb.JobSpec:
         ("upload.quota", size(spec.upload.quota, "upload.quota") > 0, "more than 0"),
         ("upload.dtype", spec.upload.dtype in WIRE_DTYPES, _one_of(WIRE_DTYPES)),
         ("aggregate.method", spec.aggregate.method in aggregate.METHODS, _one_of(aggregate.METHODS)),
-        ("aggregate.server_learning_rate", 0 < spec.aggregate.server_learning_rate <= 100, "more than 0, at most 100"),
+        *((f"aggregate.{name}", holds(getattr(spec.aggregate, name)), expected)
+          for name, (holds, expected) in aggregate.PARAMETERS.items()),
         ("publish.gguf", set(spec.publish.gguf) <= set(GGUF_TYPES), "a list of " + _one_of(GGUF_TYPES)),
         ("admission.max_num_examples", 1 <= spec.admission.max_num_examples <= 1 << 40, "1 or more"),
         ("admission.clip", spec.admission.clip == 0 or 1 <= spec.admission.clip <= 1e6, "0, or 1 or more"),
@@ -112,7 +116,25 @@ def check(spec: pb.JobSpec) -> pb.JobSpec:
     for key, holds, expected in rules:
         if not holds:
             raise UsageError(f"{key} is {_value(spec, key)!r}; expected {expected}")
+    _check_method(spec, spec.round.min_clients if clients is None else clients)
     return spec
+
+
+def _check_method(spec: pb.JobSpec, clients: int) -> None:
+    """What a method cannot take it refuses here, before anybody trains."""
+    method = aggregate.METHODS[spec.aggregate.method]
+    defaults = pb.AggregateSpec()
+    for name in aggregate.PARAMETERS.keys() - {"server_learning_rate", *method.parameters}:
+        if getattr(spec.aggregate, name) != getattr(defaults, name):
+            users = (known for known, other in aggregate.METHODS.items() if name in other.parameters)
+            raise UsageError(
+                f"aggregate.{name} is set, and {spec.aggregate.method} does not use it",
+                hint=f"it is for {', '.join(users)}",
+            )
+    if why := aggregate.unfit(spec.aggregate, clients=clients, frozen_a=spec.lora.freeze_a):
+        least = method.at_least(spec.aggregate)
+        hint = f"round.min_clients = {least}, or fewer byzantine_clients" if clients < least else ""
+        raise UsageError(why, hint=hint)
 
 
 def is_path(base: str) -> bool:
