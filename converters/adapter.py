@@ -5,7 +5,8 @@ In memory an adapter is a mapping from module names, as PEFT and transformers na
 MLX's scale) is folded into B on the way in, so the scaling of this layout is always 1.
 
 On disk it is one safetensors file: `NAME.lora_A.weight` (r, in) and `NAME.lora_B.weight` (out, r), in float32,
-bfloat16 or float16, with `format=oneround/1` in the header.
+bfloat16 or float16, with `format=oneround/1` in the header. Where A was frozen in training, at the value that it has in
+another adapter, the file holds B alone, and `frozen_a` in its header is that adapter's SHA-256.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from converters import tensors
 from converters.errors import BadAdapter, LayoutMismatch
 
 FORMAT = "oneround/1"
+FROZEN_A = "frozen_a"
 Factor = NDArray[np.float32]
 
 _FLOAT32: np.dtype[Any] = np.dtype(np.float32)
@@ -187,8 +189,11 @@ class Adapter:
         return {name: update.shape for name, update in self.modules.items()}
 
 
-def read(path: Path) -> Adapter:
+def read(path: Path, frozen: Adapter | None = None) -> Adapter:
     """Read an adapter in the common layout; factors stay on disk until they are asked for.
+
+    A file that holds B alone is completed by the A of `frozen`; whether that is the adapter that it was trained over is
+    for the caller to see.
 
     Raises:
         BadAdapter: not this layout, an unknown tensor name, a lone factor, or ranks that do not agree.
@@ -202,9 +207,29 @@ def read(path: Path) -> Adapter:
     for name in found:
         if not name.endswith((_A, _B)):
             raise BadAdapter(f"{path}: unknown tensor {name}; expected names that end in {_A} or {_B}")
+    if FROZEN_A in metadata:
+        return _completed(path, found, metadata, frozen)
     _check_pairs(_half(found, _A), _half(found, _B), path)
     names = [name.removesuffix(_A) for name in found if name.endswith(_A)]
     return Adapter(Made(names, lambda name: LowRank(found[name + _A], found[name + _B])), metadata)
+
+
+def _completed(
+    path: Path, found: Mapping[str, tensors.Array], metadata: Mapping[str, str], frozen: Adapter | None
+) -> Adapter:
+    if alone := [name for name in found if name.endswith(_A)]:
+        raise BadAdapter(f"{path} says that its A was frozen, and holds {alone[0]}")
+    if frozen is None:
+        raise BadAdapter(
+            f"{path} holds B alone: its A was frozen, and is in the adapter with SHA-256 {metadata[FROZEN_A]}",
+            hint="take the adapter that the coordinator has published",
+        )
+    b = _half(found, _B)
+    if strange := sorted(b.keys() - frozen.modules.keys()):
+        raise BadAdapter(f"{path}: {strange[0]} has no A: the adapter that was frozen does not adapt it")
+    known = frozen.modules
+    _check_pairs({name: known[name].terms[0].a for name in b}, b, path)
+    return Adapter(Made(b, lambda name: LowRank(known[name].terms[0].a, found[name + _B])), metadata)
 
 
 def pair(
@@ -223,13 +248,21 @@ def pair(
     return {name: (a[name], b[name]) for name in sorted(a)}
 
 
-def write(adapter: Adapter, path: Path, dtype: str = "float32") -> None:
-    """Write an adapter in the common layout, rounded to `dtype`; atomic and synced."""
+def write(adapter: Adapter, path: Path, dtype: str = "float32", frozen_a: str = "") -> None:
+    """Write an adapter in the common layout, rounded to `dtype`; atomic and synced.
+
+    B alone where `frozen_a`, the SHA-256 of an adapter's file, says where A is.
+    """
     wire = WIRE_DTYPES[dtype]
     found: dict[str, tensors.Later] = {}
     for name, update in adapter.modules.items():
-        found[name + _A], found[name + _B] = update.later(wire)
-    tensors.write(path, found, {**adapter.metadata, "format": FORMAT, "dtype": dtype})
+        a, found[name + _B] = update.later(wire)
+        if not frozen_a:
+            found[name + _A] = a
+    said = {name: value for name, value in adapter.metadata.items() if name != FROZEN_A}
+    if frozen_a:
+        said[FROZEN_A] = frozen_a
+    tensors.write(path, found, {**said, "format": FORMAT, "dtype": dtype})
 
 
 def check(adapter: Adapter, expected: Mapping[str, Shape]) -> None:

@@ -13,25 +13,30 @@ import numpy as np
 from converters import adapter, tensors
 from converters.adapter import WIRE_DTYPES, Shape
 from converters.errors import BadData
+from coordinator.aggregate import METHODS
 from oneround.v1 import federation_pb2 as pb
 
-_MIXED_RANKS = ("exact",)  # methods that take any ranks
 
-
-def unsound(file: Path, declaration: pb.Declaration, job: pb.Job) -> str:
+def unsound(file: Path, declaration: pb.Declaration, job: pb.Job, initial: Path | None = None) -> str:
     """Why this contribution cannot take part; empty when it can.
 
-    Module names, shapes, ranks, dtype, finiteness, what it was trained over, and the declared numbers.
+    Module names, shapes, ranks, dtype, finiteness, what it was trained over, and the declared numbers. `initial` is the
+    job's initial adapter, whose A goes with the B that comes in where A is frozen.
     """
     try:
-        uploaded = adapter.read(file)
+        frozen = adapter.read(initial) if job.spec.lora.freeze_a and initial else None
+        uploaded = adapter.read(file, frozen)
+        if frozen and uploaded.metadata.get(adapter.FROZEN_A) != job.initial.digest:
+            return (
+                f"A is frozen in this job: only B is taken, with {adapter.FROZEN_A}={job.initial.digest} in its header"
+            )
         adapter.check(uploaded, {module.name: Shape(module.out_features, module.in_features) for module in job.modules})
         views, _ = tensors.read(file)
     except BadData as error:
         return str(error).replace(str(file), "the upload")
     rank = job.spec.lora.rank
     for name, found in uploaded.ranks.items():
-        if found > rank or (found < rank and job.spec.aggregate.method not in _MIXED_RANKS):
+        if found > rank or (found < rank and METHODS[job.spec.aggregate.method].one_rank):
             return f"{name} has rank {found}, the job asks for {rank}"
     dtype = WIRE_DTYPES[job.spec.upload.dtype]
     for name, tensor in views.items():

@@ -11,8 +11,8 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from converters import gguf_file, tensors
+from coordinator import aggregate, modelfile
 from coordinator import job as jobs
-from coordinator import modelfile
 from coordinator.tables import size
 from coordinator.verify import Checked
 from oneround.v1 import federation_pb2 as pb
@@ -29,6 +29,7 @@ class Facts:
     n_clients: int
     n_examples: int
     rank: int  # the largest of the modules'
+    energy_kept: float  # share of ‖ΔW‖² that is left after truncation to it
     checked: Checked
     fallbacks: Mapping[str, Mapping[str, str]]  # quantised file -> tensor -> the type that it has instead
     base_rounding: float  # what a quantised base GGUF had lost, relatively; 0.0 for floats
@@ -142,12 +143,15 @@ def _commands(facts: Facts, base: str, smallest: str) -> str:
 
 def _training(facts: Facts) -> str:
     train, lora = facts.spec.train, facts.spec.lora
+    frozen = ", A frozen," if lora.freeze_a else ""
+    kept = f", which keeps {facts.energy_kept:.1%} of ‖ΔW‖²" if facts.energy_kept < 1 else ""
     return (
         "## How it was made\n\n"
-        f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.target_modules)}; {train.epochs:g} epochs"
-        f" of AdamW at learning rate {train.learning_rate:g} ({train.schedule}), batches of {train.batch_size} with at"
-        f" most {train.max_seq_len} tokens, seed {train.seed}. Averaged with `{facts.spec.aggregate.method}`; the"
-        f" published adapter has rank {facts.rank}. The base's licence holds for what is made from it."
+        f"LoRA of rank {lora.rank}, alpha {lora.alpha:g},{frozen} on {', '.join(lora.target_modules)};"
+        f" {train.epochs:g} epochs of AdamW at learning rate {train.learning_rate:g} ({train.schedule}), batches of"
+        f" {train.batch_size} with at most {train.max_seq_len} tokens, seed {train.seed}. Averaged with"
+        f" `{aggregate.described(facts.spec.aggregate)}`; the published adapter has rank {facts.rank}{kept}. The base's"
+        " licence holds for what is made from it."
     )
 
 

@@ -26,6 +26,7 @@ from coordinator import backup as backups
 from coordinator import diff as diffs
 from coordinator import job as jobs_
 from coordinator import metrics as metering
+from coordinator.aggregate import METHODS
 from coordinator.daemon import Daemon
 from coordinator.printing import DEFAULT_STATE, Json, State, Why, out, print_json
 from oneround import lan, tls
@@ -205,11 +206,17 @@ def close(
     _show(asyncio.run(control.close(state, job)), as_json)
 
 
-@app.command(epilog="Example: coordinator publish clinic-notes --method fedavg")
+@app.command(epilog="Example: coordinator publish clinic-notes --method ties --density 0.2")
 def publish(
     job: JobName,
-    method: Annotated[str, typer.Option(help="How to average; the job's own if empty.")] = "",
+    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}; the job's own if empty.")] = "",
     server_learning_rate: Annotated[float, typer.Option(help="Multiplies the mean; 0: the job's own.")] = 0.0,
+    density: Annotated[float | None, typer.Option(help="Share of entries that ties and dare keep.")] = None,
+    byzantine_clients: Annotated[
+        int | None, typer.Option(help="Bad clients that krum and trimmed-mean hold against.", min=0)
+    ] = None,
+    krum_keep: Annotated[int | None, typer.Option(help="Contributions that krum averages.", min=0)] = None,
+    norm_bound: Annotated[float | None, typer.Option(help="Longest update for norm-clip, in medians.")] = None,
     adapter_rank: Annotated[int, typer.Option(help="Rank of the published adapter; -1: the job's own.")] = -1,
     why: Annotated[str, typer.Option(help="For the record; goes into the manifest.")] = "",
     state: State = DEFAULT_STATE,
@@ -221,6 +228,10 @@ def publish(
         request.aggregate.method = method
     if server_learning_rate:
         request.aggregate.server_learning_rate = server_learning_rate
+    parameters = pb.AggregateSpec(
+        density=density, byzantine_clients=byzantine_clients, krum_keep=krum_keep, norm_bound=norm_bound
+    )
+    request.aggregate.MergeFrom(parameters)  # None is not set
     if adapter_rank >= 0:
         request.adapter_rank = adapter_rank
     _show(asyncio.run(control.publish(state, request)), as_json)

@@ -80,7 +80,7 @@ def judge(members: Sequence[Member], rules: pb.AdmissionSpec) -> list[Finding]:
     if not members:
         return []
     modules = sorted(members[0].adapter.modules)
-    norms = _norms(members, modules)  # (clients, modules)
+    norms = _norms([member.adapter for member in members], modules)  # (clients, modules)
     totals: Floats = np.sqrt(np.square(norms).sum(1))
     scale = np.ones_like(norms)
     reasons = _nothing_or_again(members, modules, norms)
@@ -134,11 +134,23 @@ def _stacked(updates: Sequence[LowRank], batch: Indices) -> tuple[Indices, Float
     return np.repeat(batch, [update.rank for update in chosen]), a, b
 
 
-def _norms(members: Sequence[Member], modules: Sequence[str]) -> Floats:
-    """‖ΔW‖ (clients, modules)."""
+def norms(adapters: Sequence[Adapter]) -> Floats:
+    """‖ΔW‖ of adapters of the same modules, which are in order of their names (clients, modules)."""
+    return _norms(adapters, sorted(adapters[0].modules))
+
+
+def products(adapters: Sequence[Adapter]) -> Floats:
+    """⟨ΔWᵢ, ΔWⱼ⟩ over all modules together (clients, clients)."""
 
     def of(module: str) -> Floats:
-        return np.array([inner([member.adapter.modules[module]])[0, 0] for member in members])
+        return inner([adapter.modules[module] for adapter in adapters])
+
+    return sum(_in_parallel(of, sorted(adapters[0].modules)), np.zeros((len(adapters), len(adapters))))
+
+
+def _norms(adapters: Sequence[Adapter], modules: Sequence[str]) -> Floats:
+    def of(module: str) -> Floats:
+        return np.array([inner([adapter.modules[module]])[0, 0] for adapter in adapters])
 
     squares = np.stack(list(_in_parallel(of, modules)), axis=1)
     return np.sqrt(np.maximum(squares, 0.0, out=squares), out=squares)

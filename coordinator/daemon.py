@@ -15,7 +15,7 @@ import structlog
 
 from converters import llama
 from converters.errors import BadModel, Conflict, Denied, NotFound, OneroundError, Refused, UsageError
-from coordinator import evaluations, identity, opening, publisher, sweeping
+from coordinator import evaluations, identity, opening, publisher, republishing, sweeping
 from coordinator import job as jobs
 from coordinator import round as rounds
 from coordinator.blobs import Blobs
@@ -181,17 +181,14 @@ class Daemon:
         """Make a new version of what is in, by the job's method or another; nobody trains anything.
 
         Raises:
-            UsageError: the method or a parameter is not one.
+            UsageError: the method or a parameter is not one, or cannot take what is in.
             Refused: there is nothing to publish, or a version is being made.
         """
-        spec = pb.JobSpec()
-        spec.CopyFrom(self._store.announced(request.job).job.spec)
-        spec.aggregate.MergeFrom(request.aggregate)
-        if request.HasField("adapter_rank"):
-            spec.publish.adapter_rank = request.adapter_rank
-        jobs.check(spec)
-        request.reason = printable(request.reason, 500) or "asked for by the operator"
+        spec = republishing.asked(self._store.announced(request.job).job.spec, request)
+        spec = await offload(republishing.check, spec, self._store, self._blobs)
         before = await offload(self._store.round, request.job)
+        request.aggregate.CopyFrom(spec.aggregate)
+        request.reason = printable(request.reason, 500) or "asked for by the operator"
         after = await self._advance(request.job, rounds.PublishByHand(request.reason), request)
         if after.state is not State.PUBLISHING or before.state is State.PUBLISHING:
             why = "has no contribution that takes part" if not before.admitted else f"is {before.state}"

@@ -17,6 +17,7 @@ from converters import peft, settings
 from converters.adapter import LowRank
 from converters.errors import BadModel, LayoutMismatch
 from converters.settings import Settings
+from coordinator.aggregate import METHODS
 from coordinator.cohort import inner
 from coordinator.tables import size
 
@@ -31,8 +32,8 @@ def compare(old: Path, new: Path) -> dict[str, Any]:
     """Two publications' folders, compared; ready for JSON. What has a before and an after is a list of the two.
 
     - `publication`: job and version; `folder`.
-    - `mean`: `method`, `server_learning_rate`, `rank` of the adapter, `energy_kept`; `settings`: every other setting of
-      the job that differs, by its key in the job file.
+    - `mean`: `method`, `server_learning_rate` and the parameters that either one's method has, `rank` of the adapter,
+      `energy_kept`; `settings`: every other setting of the job that differs, by its key in the job file.
     - `clients`: how many take part; `changed`: those that were added or removed, and those whose contribution
       (`digest`), `verdict`, `weight` or `num_examples` changed, with both; null where the client is not. A client is
       known by its id, or by its name in manifests without ids.
@@ -47,7 +48,9 @@ def compare(old: Path, new: Path) -> dict[str, Any]:
     """
     sides = [settings.read(folder / "manifest.json", BadModel) for folder in (old, new)]
     jobs = [_flat(side.table("job").values) for side in sides]
-    mean = ("aggregate.method", "aggregate.server_learning_rate")
+    methods = [METHODS[name] for job in jobs if (name := job.get("aggregate.method")) in METHODS]
+    parameters = dict.fromkeys(f"aggregate.{name}" for method in methods for name in method.parameters)
+    mean = ("aggregate.method", "aggregate.server_learning_rate", *parameters)
     keys = sorted(jobs[0].keys() | jobs[1].keys())
     return {
         "publication": [f"{job.get('name')} v{side.get('version')}" for job, side in zip(jobs, sides, strict=True)],
@@ -165,8 +168,7 @@ def table(difference: Mapping[str, Any]) -> RenderableType:
     mean, adapter = difference["mean"], difference["adapter"]
     lines = [
         _both(difference["publication"]),
-        f"  mean      {_both(mean['method'])}, rank {_both(mean['rank'])}"
-        + f", server learning rate {_both(mean['server_learning_rate'], _short)}",
+        f"  mean      {_both(mean['method'])}, rank {_both(mean['rank'])}{_settings(mean)}",
         f"  clients   {_both(difference['clients']['take_part'])}",
         f"  adapter   {_moved(adapter)}",
         *(f"  {key} {_both(values)}" for key, values in difference["settings"].items()),
@@ -180,6 +182,14 @@ def table(difference: Mapping[str, Any]) -> RenderableType:
     if files := difference["files"]:
         parts.append(_rows(("file", "size", "perplexity", "distance"), (_file(*item) for item in files.items())))
     return Group(*parts)
+
+
+def _settings(mean: Mapping[str, Any]) -> str:
+    """A method's parameters, and what truncation kept where something was lost."""
+    values = {key: value for key, value in mean.items() if key not in ("method", "rank", "energy_kept")}
+    shown = "".join(f", {key.replace('_', ' ')} {_both(both, _short)}" for key, both in values.items())
+    kept = [share for share in mean["energy_kept"] if share is not None]
+    return shown + (f", energy kept {_both(mean['energy_kept'], '{:.1%}'.format)}" if min(kept, default=1) < 1 else "")
 
 
 def _client(one: Mapping[str, Any]) -> tuple[str, ...]:

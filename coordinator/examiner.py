@@ -70,7 +70,8 @@ class Examiner:
     async def _examine(self, given: Contribution) -> str:
         job = self._store.announced(given.job).job
         file = await offload(self._blobs.path, given.digest)
-        question = (str(file), given.declaration.SerializeToString(), job.SerializeToString())
+        initial = await offload(self._blobs.path, job.initial.digest)
+        question = (str(file), given.declaration.SerializeToString(), job.SerializeToString(), str(initial))
         for _ in range(2):  # a reader may die of something else than the file; twice is enough
             if self._pool is None:
                 context = multiprocessing.get_context("spawn")
@@ -87,10 +88,11 @@ class Examiner:
             self._pool = None
 
 
-def _unsound(file: str, declaration: bytes, job: bytes) -> str:
+def _unsound(file: str, declaration: bytes, job: bytes, initial: str) -> str:
     """In the process. A fault of ours on a stranger's file is a reason not to take it, and to say so."""
     try:
-        return admission.unsound(Path(file), pb.Declaration.FromString(declaration), pb.Job.FromString(job))
+        declared, announced = pb.Declaration.FromString(declaration), pb.Job.FromString(job)
+        return admission.unsound(Path(file), declared, announced, Path(initial))
     except Exception as error:
         return f"it cannot be read: {type(error).__name__}: {error}"
 

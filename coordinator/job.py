@@ -53,18 +53,25 @@ def parse(table: Mapping[str, Any]) -> pb.JobSpec:
     return check(spec)
 
 
-def check(spec: pb.JobSpec) -> pb.JobSpec:
-    """The same spec with every default filled in, if all of it makes sense; from a file or from the wire alike."""
+def check(spec: pb.JobSpec, clients: int | None = None) -> pb.JobSpec:
+    """The same spec with every default filled in, if all of it makes sense; from a file or from the wire alike.
+
+    `clients`: how many contributions the method will be given; where they are not in yet, the quorum.
+    """
     spec = _filled(spec)
     if not spec.lora.target_modules:
         spec.lora.target_modules.append("all-linear")
     if not spec.publish.gguf:
         spec.publish.gguf.extend(["f16", "q8_0"])
+    given = spec.aggregate
     said = rules.broken(spec) or rules.first_broken(
         spec,
         [
-            ("aggregate.method", spec.aggregate.method in aggregate.METHODS, rules.one_of(aggregate.METHODS)),
-            ("aggregate.server_learning_rate", 0 < spec.aggregate.server_learning_rate <= 100, "more than 0, to 100"),
+            ("aggregate.method", given.method in aggregate.METHODS, rules.one_of(aggregate.METHODS)),
+            *(
+                (f"aggregate.{name}", holds(getattr(given, name)), expected)
+                for name, (holds, expected) in aggregate.PARAMETERS.items()
+            ),
             ("publish.gguf", set(spec.publish.gguf) <= set(GGUF_TYPES), "a list of " + rules.one_of(GGUF_TYPES)),
             ("admission.max_num_examples", 1 <= spec.admission.max_num_examples <= 1 << 40, "1 or more"),
             ("admission.clip", spec.admission.clip == 0 or 1 <= spec.admission.clip <= 1e6, "0, or 1 or more"),
@@ -73,10 +80,28 @@ def check(spec: pb.JobSpec) -> pb.JobSpec:
             ("access.who", spec.access.who in access.WHO, rules.one_of(access.WHO)),
             ("publish.adapter_rank", spec.publish.adapter_rank <= 65536, "0 to 65536"),
         ],
-    )  # fmt: skip
+    )
     if said:
         raise UsageError(said)
+    _check_method(spec, spec.round.min_clients if clients is None else clients)
     return spec
+
+
+def _check_method(spec: pb.JobSpec, clients: int) -> None:
+    """What a method cannot take it refuses here, before anybody trains."""
+    method = aggregate.METHODS[spec.aggregate.method]
+    defaults = pb.AggregateSpec()
+    for name in aggregate.PARAMETERS.keys() - {"server_learning_rate", *method.parameters}:
+        if getattr(spec.aggregate, name) != getattr(defaults, name):
+            users = (known for known, other in aggregate.METHODS.items() if name in other.parameters)
+            raise UsageError(
+                f"aggregate.{name} is set, and {spec.aggregate.method} does not use it",
+                hint=f"it is for {', '.join(users)}",
+            )
+    if why := aggregate.unfit(spec.aggregate, clients=clients, frozen_a=spec.lora.freeze_a):
+        least = method.at_least(spec.aggregate)
+        hint = f"round.min_clients = {least}, or fewer byzantine_clients" if clients < least else ""
+        raise UsageError(why, hint=hint)
 
 
 def is_path(base: str) -> bool:

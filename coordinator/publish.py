@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -67,6 +68,7 @@ class Order:
     contributions: Sequence[Given]
     set_aside: Sequence[dict[str, Any]]  # what takes no part, as the manifest lists it
     folder: Path  # where the publication will stand
+    initial: Path | None = None  # the adapter whose A goes with every contribution, where A is frozen
 
     def to_json(self) -> str:
         table = asdict(self) | {"spec": json_format.MessageToDict(self.spec, preserving_proto_field_name=True)}
@@ -79,6 +81,7 @@ class Order:
         table["contributions"] = [Given(**{**given, "file": Path(given["file"])}) for given in table["contributions"]]
         for key in ("base_folder", "base_gguf", "folder"):
             table[key] = Path(table[key])
+        table["initial"] = Path(table["initial"]) if table["initial"] else None
         return Order(**table)
 
 
@@ -121,15 +124,14 @@ class Judged:
     finding: Finding
     adapter: Adapter
 
-    def listed(self, n_examples: int) -> dict[str, Any]:
-        """As the manifest has it; n_examples of all that take part."""
-        takes_part = self.finding.verdict != "quarantined"
+    def listed(self, weight: float) -> dict[str, Any]:
+        """As the manifest has it, with how much it counts."""
         return {
             "client": self.given.client,
             "id": self.given.id,
             "digest": self.given.digest,
             "num_examples": self.given.num_examples,
-            "weight": self.given.num_examples / n_examples if takes_part else 0.0,
+            "weight": weight,
             "verdict": self.finding.verdict,
             "reason": self.finding.reason,
             "norm": self.finding.norm,
@@ -140,8 +142,10 @@ class Judged:
 def judged(order: Order) -> list[Judged]:
     """The cohort, in the order of the contributions."""
     arrived = sorted(order.contributions, key=lambda given: (given.received, given.id))
+    frozen = adapter.read(order.initial) if order.initial else None
     members = [
-        Member(given.id, given.client, adapter.read(given.file), given.num_examples, given.by_hand) for given in arrived
+        Member(given.id, given.client, adapter.read(given.file, frozen), given.num_examples, given.by_hand)
+        for given in arrived
     ]
     small = len(members) < cohort.COHORT
     found = {
@@ -177,19 +181,19 @@ def _make(order: Order, work: Path, report: Report) -> None:
             f"{len(taking)} contributions are left of at least {order.at_least}: {reasons}",
         )
     report("aggregating")
-    method = order.spec.aggregate
-    result = aggregate.aggregate(
-        [Contribution(judged.adapter, judged.given.num_examples) for judged in taking],
-        method.method,
-        server_learning_rate=method.server_learning_rate,
-        rank=order.spec.publish.adapter_rank,
-    )
-    report("writing the adapter")
-    peft.write(result.adapter, work / "peft", base_model=order.spec.model.base)
-    mlx.write(result.adapter, work / "mlx", base)
-    gguf_adapter.write(result.adapter, work / "adapter.gguf", base)
-
-    merged = _merge(order, base, result.adapter, work, report)
+    with tempfile.TemporaryDirectory(dir=work) as scratch:
+        result = aggregate.aggregate(
+            [Contribution(judged.adapter, judged.given.num_examples) for judged in taking],
+            order.spec.aggregate,
+            rank=order.spec.publish.adapter_rank,
+            scratch=Path(scratch),
+        )
+        rank = max(result.adapter.ranks.values())
+        report("writing the adapter")
+        peft.write(result.adapter, work / "peft", base_model=order.spec.model.base)
+        mlx.write(result.adapter, work / "mlx", base)
+        gguf_adapter.write(result.adapter, work / "adapter.gguf", base)
+        merged = _merge(order, base, result.adapter, work, report)
     report("verifying with llama.cpp")
     checked = _verify(order, merged, work)
     for made in merged:
@@ -197,15 +201,17 @@ def _make(order: Order, work: Path, report: Report) -> None:
             made.file.unlink()
             checked.verdicts.pop(made.file.name)
 
-    n_examples = sum(judged.given.num_examples for judged in taking)
-    rank, rounding = max(result.adapter.ranks.values()), _rounding(order, base)
+    weights = {judged.given.id: weight for judged, weight in zip(taking, result.weights, strict=True)}
+    counting = [judged.given.num_examples for judged in taking if weights[judged.given.id] > 0]
+    rounding = _rounding(order, base)
     quantised = {made.file.name: made.quantised for made in merged if made.quantised}
     facts = Facts(
         spec=order.spec,
         version=order.version,
-        n_clients=len(taking),
-        n_examples=n_examples,
+        n_clients=len(counting),
+        n_examples=sum(counting),
         rank=rank,
+        energy_kept=result.energy_kept,
         checked=checked,
         fallbacks={name: made.fallbacks for name, made in quantised.items()},
         base_rounding=rounding,
@@ -218,10 +224,11 @@ def _make(order: Order, work: Path, report: Report) -> None:
         "reason": order.reason,
         "base_fingerprint": order.base_fingerprint,
         "base_rounding": rounding,
-        "method": method.method,
+        "method": order.spec.aggregate.method,
         "rank": rank,
         "energy_kept": result.energy_kept,
-        "contributions": [judged.listed(n_examples) for judged in judged_all] + list(order.set_aside),
+        "contributions": [judged.listed(weights.get(judged.given.id, 0.0)) for judged in judged_all]
+        + list(order.set_aside),
         "quantised": {name: asdict(made) for name, made in quantised.items()},
         "verification": {name: verdict.as_json() for name, verdict in checked.verdicts.items()},
         "adapter_effect": checked.adapter_effect,

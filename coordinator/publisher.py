@@ -156,6 +156,7 @@ def _order(state: Path, known: Store, blobs: Blobs, name: str) -> tuple[Order, d
             if given.client_id not in taking and given.considered == row.version
         ],
         folder=folder(state, name, row.version),
+        initial=blobs.path(announced.job.initial.digest) if spec.lora.freeze_a else None,
     )
     return order, {public_id(client_id): client_id for client_id in names}
 

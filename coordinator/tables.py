@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from coordinator import aggregate
 from oneround.v1 import federation_pb2 as pb
 
 
@@ -51,12 +52,13 @@ def job(status: pb.JobStatus) -> RenderableType:
     lines = [
         f"{spec.name}: {state}{reason}{stage}",
         f"  base      {spec.model.base}",
-        f"  adapter   rank {spec.lora.rank}, alpha {spec.lora.alpha:g}, {', '.join(spec.lora.target_modules)}",
+        f"  adapter   rank {spec.lora.rank}, alpha {spec.lora.alpha:g}, {', '.join(spec.lora.target_modules)}"
+        + (", A frozen" if spec.lora.freeze_a else ""),
         f"  train     {spec.train.epochs:g} epochs, learning rate {spec.train.learning_rate:g}, "
         f"batch {spec.train.batch_size} x {spec.train.max_seq_len} tokens",
         f"  round     {_progress(status)}",
         f"            quorum {spec.round.min_clients}, target {spec.round.target_clients or 'none'}; {_taking(status)}",
-        f"  mean      {spec.aggregate.method}",
+        f"  mean      {aggregate.described(spec.aggregate)}",
     ]  # fmt: skip
     parts: list[RenderableType] = [Text("\n".join(lines))]
     if status.clients:
@@ -65,7 +67,7 @@ def job(status: pb.JobStatus) -> RenderableType:
         parts.append(Text("  no client has joined yet"))
     parts.extend(_helped(status))
     for publication in status.publications:
-        how = f"{publication.contributions} contributions, {publication.aggregate.method}"
+        how = f"{publication.contributions} contributions, {aggregate.described(publication.aggregate)}"
         parts.append(Text(f"Published v{publication.version}: {how} ({publication.reason})"))
         parts.append(Text(f"  in {publication.folder}"))
         if publication == status.publications[-1]:

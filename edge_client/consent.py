@@ -31,7 +31,7 @@ MEANWHILE = (
 AT_LAST = (
     "one LoRA adapter, rank {rank} in {dtype} (how many bytes is shown before training begins), with its size and "
     "SHA-256; the numbers of examples, target tokens and steps; the mean loss of the last epoch; and the fingerprints "
-    "of base model, tokenizer and chat template"
+    "of base model, tokenizer and chat template, and of the initial adapter if A is frozen"
 )
 
 

@@ -75,18 +75,25 @@ _RECORD_BYTES = 4096
 
 
 def snapshot_bytes(job: pb.Job) -> int:
-    """Size of a snapshot: the factors and two moments of each, in float32."""
+    """Size of a snapshot: the factors that are trained and two moments of each, in float32."""
     return 3 * 4 * elements(job) + _header_bytes(job, 6)
 
 
 def finished_bytes(job: pb.Job) -> int:
     """Size of the finished adapter, in the dtype that it travels in; a little more, never less."""
-    return adapter.WIRE_DTYPES[job.spec.upload.dtype].itemsize * elements(job) + _header_bytes(job, 2)
+    return sent_bytes(job) + _header_bytes(job, 2)
+
+
+def sent_bytes(job: pb.Job) -> int:
+    """Size of the finished adapter without its header."""
+    return adapter.WIRE_DTYPES[job.spec.upload.dtype].itemsize * elements(job)
 
 
 def elements(job: pb.Job) -> int:
-    """Numbers in the adapter: of A (r, in) and B (out, r) of every module."""
-    return job.spec.lora.rank * sum(module.in_features + module.out_features for module in job.modules)
+    """Numbers that are trained and sent: of A (r, in), unless it is frozen, and B (out, r) of every module."""
+    return job.spec.lora.rank * sum(
+        module.out_features + (0 if job.spec.lora.freeze_a else module.in_features) for module in job.modules
+    )
 
 
 def existing(folder: Path) -> Path:

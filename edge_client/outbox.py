@@ -121,14 +121,17 @@ class Outbox:
         """The coordinator's address when this job was last joined."""
         return (self.folder / "server").read_text()
 
-    def keep_trained(self, trained: Adapter, dtype: str, declaration: pb.Declaration) -> pb.Declaration:
-        """Write the adapter as it will travel, then the declaration with its digest and size.
+    def keep_trained(
+        self, trained: Adapter, dtype: str, declaration: pb.Declaration, frozen_a: str = ""
+    ) -> pb.Declaration:
+        """Write the adapter as it will travel, then the declaration with its digest and size. With `frozen_a`, the
+        initial adapter's digest, B travels alone.
 
         Raises:
             NotEnough: the disk is full. The last snapshot stays.
         """
         try:
-            adapter.write(trained, self.adapter, dtype)
+            adapter.write(trained, self.adapter, dtype, frozen_a)
             declaration.digest = stream.digest(self.adapter)
             declaration.size = self.adapter.stat().st_size
             _write(self.record, declaration)

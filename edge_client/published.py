@@ -124,7 +124,8 @@ def evaluate(
     if base_gguf is None and not kept.exists():
         screen.say("base_gguf", file=str(kept))
     whole = scores.as_gguf(base, kept, base_gguf)
-    adapter = scores.own_adapter(own.adapter, base, whole, own.folder / "adapter.gguf")
+    initial = own.initial if joined.job.spec.lora.freeze_a else None
+    adapter = scores.own_adapter(own.adapter, base, whole, own.folder / "adapter.gguf", initial)
     files = {"base": (whole, None), "own": (whole, adapter), "published": (published, None)}
     count = sum(example.num_targets for example in held_out)
     screen.say("measuring", models=len(files), examples=len(held_out), tokens=count)

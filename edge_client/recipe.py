@@ -32,6 +32,7 @@ class Recipe:
     warmup_steps: int
     total_steps: int
     seed: int
+    freeze_a: bool = False  # only B is trained
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -48,6 +49,7 @@ class Recipe:
             warmup_steps=round(spec.train.warmup_ratio * total_steps),
             total_steps=total_steps,
             seed=spec.train.seed,
+            freeze_a=spec.lora.freeze_a,
         )
 
     def scaling(self, rank: int) -> float:

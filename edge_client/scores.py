@@ -147,9 +147,10 @@ def as_gguf(base: Path, kept: Path, given: Path | None) -> Path:
     return kept
 
 
-def own_adapter(trained: Path, base: Path, base_gguf: Path, to: Path) -> Path:
-    """This machine's adapter as a GGUF adapter for the base."""
-    gguf_adapter.write(adapter.read(trained), to, architectures.describe(base, base_gguf))
+def own_adapter(trained: Path, base: Path, base_gguf: Path, to: Path, initial: Path | None = None) -> Path:
+    """This machine's adapter as a GGUF adapter for the base. `initial` has its A, where that was frozen."""
+    frozen = adapter.read(initial) if initial else None
+    gguf_adapter.write(adapter.read(trained, frozen), to, architectures.describe(base, base_gguf))
     return to
 
 

@@ -246,7 +246,7 @@ async def _train(
         base=job.spec.model.base,
         rank=job.spec.lora.rank,
         modules=len(job.modules),
-        send_bytes=_bytes_to_send(job, initial),
+        send_bytes=disk.sent_bytes(job),
         examples=plan.num_examples,
         tokens=plan.num_targets,
         held_out=len(rows.held_out),
@@ -324,7 +324,8 @@ async def _train(
         "steps": str(declaration.steps),
         "train_loss": repr(declaration.train_loss),
     }
-    return box.keep_trained(Adapter(trained.modules, described), job.spec.upload.dtype, declaration)
+    frozen_a = job.initial.digest if job.spec.lora.freeze_a else ""
+    return box.keep_trained(Adapter(trained.modules, described), job.spec.upload.dtype, declaration, frozen_a)
 
 
 class Keeping:
@@ -387,8 +388,3 @@ def _judged(receipt: pb.Receipt, judgement: pb.Judgement, screen: Screen) -> pb.
         screen.say("pending", job=receipt.job)
     screen.say("done", job=receipt.job)
     return receipt
-
-
-def _bytes_to_send(job: pb.Job, initial: Adapter) -> int:
-    width = adapter.WIRE_DTYPES[job.spec.upload.dtype].itemsize
-    return width * sum(factors.a.size + factors.b.size for factors in initial.modules.values())

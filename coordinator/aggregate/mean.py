@@ -1,35 +1,102 @@
-"""Weighted means of low-rank updates."""
+"""Weighted means of low-rank updates. Weights are the clients' shares of all examples; K clients of rank rᵢ."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from converters.adapter import LowRank
-from converters.errors import LayoutMismatch
+from converters.adapter import Factor, LowRank
+from coordinator.aggregate.method import Cohort, Outcome, Weights
 
 
-def exact(factors: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-    """Σ wᵢ ΔWᵢ exactly, without forming any ΔW: a (Σrᵢ, in), b (out, Σrᵢ). Ranks may differ.
+def exact(cohort: Cohort) -> Outcome:
+    """Σ pᵢ ΔWᵢ exactly, without forming any ΔW: a (Σrᵢ, in), b (out, Σrᵢ). Ranks may differ.
 
+    Cost: none; the clients' factors are named with their weights, and read when something is written.
     Source: FLoRA's stacking, arXiv 2409.05976.
     """
-    return LowRank.sum(factors, weights)
+    return stacked(cohort, cohort.by_examples)
 
 
-def fedavg(factors: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-    """Means of A and of B, each by itself: a (r, in), b (out, r). Not the mean of ΔW, and far from it unless all
-    clients started from one A, as this product's do.
+def stacked(cohort: Cohort, weights: Weights) -> Outcome:
+    """Σ wᵢ ΔWᵢ exactly, for any weights (K,); who has none takes no room."""
+    counting = np.flatnonzero(weights)
 
-    Source: FedIT, arXiv 2305.05644.
+    def update(module: str) -> LowRank:
+        factors = cohort.factors(module)
+        return LowRank.sum([factors[i] for i in counting], weights[counting].tolist())
 
-    Raises:
-        LayoutMismatch: the ranks differ.
+    return Outcome(weights, update)
+
+
+def task_arithmetic(cohort: Cohort) -> Outcome:
+    """λ Σ pᵢ ΔWᵢ, where λ is the server learning rate: `exact` under the name that merging has for it. Shapes and cost
+    are those of `exact`. Source: arXiv 2212.04089, whose λ multiplies the sum of K task vectors and so is λ / K here;
+    for one-shot federated learning arXiv 2411.18607.
     """
-    if len({factor.rank for factor in factors}) > 1:
-        raise LayoutMismatch("fedavg needs adapters of one rank", hint='use method = "exact", which takes any ranks')
-    pairs = list(zip(factors, weights, strict=True))
-    a = sum((np.float32(weight) * factor.a for factor, weight in pairs), np.zeros_like(factors[0].a))
-    b = sum((np.float32(weight) * factor.b for factor, weight in pairs), np.zeros_like(factors[0].b))
-    return LowRank(a, b)
+    return exact(cohort)
+
+
+def svd(cohort: Cohort) -> Outcome:
+    """The best approximation of Σ pᵢ ΔWᵢ of the clients' own rank r = max rᵢ: a (r, in), b (out, r).
+
+    Cost: O((out + in)(Σr)² + (Σr)³) a module, never out × in (truncate.py). Source: FlexLoRA, arXiv 2402.11505.
+    """
+    weights = cohort.by_examples
+    return Outcome(weights, exact(cohort).update, lambda module: max(one.rank for one in cohort.factors(module)))
+
+
+def fedavg(cohort: Cohort) -> Outcome:
+    """Means of A and of B, each by itself: a (r, in), b (out, r). Not the mean of ΔW, and far from it unless all
+    clients started from one A, as this product's do. One rank for all.
+
+    Cost: O(K r (out + in)) a module, in the memory of one client's. Source: FedIT, arXiv 2305.05644.
+    """
+    weights = cohort.by_examples
+    return Outcome(weights, lambda module: _of_factors(cohort.factors(module), weights))
+
+
+def ffa(cohort: Cohort) -> Outcome:
+    """A as it is in all of them, and the mean of B: a (r, in), b (out, r). The mean of ΔW exactly, since Σ pᵢBᵢA =
+    (Σ pᵢBᵢ)A, and linear in what clients send. A has to be frozen.
+
+    Cost: O(K r out) a module, in the memory of one client's. Source: FFA-LoRA, arXiv 2403.12313.
+    """
+    weights = cohort.by_examples
+
+    def update(module: str) -> LowRank:
+        factors = cohort.factors(module)
+        return LowRank(factors[0].a, _mean([(one, "b") for one in factors], weights))
+
+    return Outcome(weights, update)
+
+
+def fedex(cohort: Cohort) -> Outcome:
+    """`fedavg`, and beside it what it misses: B̄Ā + (Σ pᵢBᵢAᵢ − B̄Ā). The mean of ΔW exactly; a (Σr + 2r, in), b
+    (out, Σr + 2r), of which the first r are fedavg's adapter and the others the residual, which the paper adds to the
+    base. One rank for all.
+
+    Cost: fedavg's. Source: FedEx-LoRA, arXiv 2410.09432.
+    """
+    weights = cohort.by_examples
+
+    def update(module: str) -> LowRank:
+        factors = cohort.factors(module)
+        mean = _of_factors(factors, weights)
+        return LowRank.sum([mean, *factors, mean], [1.0, *weights.tolist(), -1.0])
+
+    return Outcome(weights, update)
+
+
+def _of_factors(factors: list[LowRank], weights: Weights) -> LowRank:
+    return LowRank(_mean([(one, "a") for one in factors], weights), _mean([(one, "b") for one in factors], weights))
+
+
+def _mean(parts: list[tuple[LowRank, str]], weights: Weights) -> Factor:
+    """Σ wᵢ of one factor of each, one after the other."""
+    total: Factor | None = None
+    for (update, name), weight in zip(parts, weights, strict=True):
+        part = np.float32(weight) * getattr(update, name)
+        total = part if total is None else np.add(total, part, out=total)
+        update.forget()
+    assert total is not None, "a cohort has at least one client"
+    return total

@@ -263,6 +263,8 @@ def _adapt(model: Any, initial: Adapter, recipe: Recipe) -> dict[str, Any]:
         layer = LoRALinear.from_base(linears[name], r=factors.rank, dropout=recipe.dropout, scale=scaling)
         layer.lora_a, layer.lora_b = _transposed(factors.a), _transposed(factors.b / scaling)
         layer.linear.freeze()
+        if recipe.freeze_a:
+            layer.freeze(keys="lora_a", recurse=False)
         layers[name] = layer
     model.update_modules(tree_unflatten(list(layers.items())))
     return layers
@@ -281,18 +283,23 @@ def _shape(linear: Any) -> Shape:
 def _arrays(layers: dict[str, Any], optimizer: Any) -> dict[str, NDArray[np.float32]]:
     state, found = dict(tree_flatten(optimizer.state)), {}
     for name, layer in layers.items():
-        for part, key in (("a", "lora_a"), ("b", "lora_b")):
+        for part, key in _trained(layer):
             found[f"{name}.{part}"] = np.array(layer[key].T)
             found[f"{name}.{part}.first"] = np.array(state[f"{name}.{key}.m"].T)
             found[f"{name}.{part}.second"] = np.array(state[f"{name}.{key}.v"].T)
     return {name: np.ascontiguousarray(array) for name, array in found.items()}
 
 
+def _trained(layer: Any) -> list[tuple[str, str]]:
+    """Which factors of a layer are trained: a snapshot's name for each, and mlx-lm's."""
+    return [(part, key) for part, key in (("a", "lora_a"), ("b", "lora_b")) if key in layer.trainable_parameters()]
+
+
 def _go_on(model: Any, layers: dict[str, Any], optimizer: Any, snapshot: Snapshot) -> None:
     optimizer.init(model.trainable_parameters())
     state = dict(tree_flatten(optimizer.state))
     for name, layer in layers.items():
-        for part, key in (("a", "lora_a"), ("b", "lora_b")):
+        for part, key in _trained(layer):
             layer[key] = _transposed(snapshot.arrays[f"{name}.{part}"])
             state[f"{name}.{key}.m"] = _transposed(snapshot.arrays[f"{name}.{part}.first"])
             state[f"{name}.{key}.v"] = _transposed(snapshot.arrays[f"{name}.{part}.second"])

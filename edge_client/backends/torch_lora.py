@@ -54,6 +54,7 @@ def adapt(model: PreTrainedModel, initial: Adapter, recipe: Recipe) -> dict[str,
         with torch.no_grad():
             a.weight.copy_(torch.tensor(factors.a))
             b.weight.copy_(torch.tensor(factors.b / scaling))
+        a.weight.requires_grad_(not recipe.freeze_a)
         layer.lora_dropout.train()
         if not recipe.dropout and type(layer.get_base_layer()) is torch.nn.Linear:
             layer.forward = partial(_forward, layer, scaling)
@@ -63,8 +64,9 @@ def adapt(model: PreTrainedModel, initial: Adapter, recipe: Recipe) -> dict[str,
 def weights(layers: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """What is trained, by its name in a snapshot."""
     for name, layer in layers.items():
-        yield f"{name}.a", layer.lora_A[NAME].weight
-        yield f"{name}.b", layer.lora_B[NAME].weight
+        for part, linear in (("a", layer.lora_A[NAME]), ("b", layer.lora_B[NAME])):
+            if linear.weight.requires_grad:
+                yield f"{name}.{part}", linear.weight
 
 
 def factors(layer: Any, scaling: float) -> LowRank:
@@ -91,14 +93,15 @@ class _Sum(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])  # (N, in)
         narrow = flat @ a.t()  # (N, r)
         y = functional.linear(flat, weight, bias).addmm_(narrow, b.t())  # (N, out)
-        ctx.save_for_backward(flat, weight, a, b, narrow)
+        ctx.save_for_backward(flat if ctx.needs_input_grad[3] else None, weight, a, b, narrow)
         ctx.shape = x.shape
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, Tensor]:
         flat, weight, a, b, narrow = ctx.saved_tensors
         dy = gradients[0].reshape(-1, weight.shape[0])
         d_narrow = dy @ b
         dx = (dy @ weight).addmm_(d_narrow, a).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return dx, None, None, d_narrow.t() @ flat, dy.t() @ narrow
+        da = d_narrow.t() @ flat if flat is not None else None  # A may be frozen
+        return dx, None, None, da, dy.t() @ narrow

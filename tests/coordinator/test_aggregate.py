@@ -1,4 +1,4 @@
-"""Aggregation as properties, and against dense NumPy."""
+"""The exact mean, its neighbours and truncation. test_methods.py has what holds for all methods."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from converters.adapter import Adapter, LowRank
 from converters.errors import LayoutMismatch
-from coordinator.aggregate import METHODS, Contribution, aggregate
+from coordinator.aggregate import Contribution, aggregate
 from coordinator.aggregate.truncate import truncate
+from oneround.v1 import federation_pb2 as pb
 
 SHAPES = {"q": (6, 4), "v": (3, 4), "down": (4, 9)}
 
@@ -69,19 +70,9 @@ def test_order_and_common_scale_of_weights_do_not_matter(cohort: list[Contributi
     assert_close(deltas(aggregate(scaled, "exact").adapter), expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_equal_contributions_are_a_fixed_point_and_inputs_stay_as_they_are(method: str) -> None:
-    one = adapter(1, dict.fromkeys(SHAPES, 3))
-    before = {name: (factors.a.copy(), factors.b.copy()) for name, factors in one.modules.items()}
-    result = aggregate([Contribution(one, 5), Contribution(one, 7)], method)
-    assert_close(deltas(result.adapter), deltas(one))
-    for name, (a, b) in before.items():
-        assert np.array_equal(one.modules[name].a, a) and np.array_equal(one.modules[name].b, b)
-
-
 def test_the_server_learning_rate_multiplies_the_mean() -> None:
     cohort = [Contribution(adapter(seed, dict.fromkeys(SHAPES, 2)), seed + 1) for seed in range(3)]
-    result = aggregate(cohort, "exact", server_learning_rate=1.5)
+    result = aggregate(cohort, pb.AggregateSpec(method="exact", server_learning_rate=1.5))
     assert_close(deltas(result.adapter), {name: 1.5 * mean for name, mean in dense_mean(cohort).items()})
 
 

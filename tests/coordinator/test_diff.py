@@ -18,6 +18,7 @@ from converters.errors import BadData, LayoutMismatch
 from coordinator import diff
 from coordinator.aggregate import Contribution, aggregate
 from oneround import stream
+from oneround.v1 import federation_pb2 as pb
 
 BASE = Path(__file__).parents[2] / "benchmarks" / "base"
 NAMES = ("anna", "[b]ben", "cora", "dan")
@@ -42,7 +43,7 @@ def publication(
     for n in out:
         taking.pop(n)
     cohort = [Contribution(update(n), count) for n, count in taking.items()]
-    mean = aggregate(cohort, "exact", server_learning_rate=rate).adapter
+    mean = aggregate(cohort, pb.AggregateSpec(method="exact", server_learning_rate=rate)).adapter
     peft.write(mean, folder / "peft", base_model="base")
     mlx.write(mean, folder / "mlx", architectures.describe(BASE))
     (folder / "notes-f16.gguf").write_bytes(bytes([version]) * 1000)

@@ -16,6 +16,7 @@ from edge_client import backends, examples
 from edge_client.backends import BACKENDS, Backend, Progress, Setup
 from edge_client.batches import Batches
 from edge_client.recipe import Recipe
+from edge_client.snapshot import Snapshot
 from oneround.v1 import federation_pb2 as pb
 from tests.edge_client import tiny
 
@@ -54,8 +55,8 @@ def difference(one: Adapter, other: Adapter) -> float:
     return float(np.sqrt(sum(np.sum((a - b) ** 2) for a, b in deltas) / sum(np.sum(a**2) for a, _ in deltas)))
 
 
-def assert_parity(base: Path, initial: Adapter, plan: Batches) -> None:
-    recipe = recipe_for(plan)
+def assert_parity(base: Path, initial: Adapter, plan: Batches, *, freeze_a: bool = False) -> None:
+    recipe = replace(recipe_for(plan), freeze_a=freeze_a)
     (torch_losses, by_torch), (mlx_losses, by_mlx) = (
         trained(name, base, initial, recipe, plan) for name in ("torch", "mlx")
     )
@@ -166,6 +167,37 @@ def test_a_subset_of_the_modules_and_a_thread(tmp_path: Path, name: str) -> None
     _, result = asyncio.run(asyncio.to_thread(trained, name, base, initial, recipe_for(plan), plan))  # type: ignore[arg-type]
     assert result.modules.keys() == wanted.keys()
     assert all(np.abs(factors.b).max() > 0 for factors in result.modules.values())
+
+
+@each
+def test_a_frozen_a_stays_to_the_bit_and_b_learns(tmp_path: Path, name: str) -> None:
+    """Also from a snapshot on, and where dropout takes PEFT's own way."""
+    base = tiny.llama(tmp_path / "base", tied=True)
+    initial = adapter.initial(tiny.modules_of(base), rank=4, seed=0)
+    plan = Batches(tiny.examples(16), batch_size=8, epochs=2, seed=0)
+    for dropout in (0.0, 0.2):
+        recipe = replace(recipe_for(plan, dropout), freeze_a=True)
+        losses: list[float] = []
+        kept: list[Snapshot] = []
+
+        def keep(progress: Progress, losses: list[float] = losses, kept: list[Snapshot] = kept) -> None:
+            losses.append(progress.loss)
+            kept.append(Snapshot(tuple(losses), progress.arrays()))
+
+        result = backends.load(name).train(base, initial, recipe, plan, keep)
+        again = backends.load(name).train(base, initial, recipe, plan, lambda progress: None, kept[1])
+        assert all(".a" not in array for array in kept[1].arrays), "what is not trained is not kept"
+        for module, factors in result.modules.items():
+            assert np.array_equal(factors.a, initial.modules[module].a)
+            assert np.abs(factors.b).max() > 0 and np.array_equal(factors.b, again.modules[module].b)
+
+
+@both
+def test_parity_with_a_frozen(tmp_path: Path) -> None:
+    base = tiny.llama(tmp_path / "base", tied=True)
+    plan = Batches(tiny.examples(), batch_size=8, epochs=2, seed=3)
+    initial = tiny.nonzero(tiny.modules_of(base), ranks=(4, 2, 3))
+    assert_parity(base, initial, plan, freeze_a=True)
 
 
 @each

@@ -340,12 +340,17 @@ class LoraSpec(_message.Message):
     ALPHA_FIELD_NUMBER: _builtins.int
     DROPOUT_FIELD_NUMBER: _builtins.int
     TARGET_MODULES_FIELD_NUMBER: _builtins.int
+    FREEZE_A_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     """Rank of every adapted module."""
     alpha: _builtins.float
     """ΔW = alpha / rank · B A."""
     dropout: _builtins.float
     """Dropout on the adapter's input, in [0, 1)."""
+    freeze_a: _builtins.bool
+    """A stays as the initial adapter has it; only B is trained and sent: half the upload. `ffa`, `trimmed-mean` and
+    `median` need it.
+    """
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Module names such as `q_proj`, or the one word `all-linear`. Empty: all-linear."""
@@ -357,10 +362,11 @@ class LoraSpec(_message.Message):
         alpha: _builtins.float | None = ...,
         dropout: _builtins.float | None = ...,
         target_modules: _abc.Iterable[_builtins.str] | None = ...,
+        freeze_a: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "dropout", b"dropout", "rank", b"rank", "target_modules", b"target_modules"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "dropout", b"dropout", "freeze_a", b"freeze_a", "rank", b"rank", "target_modules", b"target_modules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "dropout", b"dropout", "rank", b"rank", "target_modules", b"target_modules"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "dropout", b"dropout", "freeze_a", b"freeze_a", "rank", b"rank", "target_modules", b"target_modules"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -496,19 +502,37 @@ class AggregateSpec(_message.Message):
 
     METHOD_FIELD_NUMBER: _builtins.int
     SERVER_LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    DENSITY_FIELD_NUMBER: _builtins.int
+    BYZANTINE_CLIENTS_FIELD_NUMBER: _builtins.int
+    KRUM_KEEP_FIELD_NUMBER: _builtins.int
+    NORM_BOUND_FIELD_NUMBER: _builtins.int
     method: _builtins.str
-    """A name in coordinator/aggregate: `exact` or `fedavg`."""
+    """`exact`, `fedavg`, `svd`, `ffa`, `fedex`, `task-arithmetic`, `ties`, `dare`, `norm-clip`, `krum`,
+    `geometric-median`, `trimmed-mean` or `median`.
+    """
     server_learning_rate: _builtins.float
-    """Multiplies the mean ΔW."""
+    """Multiplies what the method gives; the λ of `task-arithmetic`."""
+    density: _builtins.float
+    """Share of each module's entries of ΔW that `ties` and `dare` keep, in (0, 1]."""
+    byzantine_clients: _builtins.int
+    """How many bad clients `krum` and `trimmed-mean` hold against."""
+    krum_keep: _builtins.int
+    """How many contributions `krum` averages; 0: all clients less the bad ones and two, as Multi-Krum; 1: Krum itself."""
+    norm_bound: _builtins.float
+    """Longest ‖ΔW‖ over all modules under `norm-clip`, in medians of the cohort's; what is longer is scaled down."""
     def __init__(
         self,
         *,
         method: _builtins.str | None = ...,
         server_learning_rate: _builtins.float | None = ...,
+        density: _builtins.float | None = ...,
+        byzantine_clients: _builtins.int | None = ...,
+        krum_keep: _builtins.int | None = ...,
+        norm_bound: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["method", b"method", "server_learning_rate", b"server_learning_rate"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["byzantine_clients", b"byzantine_clients", "density", b"density", "krum_keep", b"krum_keep", "method", b"method", "norm_bound", b"norm_bound", "server_learning_rate", b"server_learning_rate"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["method", b"method", "server_learning_rate", b"server_learning_rate"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["byzantine_clients", b"byzantine_clients", "density", b"density", "krum_keep", b"krum_keep", "method", b"method", "norm_bound", b"norm_bound", "server_learning_rate", b"server_learning_rate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -523,8 +547,8 @@ class PublishSpec(_message.Message):
     GGUF_FIELD_NUMBER: _builtins.int
     ADAPTER_RANK_FIELD_NUMBER: _builtins.int
     adapter_rank: _builtins.int
-    """Rank of the published adapter; 0 keeps the exact stacked rank, k truncates to k by SVD and reports what is lost.
-    Merged models hold the untruncated mean only with 0.
+    """Rank of the published adapter, and so of what merged models hold; k truncates to k by SVD and reports what is lost.
+    0: the exact stacked rank; `svd` takes the clients' own rank, `ties` and `dare` truncate to the stacked one.
     """
     @_builtins.property
     def gguf(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:

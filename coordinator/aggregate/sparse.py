@@ -1,0 +1,93 @@
+"""Methods that look at every entry of ΔW, and so form it: a module's (out, in) in float32, a few times over, one module
+at a time and one client after the other. What comes out is dense, and brought back to low rank afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from converters.adapter import Factor, LowRank
+from coordinator.aggregate.method import Cohort, Outcome
+
+_ROWS = 256  # that DARE's mask is drawn for at a time
+
+
+def ties(cohort: Cohort) -> Outcome:
+    """Of every client's ΔW the largest `density` of entries, module by module; for each entry the sign with the greater
+    weighted sum; and the mean over the clients that have this sign there. Others count nothing there. Any ranks.
+
+    Equal adapters give that adapter trimmed, not as it was. Weighted by examples; the paper's clients weigh the same.
+    Memory: some six modules' ΔW. Cost: O(Σr out in) a module, twice. Source: arXiv 2306.01708.
+    """
+    weights, density = cohort.by_examples, cohort.how.density
+
+    def update(module: str) -> Factor:
+        factors = cohort.factors(module)
+        total = np.zeros(factors[0].shape, np.float32)
+        for one, weight in zip(factors, weights, strict=True):
+            total += np.float32(weight) * trimmed(one, density)
+        sign = np.sign(total)
+        total[:] = 0
+        voted = np.zeros_like(total)  # the weight of those that have the sign
+        for one, weight in zip(factors, weights, strict=True):
+            kept = trimmed(one, density)
+            kept[kept * sign <= 0] = 0
+            voted[kept != 0] += np.float32(weight)
+            total += np.float32(weight) * kept
+        return np.divide(total, voted, out=total, where=voted > 0)
+
+    return Outcome(weights, update, _stacked_rank(cohort))
+
+
+def trimmed(update: LowRank, density: float) -> Factor:
+    """ΔW (out, in) with all but the largest `density` of its entries zero, by absolute value; equal ones all stay."""
+    dense = update.delta()
+    count = max(round(density * dense.size), 1)
+    if count < dense.size:
+        least = np.partition(np.abs(dense), dense.size - count, axis=None)[dense.size - count]
+        dense[np.abs(dense) < least] = 0
+    return dense
+
+
+def dare(cohort: Cohort) -> Outcome:
+    """Of every client's ΔW each entry with probability `density`, divided by it, else zero; and the mean of these. In
+    expectation the exact mean. Any ranks.
+
+    Which entries stay follows from the contribution's own bytes, so that the same cohort gives the same result in any
+    order. Memory: two modules' ΔW. Cost: O(Σr out in) a module. Source: arXiv 2311.03099.
+    """
+    weights, density = cohort.by_examples, cohort.how.density
+
+    def update(module: str) -> Factor:
+        factors = cohort.factors(module)
+        total = np.zeros(factors[0].shape, np.float32)
+        for one, weight in zip(factors, weights, strict=True):
+            dense = one.delta()
+            lot = np.random.default_rng(_seed(one))
+            for start in range(0, len(dense), _ROWS):
+                rows = dense[start : start + _ROWS]
+                rows *= lot.random(rows.shape, np.float32) < density
+            total += np.float32(weight / density) * dense
+        return total
+
+    return Outcome(weights, update, _stacked_rank(cohort))
+
+
+def _seed(update: LowRank) -> int:
+    digest = hashlib.sha256()
+    for factor in (update.a, update.b):
+        digest.update(np.ascontiguousarray(factor).data)
+    update.forget()
+    return int.from_bytes(digest.digest()[:8])
+
+
+def _stacked_rank(cohort: Cohort) -> Callable[[str], int]:
+    """What `exact` would have, and what can be at most."""
+
+    def rank(module: str) -> int:
+        factors: Sequence[LowRank] = cohort.factors(module)
+        return min(sum(one.rank for one in factors), *factors[0].shape)
+
+    return rank
