@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from converters.errors import UsageError
-from coordinator import control, identity
+from coordinator import control
 from coordinator import job as jobs
 from coordinator.printing import DEFAULT_STATE, Json, State, Why, out, print_json
 from coordinator.tables import reachable_host
@@ -33,7 +33,9 @@ ClientName = Annotated[str, typer.Argument(metavar="CLIENT", help="The client's 
 def create(
     job: Annotated[str, typer.Argument(metavar="[JOB]", help="The job; every job if left out.")] = "",
     expires: Annotated[str, typer.Option(help="How long it holds, as 30m, 24h or 7d.")] = "7d",
-    uses: Annotated[int, typer.Option(help="How many machines may come in by it; 0: any number.", min=0)] = 1,
+    uses: Annotated[
+        int, typer.Option(help="How many machines may come in by it; 0: any number.", min=0, max=1_000_000)
+    ] = 1,
     note: Annotated[str, typer.Option(help="Whom it is for; shown in the list.")] = "",
     address: Annotated[str, typer.Option(help="HOST:PORT at which clients reach this coordinator.")] = "",
     qr: Annotated[bool, typer.Option("--qr", help="Show the line as a QR code too.")] = False,
@@ -42,15 +44,14 @@ def create(
 ) -> None:
     """Print one line to paste on the other machine. It is shown once; here only a digest of the token is kept."""
     request = pb.CreateTokenRequest(job=job, holds_seconds=jobs.seconds(expires, "--expires"), uses=uses, note=note)
-    made = asyncio.run(control.create_token(state, request))
     listening = control.listening(state)
     host, _, port = (address or listening.address).rpartition(":")
     if not address:
         host = reachable_host(listening.address)
     if not host or not port.isdecimal():
         raise UsageError(f"{address!r} is not HOST:PORT", hint="--address host:50051")
-    key = "" if listening.insecure else identity.load_or_create(state).fingerprint
-    link = str(invitation.Invitation(f"{host}:{port}", made.secret, key))
+    made = asyncio.run(control.create_token(state, request))
+    link = str(invitation.Invitation(f"{host}:{port}", made.secret, listening.fingerprint))
     if as_json:
         print_json(made.token, link=link)
         return

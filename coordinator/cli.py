@@ -133,7 +133,7 @@ async def _serve(
     for wanted in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(wanted, stop.set)
     await grpc_server.start()
-    control.announce(state, address, insecure=insecure)
+    control.announce(state, address, insecure=insecure, fingerprint=who.fingerprint)
     out.print(f"Listening on [bold]{address}[/bold]" + (" without TLS" if insecure else ""))
     if not insecure:
         out.print(f"Key fingerprint  {tls.grouped(who.fingerprint)}")

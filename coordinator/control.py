@@ -24,15 +24,17 @@ _TIMEOUT = 60.0  # seconds; a submission has none, since it may fetch, fingerpri
 
 @dataclass(frozen=True)
 class Listening:
-    """HOST:PORT, and whether there is no TLS."""
+    """HOST:PORT, whether there is no TLS, and the fingerprint of the key that clients see."""
 
     address: str
     insecure: bool
+    fingerprint: str = ""
 
 
-def announce(state: Path, address: str, *, insecure: bool) -> None:
+def announce(state: Path, address: str, *, insecure: bool, fingerprint: str = "") -> None:
     """Leave word of where the daemon listens."""
-    tensors.replace(state / "daemon.json", [json.dumps(asdict(Listening(address, insecure))).encode()])
+    left = Listening(address, insecure, "" if insecure else fingerprint)
+    tensors.replace(state / "daemon.json", [json.dumps(asdict(left)).encode()])
 
 
 def listening(state: Path) -> Listening:

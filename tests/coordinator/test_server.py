@@ -49,7 +49,7 @@ async def running(
     who = identity.load_or_create(state)
     grpc_server, address = server.create(daemon, who, "127.0.0.1:0", insecure=insecure, certificates=certificates)
     await grpc_server.start()
-    control.announce(state, address, insecure=insecure)
+    control.announce(state, address, insecure=insecure, fingerprint=who.fingerprint)
     try:
         yield daemon, address
     finally:
