@@ -71,10 +71,10 @@ def convert(folder: Path, path: Path, dtype: str | None = None) -> None:
             f"{folder / file} names code of the model's own (auto_map), which {SCRIPT} might run",
             hint="give a GGUF of the model as model.gguf, or make it without that key from a copy of the folder",
         )
-    name, first = next((item for item in checkpoint.weights(folder).items() if item[1].ndim == 2), ("", None))
+    matrix, first = next((item for item in checkpoint.weights(folder).items() if item[1].ndim == 2), ("", None))
     if first is None:
         raise BadModel(f"{folder} holds no matrix")
-    dtype = dtype or checkpoint.dtype(folder, name, first)
+    dtype = dtype or checkpoint.dtype(folder, matrix, first)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tensors.placed(path) as file:
         # It writes by the name; the file that is open here is the same one, and is synced before it is renamed.

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from converters.errors import BadData
-from edge_client import outbox, signers
-from oneround import statements, stream, tls
+from edge_client import signers
+from oneround import rules, statements, stream, tls
 from oneround.v1 import federation_pb2 as pb
 
 _MOST_BYTES = 16 * 1024  # of a receipt's file
@@ -29,7 +29,7 @@ def accept(receipt: pb.Receipt, job: pb.Job, client_id: str, digest: str, certif
         "its signature does not fit what it says": not signer,
         "it is signed by another key than the coordinator's": certificate and signer != tls.fingerprint(certificate),
         "it is for another job": (receipt.job, receipt.job_id) != (job.spec.name, job.id),
-        "it is for another client": receipt.client_id != statements.client(client_id),
+        "it is for another client": receipt.client_id != client_id,
         "it is for another adapter than the one here": digest and receipt.digest != digest,
     }
     for fault, found in faults.items():
@@ -50,7 +50,7 @@ def read(file: Path) -> pb.Receipt:
     receipt = pb.Receipt()
     signers.parse(signers.bytes_of(file, _MOST_BYTES), receipt, f"{file} should be a receipt, and")
     sound = (
-        re.fullmatch(outbox.JOB_NAME, receipt.job)
+        rules.is_job_name(receipt.job)
         and re.fullmatch(r"[0-9a-f]{32}", receipt.job_id)
         and re.fullmatch(r"[0-9a-f]{32}", receipt.client_id)
         and stream.is_digest(receipt.digest)

@@ -191,7 +191,7 @@ class Remote:
         Raises:
             Unreachable: also for troubles of the coordinator that may pass, such as a full disk.
         """
-        opened = await self._call(
+        opened: pb.OpenUploadReply = await self._call(
             "OpenUpload", pb.OpenUploadRequest(lease=lease, declaration=declaration), passing=_PASSING
         )
         if opened.HasField("receipt"):

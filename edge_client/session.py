@@ -97,7 +97,7 @@ async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen,
                 hint=f"ask the operator for `coordinator replace {reply.job.spec.name} {taker.name}`",
             )
         mine = box.trained()
-        receipts.accept(reply.receipt, reply.job, taker.client_id, mine.digest if mine else "", remote.certificate)
+        receipts.accept(reply.receipt, reply.job, remote.me.client_id, mine.digest if mine else "", remote.certificate)
         _safe(box.keep_receipt(reply.receipt), remote, screen)
         return _judged(reply.receipt, reply.judgement, screen)
     if reply.HasField("receipt"):
@@ -115,7 +115,7 @@ async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen,
         else:
             screen.say("resumed", folder=str(box.folder))
         receipt = await _send(remote, reply, declaration, box, screen)
-        receipts.accept(receipt, reply.job, taker.client_id, declaration.digest, remote.certificate)
+        receipts.accept(receipt, reply.job, remote.me.client_id, declaration.digest, remote.certificate)
         _safe(box.keep_receipt(receipt), remote, screen)
         judgement = await _verdict(remote, reply.lease)
     finally:
