@@ -78,7 +78,7 @@ def test_a_token_from_its_making_to_its_end(served: tuple[Path, str], tmp_path: 
     assert Pins(tmp_path / "alice").all() == {address: said.fingerprint}
     shown = operator(served, "token", "list")
     assert "ward 3" in shown and "1 of 1" in shown and "used up" in shown
-    (known,) = [each for each in listed(served, "clients", "--job", "token-notes")]
+    (known,) = listed(served, "clients", "--job", "token-notes")
     assert known["id"] == me(tmp_path / "alice").client_id[:12]
     assert [(each["job"], each["how"]) for each in known["passes"]] == [("token-notes", f"token {token['id']}")]
 
