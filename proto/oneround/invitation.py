@@ -13,7 +13,8 @@ import re
 from dataclasses import dataclass
 
 SCHEME = "oneround://"
-_LINK = re.compile(r"oneround://([^/#\s]+)/?#([A-Za-z0-9_-]{8,128})(?:\+([A-Za-z0-9_-]{43}))?")
+_HOST = r"[A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]"  # nothing that a terminal would obey
+_LINK = re.compile(rf"oneround://((?:{_HOST}):[0-9]{{1,5}})/?#([A-Za-z0-9_-]{{8,128}})(?:\+([A-Za-z0-9_-]{{43}}))?")
 
 
 @dataclass(frozen=True)

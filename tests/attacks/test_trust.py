@@ -19,7 +19,7 @@ from google.protobuf.message import Message
 from grpc import StatusCode
 from structlog.testing import capture_logs
 
-from converters.errors import Denied, NotFound, Refused
+from converters.errors import Refused
 from coordinator import control, identity, job
 from coordinator.daemon import Daemon
 from coordinator.leases import public_id
@@ -150,7 +150,7 @@ def test_a_stolen_session_ends_with_a_ban(tmp_path: Path) -> None:
                 call = getattr(crowd.plain, method)(request(method, lease), metadata=stolen)
                 await refused(call, StatusCode.PERMISSION_DENIED, "has banned this client")
                 assert logged(said, method, StatusCode.PERMISSION_DENIED) == 1, method
-            with pytest.raises(Denied, match="has banned this client"):  # nor is there another one
+            with pytest.raises(Refused, match="has banned this client"):  # nor is there another one
                 await speaking(crowd, ALICE).jobs()
             assert logged(said, "SignIn", StatusCode.PERMISSION_DENIED) == 1
             assert (await beaten(crowd, other)).directive == pb.DIRECTIVE_CONTINUE
@@ -301,7 +301,7 @@ def test_a_job_for_token_holders_is_invisible_to_others(tmp_path: Path) -> None:
             assert (await later.join(pb.JoinRequest(job="notes"))).lease == reply.lease
             await nothing_to_see(crowd, await crowd.speaker(MALLORY), said)
             for guess in ("x" * 22, secret[:-1], f" {secret}"):
-                with pytest.raises(Denied, match="not known here"):
+                with pytest.raises(Refused, match="not known here"):
                     await speaking(crowd, MALLORY, guess).jobs()
             assert logged(said, "SignIn", StatusCode.PERMISSION_DENIED) == 3
             assert secret not in repr(said), "a log is read by many"
@@ -321,7 +321,7 @@ def test_a_token_for_one_lets_one_in(tmp_path: Path) -> None:
             (first,) = [answer for answer in answers if not isinstance(answer, BaseException)]
             assert [found.spec.name for found in first.jobs] == ["notes"]
             refusals = [answer for answer in answers if isinstance(answer, BaseException)]
-            assert all(isinstance(each, Denied) and "used by somebody else" in str(each) for each in refusals)
+            assert all(isinstance(each, Refused) and "used by somebody else" in str(each) for each in refusals)
             assert logged(said, "SignIn", StatusCode.PERMISSION_DENIED) == 11
             winner = holders[answers.index(first)]
             assert (await speaking_again(crowd, winner, secret).jobs()).jobs, "it may bring it again"
@@ -352,12 +352,12 @@ def test_tokens_that_let_nobody_in_any_more(tmp_path: Path) -> None:
             now[0] += 61
             await control.revoke_token(state, revoked)
             for secret, says in ((short, "has expired"), (gone, "was revoked")):
-                with pytest.raises(Denied, match=says):
+                with pytest.raises(Refused, match=says):
                     await speaking(crowd, MALLORY, secret).jobs()
             assert logged(said, "SignIn", StatusCode.PERMISSION_DENIED) == 2
             for label, secret in ((ALICE, short), (BOB, gone)):
                 assert (await speaking(crowd, label, secret).jobs()).jobs, "who is in stays in"
-            with pytest.raises(NotFound, match="no token"):
+            with pytest.raises(Refused, match="no token"):
                 await control.revoke_token(state, "0" * 8)
             assert [entry["token"] for entry in said if entry["event"] == "token_revoked"] == [revoked]
 
@@ -372,7 +372,7 @@ def test_a_token_for_another_job_opens_no_door_here(tmp_path: Path) -> None:
             holder = speaking(crowd, MALLORY, await token(daemon, state, job="other"))
             assert [found.spec.name for found in (await holder.jobs()).jobs] == ["other"]
             for call in (holder.describe("notes"), holder.join(pb.JoinRequest(job="notes")), holder.job("notes")):
-                with pytest.raises(NotFound, match="no job 'notes'"):
+                with pytest.raises(Refused, match="no job 'notes'"):
                     await call
             every = speaking(crowd, ALICE, await token(daemon, state, job=""))
             assert len((await every.jobs()).jobs) == 2
@@ -393,7 +393,7 @@ def test_a_deleted_job_takes_its_passes_along(tmp_path: Path) -> None:
             await nothing_to_see(crowd, holder, said)
             beat = crowd.plain.Heartbeat(request("Heartbeat", reply.lease), metadata=await session(holder))
             await refused(beat, StatusCode.PERMISSION_DENIED, "not known")
-            with pytest.raises(Denied, match="not known"):
+            with pytest.raises(Refused, match="not known"):
                 await speaking(crowd, BOB, secret).jobs()
 
     asyncio.run(test())
@@ -512,7 +512,7 @@ async def main(state, *addresses):
             try:
                 lease = (await there.join(pb.JoinRequest(job="notes", client_name="far"))).lease
             except OneroundError as error:
-                lease = error.status
+                lease = str(error)
             print(json.dumps([jobs, lease]), flush=True)
 
 asyncio.run(main(*sys.argv[1:]))
@@ -550,7 +550,7 @@ def test_who_joined_an_open_job_keeps_its_place_from_another_network(
             assert done.returncode == 0, done.stderr + (tmp_path / "log").read_text()
             return [json.loads(line) for line in done.stdout.splitlines()]
 
-        assert joins("far", "11.77.0.1") == [[[], "NOT_FOUND"]]
+        assert joins("far", "11.77.0.1") == [[[], "there is no job 'notes' for this client"]]
         (near, away, again) = joins("near", "10.77.0.1", "11.77.0.1", "10.77.0.1")
         assert near[0] == ["notes"] and len(near[1]) == 64
         assert near == away == again
