@@ -51,7 +51,9 @@ class Certificates:
             given = now
             return self._configuration(now)
 
-        return grpc.dynamic_ssl_server_credentials(self._configuration(given), renewed, bool(self._client_ca))
+        first, must = self._configuration(given), bool(self._client_ca)
+        # None is for no change, which the stubs do not know.
+        return grpc.dynamic_ssl_server_credentials(first, renewed, must)  # type: ignore[arg-type]
 
     def _configuration(self, identity: Identity) -> grpc.ServerCertificateConfiguration:
         pair = (identity.key, identity.certificate)

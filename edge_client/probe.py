@@ -50,6 +50,20 @@ async def look(server: str, own: Own | None = None) -> Shown:
         Unreachable: nobody answers there, or not with TLS.
         Refused: it asks for a client's certificate, and takes none or not this one.
     """
+    try:
+        return await _look(server, own)
+    except _HungUp:  # as one that ends just now does once, and one that turns us away each time
+        try:
+            return await _look(server, own)
+        except _HungUp as twice:
+            raise _turned_away(server, own) from twice
+
+
+class _HungUp(Exception):
+    """After all had seemed well: TLS 1.3 lets a server turn a client away when the client believes to be connected."""
+
+
+async def _look(server: str, own: Own | None) -> Shown:
     host, port = host_and_port(server)
     context = ssl.create_default_context()
     context.check_hostname = False
@@ -62,7 +76,10 @@ async def look(server: str, own: Own | None = None) -> Shown:
             reader, writer = await asyncio.open_connection(host, port, ssl=context)
             seen = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
             try:
-                await _admitted(server, reader, own)
+                if not await reader.read(1):  # a server of HTTP/2 speaks first
+                    raise _HungUp
+            except (ConnectionError, ssl.SSLError) as error:
+                raise _HungUp from error
             finally:
                 writer.transport.abort()
     except ssl.SSLError as error:
@@ -109,16 +126,6 @@ def unreachable(server: str, why: str) -> Unreachable:
         f"no coordinator answers at {server}" + (f": {why}" if why else ""),
         hint="check the address and that `coordinator serve` runs there; then run the same command again",
     )
-
-
-async def _admitted(server: str, reader: asyncio.StreamReader, own: Own | None) -> None:
-    """Wait for the other end's first word: TLS 1.3 lets a server turn a client away after all has seemed well."""
-    try:
-        there = await reader.read(1)
-    except ssl.SSLError as error:
-        raise _turned_away(server, own) from error
-    if not there:
-        raise unreachable(server, "it hangs up")
 
 
 def _turned_away(server: str, own: Own | None) -> Refused:
