@@ -43,5 +43,5 @@ class Signer:
         """
         said = statements.manifest(stream.digest(folder / statements.MANIFEST))
         written = json_format.MessageToJson(statements.sign(self._key, said), preserving_proto_field_name=True)
-        tensors.replace(folder / statements.SIGNATURE, [written.encode()])
+        tensors.replace(folder / statements.SIGNATURE, [f"{written}\n".encode()])
         return folder / statements.SIGNATURE

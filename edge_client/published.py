@@ -52,7 +52,7 @@ def pull(
     to: Annotated[Path | None, typer.Option(help="Where to put it.", show_default="a folder of the job's name")] = None,
     version: Version = 0,
     unsigned: Annotated[
-        bool, typer.Option("--unsigned", help="Take a version that nobody signed, as those of before signatures.")
+        bool, typer.Option("--unsigned", help="Take a version that is not signed, as one of an earlier oneround.")
     ] = False,
     way: Way = ANY,
     state: State = DEFAULT_STATE,
