@@ -172,7 +172,7 @@ def test_who_says_no_leaves_no_trace(served: tuple[Path, str]) -> None:
     for keys, code, says in (("n\n", 3, "Nothing was sent"), ("\x03", 130, "To go on:")):  # the latter is Ctrl-C
         with terminal.running("edge-client", *joins(served), columns=60) as screen:
             screen.expect("Take part, and send this? [y/N]")
-            assert f"at    {address}" in screen.text and "the name 'vera'" in screen.text
+            assert f"at      {address}" in screen.text and "the name 'vera'" in screen.text
             screen.type(keys)
             assert says in screen.finish(code=code)
     assert "vera" not in clients(folder)
