@@ -48,7 +48,7 @@ def check(folder: Path) -> None:
         elsewhere = key.endswith("_file") and key not in _NOTES
         if value and (elsewhere or key == "init_inputs" or (key == "fast_tokenizer_files" and not _are_bare(value))):
             raise BadModel(
-                f"{folder / 'tokenizer_config.json'} names files by {key[:80]}; all of them have to lie beside it",
+                f"{folder / 'tokenizer_config.json'} names files by {key[:80]}; its files are those beside it",
                 hint=_COPY,
             )
 

@@ -65,10 +65,10 @@ def convert(folder: Path, path: Path, dtype: str | None = None) -> None:
     """
     script = require_script(folder)
     custom_code.check(folder)
-    if file := custom_code.named(folder):
+    if settings := custom_code.named(folder):
         # For some families the script trusts whatever code a folder names.
         raise BadModel(
-            f"{folder / file} names code of the model's own (auto_map), which {SCRIPT} might run",
+            f"{folder / settings} names code of the model's own (auto_map), which {SCRIPT} might run",
             hint="give a GGUF of the model as model.gguf, or make it without that key from a copy of the folder",
         )
     matrix, first = next((item for item in checkpoint.weights(folder).items() if item[1].ndim == 2), ("", None))

@@ -20,10 +20,9 @@ FOUND = {
 
 
 def test_what_is_found() -> None:
-    assert audit.vulnerable(json.dumps(FOUND)) == [
-        "holed 2.0: PYSEC-1, mended in 2.1, 3.0",
-        "old 0.1: GHSA-x, mended in no version yet",
-    ]
+    lines, count = audit.vulnerable(json.dumps(FOUND))
+    assert lines == ["holed 2.0: PYSEC-1, mended in 2.1, 3.0", "old 0.1: GHSA-x, mended in none yet"]
+    assert count == 3, "the one that nobody knows is not counted as sound"
     with pytest.raises(ValueError):
         audit.vulnerable("No network")
 
@@ -39,6 +38,14 @@ def test_nobody_answers(listens: bool, capsys: pytest.CaptureFixture[str]) -> No
         assert audit.main(f"http://127.0.0.1:{port}/pypi/pip/json") == 0
         assert time.monotonic() - began < 2 * audit.ANSWER_SECONDS
     assert capsys.readouterr().out.startswith("AUDIT SKIPPED: http://127.0.0.1")
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"<html>log in</html>", b'{"vulnerabilities": []}'])
+def test_a_mirror_that_knows_of_no_vulnerability_is_no_answer(body: bytes, tmp_path: Path) -> None:
+    (tmp_path / "json").write_bytes(body)
+    assert not audit.answers((tmp_path / "json").as_uri())
+    (tmp_path / "json").write_bytes(b'{"vulnerabilities": [{"id": "PYSEC-1"}]}')
+    assert audit.answers((tmp_path / "json").as_uri())
 
 
 def test_every_pin_is_exact() -> None:

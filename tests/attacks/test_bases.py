@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -250,7 +251,8 @@ def hub() -> Iterator[tuple[str, list[str]]]:
     class Answers(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.append(self.path)
-            self.send_error(404)
+            self.send_response(200)
+            self.end_headers()
 
         do_HEAD = do_POST = do_GET
 
@@ -294,5 +296,7 @@ def test_a_client_fetches_from_its_coordinator_and_from_nobody_else(
         monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         _, err = asyncio.run(join())
-    assert "auto_map" in err and asked == [] and not mark.exists()
+        assert "auto_map" in err and asked == [] and not mark.exists()
+        urllib.request.urlopen(f"{endpoint}/evil/repo")
+        assert asked == ["/evil/repo"], "it would have been seen"
     assert server.joined

@@ -252,14 +252,13 @@ def test_the_command_shows_what_a_job_asks_for_and_escapes_nothing(tmp_path: Pat
                     screen.type("n\n")
                     return screen.finish(code=3)
 
-            said = await asyncio.to_thread(asked)
+            said = " ".join((await asyncio.to_thread(asked)).split())
             size = sum(each.size for each in offered.base_files)
             for words in (
-                f"at         {address}, key none, without TLS",
-                f"base       org/model, {disk.size(size)} of it from the coordinator",
-                "trains     LoRA of rank 2 on 10 modules, with",
+                f"at {address}, key none, without TLS",
+                f"base org/model, {disk.size(size)} of it from the coordinator",
+                "trains LoRA of rank 2 on 10 modules, with",
                 "1 epochs in batches of 2 × 32 tokens",
-                "takes      ",
                 f"of the disk of {tmp_path / 'client'}",
                 "No program comes with a job or its base.",
             ):

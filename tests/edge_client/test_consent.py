@@ -181,7 +181,7 @@ def test_who_says_no_leaves_no_trace(served: tuple[Path, str]) -> None:
                 screen.expect("Is it the same there?")
                 screen.type("y\n")
             screen.expect("Take part, and send this? [y/N]")
-            assert f"at    {address}" in screen.text and "the name 'vera'" in screen.text
+            assert f"at      {address}" in screen.text and "the name 'vera'" in screen.text
             screen.type(keys)
             assert says in screen.finish(code=code)
     assert "vera" not in clients(folder)
