@@ -342,7 +342,7 @@ def test_memory_is_flat_in_the_number_of_clients(tmp_path: Path, method: str) ->
     shape = Shape(8192, 16) if METHODS[method].frozen_a else Shape(160, 128) if dense else Shape(512, 128)
     shapes = {f"layers.{n}": shape for n in range(2)}
     start, rng, files = adapter.initial(shapes, 16, seed=0), np.random.default_rng(0), []
-    for n in range(60):
+    for n in range(120):
         files.append(tmp_path / f"{n}.safetensors")
         modules = {
             name: LowRank(one.a, rng.standard_normal(one.b.shape).astype(np.float32))
@@ -361,5 +361,5 @@ def test_memory_is_flat_in_the_number_of_clients(tmp_path: Path, method: str) ->
         return highest
 
     peak(5)  # imports
-    few, many = peak(16), peak(60)
-    assert many < 2 * few, (few, many)
+    few, many = peak(16), peak(120)
+    assert many < 2.5 * few, (few, many)
