@@ -117,6 +117,15 @@ def inner(rows: Sequence[LowRank], columns: Sequence[LowRank] | None = None) -> 
     return np.triu(found) + np.triu(found, 1).T if columns is None else found
 
 
+def pieces(update: LowRank) -> list[LowRank]:
+    """An update as the sum of several of a smaller rank: `inner` takes up whole updates, and a stacked one is many."""
+    return [
+        LowRank(term.a[start : start + _PANEL], term.b[:, start : start + _PANEL], term.weight)
+        for term in update.terms
+        for start in range(0, len(term.a), _PANEL)
+    ]
+
+
 def _batches(updates: Sequence[LowRank]) -> list[Indices]:
     """Indices of updates, as many together as have about _PANEL columns of B."""
     before = np.cumsum([0, *(update.rank for update in updates)])[:-1]

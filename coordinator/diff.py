@@ -14,16 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from converters import peft, settings
-from converters.adapter import LowRank
 from converters.errors import BadModel, LayoutMismatch
 from converters.settings import Settings
 from coordinator.aggregate import METHODS
-from coordinator.cohort import inner
+from coordinator.cohort import inner, pieces
 from coordinator.tables import size
 
 _MOST_CHANGED = 5
 _ROUNDING = 1e-7  # relative; what the difference of two equal updates may come to in float64
-_PANEL = 128  # rank that is taken up at a time; a published adapter's is that of all its clients together
 _OF_CLIENTS = ("num_examples", "weight", "verdict", "digest")
 _OF_FILES = ("perplexity", "value")
 
@@ -117,21 +115,12 @@ def _adapters(old: Path, new: Path) -> dict[str, Any]:
         raise LayoutMismatch(f"{old} and {new} do not adapt the same modules, {odd[0]} for one")
     modules, total = [], [0.0, 0.0, 0.0]
     for name in sorted(before.modules):
-        one, other = _cut(before.modules[name]), _cut(after.modules[name])
+        one, other = pieces(before.modules[name]), pieces(after.modules[name])
         found = [float(inner(one).sum()), float(inner(other).sum()), float(inner(one, other).sum())]
         total = [sum(pair) for pair in zip(total, found, strict=True)]
         modules.append({"module": name, **_distance(*found)})
     modules.sort(key=lambda found: -math.inf if found["relative_change"] is None else -found["relative_change"])
     return {**_distance(*total), "modules": modules[:_MOST_CHANGED]}
-
-
-def _cut(update: LowRank) -> list[LowRank]:
-    """An update as the sum of several of a smaller rank."""
-    return [
-        LowRank(term.a[start : start + _PANEL], term.b[:, start : start + _PANEL], term.weight)
-        for term in update.terms
-        for start in range(0, len(term.a), _PANEL)
-    ]
 
 
 def _distance(before: float, after: float, product: float) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from converters.errors import LayoutMismatch
 from coordinator.aggregate import coordinatewise, mean, robust, sparse
 from coordinator.aggregate.method import PARAMETERS, Cohort, Method, Outcome
 from coordinator.aggregate.truncate import Truncated, low_rank, truncate
-from coordinator.cohort import inner
+from coordinator.cohort import inner, pieces
 from oneround.v1 import federation_pb2 as pb
 
 __all__ = ["METHODS", "PARAMETERS", "Aggregated", "Contribution", "aggregate", "described", "unfit"]
@@ -143,7 +143,9 @@ def _truncated(outcome: Outcome, name: str, rank: int) -> Truncated:
         return low_rank(update, wanted)
     if 0 < wanted < update.rank:
         return truncate(update, wanted)
-    energy = float(inner([update])[0, 0])
+    energy = (
+        float(inner(pieces(update)).sum()) if wanted else 0.0
+    )  # nothing is lost: what others lose is held against it
     return Truncated(update, energy, energy)
 
 

