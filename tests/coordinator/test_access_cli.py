@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
+import coordinator.cli
+import edge_client.cli
+from converters.errors import OneroundError
 from coordinator import identity
 from edge_client.identity import Pins, me
 from oneround import invitation
@@ -42,9 +47,24 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
         yield folder / "state", address
 
 
+def ran(app: typer.Typer, *arguments: object, code: int = 0) -> str:
+    """What a command prints in this process, or its error and the way out; starting one takes a second or more."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    error, found = result.exception, result.exit_code
+    if isinstance(error, OneroundError):
+        found = error.exit_code
+    elif error is not None and not isinstance(error, SystemExit):
+        raise error
+    assert found == code, (result.output, error)
+    return f"{result.output}{error}\n{error.hint}" if isinstance(error, OneroundError) else result.output
+
+
 def operator(served: tuple[Path, str], *arguments: object, code: int = 0) -> str:
-    out, err = commands.run("coordinator", *arguments, "--state", served[0], code=code)
-    return out if code == 0 else err
+    return ran(coordinator.cli.app, *arguments, "--state", served[0], code=code)
+
+
+def client(*arguments: object, code: int = 0) -> str:
+    return ran(edge_client.cli.app, *arguments, code=code)
 
 
 def listed(served: tuple[Path, str], *arguments: object) -> list[dict[str, Any]]:
@@ -73,8 +93,8 @@ def test_a_token_from_its_making_to_its_end(served: tuple[Path, str], tmp_path: 
     assert said.token not in json.dumps(token), "it is shown once"
 
     # It is pasted; nobody is asked about the key, and which job is meant is known.
-    out, err = commands.run("edge-client", *join, *data, "--state", tmp_path / "alice", "--json", code=2)
-    assert "add --yes" in err and commands.events(out)["terms"]["job"] == "token-notes"
+    said_there = client(*join, *data, "--state", tmp_path / "alice", code=2)
+    assert "add --yes" in said_there and "token-notes" in said_there
     assert Pins(tmp_path / "alice").all() == {address: said.fingerprint}
     shown = operator(served, "token", "list")
     assert "ward 3" in shown and "1 of 1" in shown and "used up" in shown
@@ -83,19 +103,19 @@ def test_a_token_from_its_making_to_its_end(served: tuple[Path, str], tmp_path: 
     assert [(each["job"], each["how"]) for each in known["passes"]] == [("token-notes", f"token {token['id']}")]
 
     # Another machine comes too late; who was there comes in again.
-    _, err = commands.run("edge-client", *join, *data, "--state", tmp_path / "bob", code=3)
+    err = client(*join, *data, "--state", tmp_path / "bob", code=3)
     assert "used by somebody else already" in err and "coordinator token create" in err
-    _, err = commands.run("edge-client", *join, *data, "--state", tmp_path / "alice", code=2)
+    err = client(*join, *data, "--state", tmp_path / "alice", code=2)
     assert "add --yes" in err
     words = ("join", "--server", address, "--job", "token-notes", *data, "--state", tmp_path / "bob")
-    _, err = commands.run("edge-client", *words, code=3)
+    err = client(*words, code=3)
     assert "there is no job 'token-notes'" in err
 
     # A token that is ended.
     printed = operator(served, "token", "create", "--uses", "0", "--json")
     made = json.loads(printed)
     assert f"Token {made['id']} lets nobody in" in operator(served, "token", "revoke", made["id"])
-    _, err = commands.run("edge-client", "join", made["link"], *data, "--state", tmp_path / "carol", code=3)
+    err = client("join", made["link"], *data, "--state", tmp_path / "carol", code=3)
     assert "was revoked" in err
     assert "there is no token" in operator(served, "token", "revoke", "00000000", code=3)
     assert "revoked" in operator(served, "token", "list")
@@ -105,12 +125,12 @@ def test_a_link_that_is_none(served: tuple[Path, str], tmp_path: Path) -> None:
     state, address = served
     common = ("--data", state.parent / "data.txt", "--state", tmp_path)
     good = json.loads(operator(served, "token", "create", "token-notes", "--json"))["link"]
-    _, err = commands.run("edge-client", "join", good[:-1], *common, code=2)
+    err = client("join", good[:-1], *common, code=2)
     assert "oneround://HOST:PORT/#TOKEN+FINGERPRINT" in err
-    _, err = commands.run("edge-client", "join", good, "--server", address, *common, code=2)
+    err = client("join", good, "--server", address, *common, code=2)
     assert "leave --server out" in err
     other = invitation.Invitation(address, invitation.read(good).token, "ab" * 32)
-    _, err = commands.run("edge-client", "join", str(other), *common, code=3)
+    err = client("join", str(other), *common, code=3)
     assert "another key" in err and not Pins(tmp_path).all()
     before = listed(served, "token", "list")
     for arguments in (("--expires", "400d"), ("--expires", "soon"), ("--address", "ward"), ("--uses", "-1")):
@@ -151,7 +171,7 @@ def test_a_client_that_asks(served: tuple[Path, str], tmp_path: Path) -> None:
     assert "nothing but open jobs" in operator(served, "clients", "refuse", "vera", "--job", "approved-notes")
     assert "nothing: banned" in operator(served, "clients", "ban", vera["id"], "--why", "a lost laptop")
     assert "a lost laptop" in operator(served, "clients")
-    _, err = commands.run("edge-client", *joins, code=3)
+    err = client(*joins, code=3)
     assert "has banned this client" in err and vera["id"] in err
     assert "nothing but open jobs" in operator(served, "clients", "unban", "vera")
     assert "no client 'nobody'" in operator(served, "clients", "ban", "nobody", code=3)
@@ -165,8 +185,8 @@ def test_an_invitation_to_a_coordinator_with_its_operators_certificate(tmp_path:
     (tmp_path / "data.txt").write_text("a line\n" * 100)
     (tmp_path / "job.toml").write_text(JOB.format(who="token", base=BASE))
     with commands.coordinator(state, *files, "--job", tmp_path / "job.toml"):
-        out, _ = commands.run("coordinator", "token", "create", "--state", state)
+        out = ran(coordinator.cli.app, "token", "create", "--state", state)
         words = (*pasted(out), "--data", tmp_path / "data.txt", "--state", tmp_path / "client")
-        _, err = commands.run("edge-client", *words, code=2)
+        err = client(*words, code=2)
         assert "add --yes" in err
     assert not (state / "key.pem").exists(), "no other key was made"
