@@ -25,7 +25,7 @@ demo: setup  ## a coordinator and three clients on this machine, start to GGUF
 	$(RUN)/python benchmarks/demo.py
 
 test: setup  ## the test suite
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest -n 2 --dist loadfile  # most of them wait for other processes
 
 test-all: setup  ## the test suite with the slow proofs
 	$(RUN)/python -m pytest -m "" --hypothesis-profile=new
