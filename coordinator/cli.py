@@ -9,7 +9,7 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -407,7 +407,12 @@ def _stopped(state: Path) -> Iterator[None]:
     """
     if not (state / "key.pem").exists():
         raise UsageError(f"no coordinator has run over {state}", hint=f"coordinator serve --state {state}")
-    with command.only_one(state, "coordinator"):
+    with ExitStack() as held:
+        try:
+            held.enter_context(command.only_one(state, "coordinator"))
+        except UsageError as error:
+            error.hint = "stop the daemon first"
+            raise
         yield
 
 

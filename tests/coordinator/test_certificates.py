@@ -158,7 +158,7 @@ def test_rotating_from_the_command_line(tmp_path: Path) -> None:
     assert "no coordinator has run" in err
     with commands.coordinator(state):
         _, err = commands.run("coordinator", "rotate-key", "--state", state, code=2)
-        assert "another coordinator is at work" in err
+        assert "another coordinator is at work" in err and "stop the daemon first" in err
     before = identity.load_or_create(state).fingerprint
     out, _ = commands.run("coordinator", "rotate-key", "--state", state)
     after = identity.load_or_create(state).fingerprint
