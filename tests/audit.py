@@ -32,7 +32,7 @@ def vulnerable(found: str) -> tuple[list[str], int]:
     """
     packages = [package for package in json.loads(found)["dependencies"] if "skip_reason" not in package]
     lines = [
-        f"{package['name']} {package['version']}: {hole['id']}, mended in {', '.join(hole['fix_versions']) or 'none yet'}"
+        f"{package['name']} {package['version']}: {hole['id']}, mended in {', '.join(hole['fix_versions']) or 'none'}"
         for package in packages
         for hole in package["vulns"]
     ]
