@@ -197,9 +197,9 @@ def _smaller(model: Any, setup: Setup, batch_size: int, error: RuntimeError | Me
 def _model(base: Path, setup: Setup) -> Any:
     """The base, frozen. In evaluation mode: LoRA's dropout is the recipe's, the base's own would not be."""
     custom_code.check(base)
-    checkpoint.weights(base)  # MLX would read beyond a file whose header lies
     rope = _rope(settings.read(base / "config.json", BadModel))
     try:
+        checkpoint.weights(base)  # as MLX does not, this looks whether the headers are sound
         model, _ = load_model(base, lazy=True, model_config=rope)
     except MemoryError:
         raise

@@ -119,10 +119,10 @@ def _smaller(setup: Setup, batch_size: int, error: RuntimeError | MemoryError) -
 def _model(base: Path, setup: Setup) -> PreTrainedModel:
     """The base, on the device. In evaluation mode: LoRA's dropout is the recipe's, the base's own would not be."""
     custom_code.check(base)
-    checkpoint.weights(base)  # safetensors that are beside their index, and sound
     logging.disable_progress_bar()
     dtype = getattr(torch, setup.precision)
     try:
+        checkpoint.weights(base)  # safetensors that are beside their index, and sound
         model = AutoModelForCausalLM.from_pretrained(
             str(base),
             dtype=dtype,
