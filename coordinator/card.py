@@ -143,7 +143,7 @@ def _commands(facts: Facts, base: str, smallest: str) -> str:
 
 def _training(facts: Facts) -> str:
     train, lora = facts.spec.train, facts.spec.lora
-    frozen = ", A frozen," if lora.freeze_a else ""
+    frozen = " A frozen," if lora.freeze_a else ""
     kept = f", which keeps {facts.energy_kept:.1%} of ‖ΔW‖²" if facts.energy_kept < 1 else ""
     return (
         "## How it was made\n\n"

@@ -30,8 +30,9 @@ def compare(old: Path, new: Path) -> dict[str, Any]:
     """Two publications' folders, compared; ready for JSON. What has a before and an after is a list of the two.
 
     - `publication`: job and version; `folder`.
-    - `mean`: `method`, `server_learning_rate` and the parameters that either one's method has, `rank` of the adapter,
-      `energy_kept`; `settings`: every other setting of the job that differs, by its key in the job file.
+    - `mean`: `method`, `server_learning_rate` and the parameters of each one's method (null where the other has none),
+      `rank` of the adapter, `energy_kept`; `settings`: every other setting of the job that differs, by its key in the
+      job file.
     - `clients`: how many take part; `changed`: those that were added or removed, and those whose contribution
       (`digest`), `verdict`, `weight` or `num_examples` changed, with both; null where the client is not. A client is
       known by its id, or by its name in manifests without ids.
@@ -46,21 +47,20 @@ def compare(old: Path, new: Path) -> dict[str, Any]:
     """
     sides = [settings.read(folder / "manifest.json", BadModel) for folder in (old, new)]
     jobs = [_flat(side.table("job").values) for side in sides]
-    methods = [METHODS[name] for job in jobs if (name := job.get("aggregate.method")) in METHODS]
-    parameters = dict.fromkeys(f"aggregate.{name}" for method in methods for name in method.parameters)
-    mean = ("aggregate.method", "aggregate.server_learning_rate", *parameters)
+    used = [_parameters(job) for job in jobs]
     keys = sorted(jobs[0].keys() | jobs[1].keys())
     return {
         "publication": [f"{job.get('name')} v{side.get('version')}" for job, side in zip(jobs, sides, strict=True)],
         "folder": [str(old), str(new)],
         "mean": {
-            **{key.rpartition(".")[-1]: [job.get(key) for job in jobs] for key in mean},
+            **{key: [job.get(f"aggregate.{key}") for job in jobs] for key in ("method", "server_learning_rate")},
+            **{key.rpartition(".")[-1]: [side.get(key) for side in used] for key in used[0] | used[1]},
             **{key: [side.get(key) for side in sides] for key in ("rank", "energy_kept")},
         },
         "settings": {
             key: [job.get(key) for job in jobs]
             for key in keys
-            if key not in mean and jobs[0].get(key) != jobs[1].get(key)
+            if not key.startswith("aggregate.") and jobs[0].get(key) != jobs[1].get(key)
         },
         "clients": _clients(sides),
         "adapter": _adapters(old, new),
@@ -74,6 +74,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         found.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return found
+
+
+def _parameters(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a job's aggregation method, by their keys in the job file; another's say nothing of it."""
+    method = METHODS.get(str(job.get("aggregate.method")))
+    names = (f"aggregate.{name}" for name in method.parameters) if method else ()
+    return {name: job.get(name) for name in names}
 
 
 def _clients(sides: Sequence[Settings]) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def check(spec: pb.JobSpec, clients: int | None = None) -> pb.JobSpec:
     return spec
 
 
-def _check_method(spec: pb.JobSpec, clients: int) -> None:
+def _check_method(spec: pb.JobSpec, clients: int | None) -> None:
     """What a method cannot take it refuses here, before anybody trains."""
     method = aggregate.METHODS[spec.aggregate.method]
     defaults = pb.AggregateSpec()
@@ -96,12 +96,13 @@ def _check_method(spec: pb.JobSpec, clients: int) -> None:
             users = (known for known, other in aggregate.METHODS.items() if name in other.parameters)
             raise UsageError(
                 f"aggregate.{name} is set, and {spec.aggregate.method} does not use it",
-                hint=f"it is for {', '.join(users)}",
+                hint=f"leave it out; it is for {' and '.join(users)}",
             )
-    if why := aggregate.unfit(spec.aggregate, clients=clients, frozen_a=spec.lora.freeze_a):
+    there = spec.round.min_clients if clients is None else clients
+    if why := aggregate.unfit(spec.aggregate, clients=there, frozen_a=spec.lora.freeze_a):
         least = method.at_least(spec.aggregate)
-        hint = f"round.min_clients = {least}, or fewer byzantine_clients" if clients < least else ""
-        raise UsageError(why, hint=hint)
+        raise_it = f"round.min_clients = {least}, or fewer byzantine_clients"
+        raise UsageError(why, hint=raise_it if clients is None and there < least else "another method, such as exact")
 
 
 def is_path(base: str) -> bool:

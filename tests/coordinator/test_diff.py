@@ -225,3 +225,19 @@ def test_adapters_of_other_models_are_not_compared(tmp_path: Path) -> None:
     peft.write(Adapter(some), new / "peft", base_model="base")
     with pytest.raises(LayoutMismatch, match=r"do not adapt the same modules, model\.layers"):
         diff.compare(old, new)
+
+
+def test_parameters_are_told_of_the_methods_that_have_them(tmp_path: Path) -> None:
+    folders = [publication(tmp_path / f"v{n}", n, {0: 1, 1: 1}) for n in (1, 2)]
+    for folder, method, kept in ((folders[0], "krum", 1.0), (folders[1], "ties", 0.9)):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        spec = {"method": method, "density": 0.3, "byzantine_clients": 2, "server_learning_rate": 1.0}
+        manifest |= {"job": {"name": "notes", "aggregate": spec}, "method": method, "energy_kept": kept}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    found = diff.compare(*folders)
+    assert found["mean"]["byzantine_clients"] == [2, None] and found["mean"]["density"] == [None, 0.3]
+    assert found["settings"] == {}
+    console = Console(file=io.StringIO(), width=200)
+    console.print(diff.table(found))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "krum -> ties" in shown and "density – -> 0.3" in shown and "energy kept 100.0% -> 90.0%" in shown

@@ -47,7 +47,7 @@ def test_what_a_job_cannot_do_it_says_before_anybody_trains() -> None:
         parsed("trimmed-mean", frozen)
     with pytest.raises(UsageError, match=r"aggregate.density is set, and exact does not use it") as caught:
         parsed("exact", density=0.5)
-    assert caught.value.hint == "it is for ties, dare"
+    assert caught.value.hint == "leave it out; it is for ties and dare"
     for name, value in (("density", 0), ("density", 1.5), ("norm_bound", -1), ("byzantine_clients", -1)):
         with pytest.raises(UsageError, match=f"aggregate.{name} is"):
             parsed("ties", **{name: value})
