@@ -96,7 +96,7 @@ async def check(
     manifest = manifests.read(text, signature, f"the manifest of v{made.version}")
     if not remote.certificate:
         screen.say("signed_by_anyone", version=made.version)
-    elif manifest.signer not in signers.connected(pins, remote.server, remote.certificate):
+    elif manifest.signer not in signers.connected(pins, remote.certificate):
         raise BadData(
             f"v{made.version} of {job} is signed with another key than this coordinator's: "
             f"{tls.grouped(manifest.signer)}",

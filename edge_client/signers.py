@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -11,20 +10,21 @@ from google.protobuf.message import Message
 
 from converters.errors import BadData, UsageError
 from edge_client.identity import Pins
-from oneround import statements, stream, tls
+from oneround import statements, tls
 from oneround.v1 import federation_pb2 as pb
 
 Keys = Mapping[str, Collection[str]]  # fingerprints, by whose they are
 
 
 def known(pins: Pins) -> Keys:
-    """The keys that this machine has pinned, by the address of their coordinator."""
-    return {address: {pinned} for address, pinned in pins.all().items()}
+    """The keys that this machine has pinned, by the address of their coordinator, with those that they followed."""
+    return {address: {pin.fingerprint, *pin.earlier} for address, pin in pins.known().items()}
 
 
-def connected(pins: Pins, server: str, certificate: bytes) -> Collection[str]:
-    """The keys of the coordinator at `server`: of the certificate (PEM) that it shows, and what is pinned for it."""
-    return {tls.fingerprint(certificate), *known(pins).get(server, ())}
+def connected(pins: Pins, certificate: bytes) -> Collection[str]:
+    """The keys of a coordinator that shows a certificate (PEM): its own, and those that it follows."""
+    shown = tls.fingerprint(certificate)
+    return {shown, *tls.earlier(certificate), *pins.earlier(shown)}
 
 
 def trusted(pins: Pins, fingerprint: str) -> Keys:
@@ -35,8 +35,8 @@ def trusted(pins: Pins, fingerprint: str) -> Keys:
     """
     if not fingerprint:
         return {f"the coordinator at {address}": prints for address, prints in known(pins).items()}
-    digits = re.sub(r"[\s:]", "", fingerprint).lower()
-    if not stream.is_digest(digits):
+    digits = tls.ungrouped(fingerprint)
+    if not digits:
         raise UsageError(
             f"{fingerprint!r} is no key's fingerprint, which has 64 hex digits",
             hint="copy it from what `coordinator serve` prints, and put it in quotation marks",

@@ -24,17 +24,17 @@ def answers(url: str) -> bool:
         return False
 
 
-def vulnerable(found: str) -> tuple[list[str], int]:
+def vulnerable(text: str) -> tuple[list[str], int]:
     """A line for each vulnerability in what pip-audit prints as JSON, and how many packages it was told of.
 
     Raises:
         ValueError: it is no such thing.
     """
-    packages = [package for package in json.loads(found)["dependencies"] if "skip_reason" not in package]
+    packages = [package for package in json.loads(text)["dependencies"] if "skip_reason" not in package]
     lines = [
-        f"{package['name']} {package['version']}: {hole['id']}, mended in {', '.join(hole['fix_versions']) or 'none yet'}"
-        for package in packages
-        for hole in package["vulns"]
+        f"{found['name']} {found['version']}: {hole['id']}, mended in {', '.join(hole['fix_versions']) or 'none yet'}"
+        for found in packages
+        for hole in found["vulns"]
     ]
     return lines, len(packages)
 

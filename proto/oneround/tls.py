@@ -49,7 +49,7 @@ def grouped(fingerprint: str) -> str:
 
 def ungrouped(text: str) -> str:
     """A whole fingerprint as somebody typed or copied it, grouped or not; empty when it is none."""
-    plain = "".join(text.split()).lower()
+    plain = "".join(text.replace(":", " ").split()).lower()
     return plain if len(plain) == 64 and set(plain) <= set("0123456789abcdef") else ""
 
 

@@ -271,7 +271,7 @@ def test_a_manifest_with_a_contribution_taken_out(past: Past, says: Says, tmp_pa
     # Another coordinator that this machine knows has no say in it either.
     state = tmp_path / "state"
     shutil.copytree(past.state, state)
-    Pins(state).check("elsewhere:50051", signing.fingerprint(signing.spki(stranger)))
+    Pins(state).pin("elsewhere:50051", signing.fingerprint(signing.spki(stranger)))
     with pytest.raises(BadData, match="by another coordinator than the receipt"):
         says("notes", state, manifest=manifest)
 
@@ -544,6 +544,14 @@ def test_after_a_change_of_keys(past: Past, served: Path, says: Says, tmp_path: 
     assert statements.receipt(receipt) == statements.receipt(receipts.read(past.mine)), "the same words"
     manifest = past.pulled / "manifest.json"
     assert "takes_part" in says(past.mine, tmp_path / "none", manifest=manifest, fingerprint=before)
+
+
+def test_after_a_planned_change_of_keys(served: Path, tmp_path: Path) -> None:
+    """The new key vouches for what the one before it has signed, to those who never saw that one too."""
+    before, after = identity.rotate(served)
+    assert before != after
+    pulled(served, tmp_path / "out")
+    assert (tmp_path / "out" / "notes-f16.gguf").exists()
 
 
 def _sign(manifest: Path, key: signing.PrivateKey) -> None:
