@@ -116,10 +116,11 @@ class Doors:
             )
 
     async def enter(self, caller: Caller, job: str, name: str) -> bool:
-        """Whether a client takes part in a job from now on; if not, the operator now knows that it would.
+        """Whether a client may join a job; if not, the operator now knows that it would.
 
         Raises:
             NotFound: it may not know of the job.
+            NotEnough: too many wait for the operator already.
         """
         if not caller.client_id:
             raise UsageError("the operator's credential is no client's")
@@ -127,17 +128,22 @@ class Doors:
         standing = self._standing(caller, job, passes)
         if standing == "out":
             raise self._hidden(job)
-        name = printable(name) or public_id(caller.client_id)
         if standing == "may ask":
+            name = printable(name) or public_id(caller.client_id)
             await offload(self._people.asks, caller.client_id, job, name, self._clock())
             log.info("asks_to_join", job=job, client=name, id=public_id(caller.client_id))
             return False
-        if job not in passes:  # so that it stays in when it goes on from another network
+        return True
+
+    async def joined(self, caller: Caller, job: str, name: str) -> None:
+        """A client takes part in a job; it stays in when it goes on from another network."""
+        passes = await self._passes(caller)
+        name = printable(name) or public_id(caller.client_id)
+        if job not in passes and self._standing(caller, job, passes) == "in":  # the operator may have refused it since
             how = "every job" if EVERY in passes else "open"
             await offload(self._people.lets_in, caller.client_id, job, name, how, self._clock())
         else:
             await offload(self._people.seen, caller.client_id, name, self._clock())
-        return True
 
     async def _passes(self, caller: Caller) -> set[str]:
         return await offload(self._people.jobs_of, caller.client_id) if caller.client_id else set()

@@ -7,15 +7,16 @@ import hashlib
 import secrets
 from collections.abc import Sequence
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, func, not_, select
 from sqlalchemy.orm import Session
 
-from converters.errors import Denied, NotFound
+from converters.errors import Denied, NotEnough, NotFound
 from coordinator.database import Database
 from coordinator.schema import Pass, Person, Token
 from oneround.v1 import federation_pb2 as pb
 
 EVERY = ""  # a pass or a token for every job
+MOST_WAITING = 500  # clients that ask to be let into one job
 
 
 class People:
@@ -42,10 +43,18 @@ class People:
             return set(session.scalars(select(Pass.job).where(Pass.client_id == client_id, Pass.granted)))
 
     def asks(self, client_id: str, job: str, name: str, now: float) -> None:
-        """A client would take part in a job that takes approval. It may ask as often as it likes."""
+        """A client would take part in a job that takes approval. It may ask as often as it likes.
+
+        Raises:
+            NotEnough: as many as an operator can look at wait already.
+        """
         with self._database.writes() as session:
+            known = session.get(Pass, (client_id, job)) is not None
+            asking = select(func.count()).where(Pass.job == job, not_(Pass.granted))
+            if not known and (session.scalar(asking) or 0) >= MOST_WAITING:
+                raise NotEnough(f"too many wait to be let into {job!r}", hint="tell the operator, and ask again later")
             _person(session, client_id, name, now)
-            if session.get(Pass, (client_id, job)) is None:
+            if not known:
                 session.add(Pass(client_id=client_id, job=job, granted=False, how="", at=now))
 
     def lets_in(self, client_id: str, job: str, name: str, how: str, now: float) -> None:

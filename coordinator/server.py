@@ -258,7 +258,9 @@ class Federation(rpc.FederationServicer):
             request.job = request.job or await self._only(caller)
             if not await self._doors.enter(caller, request.job, request.client_name):
                 return pb.JoinReply(awaits_approval=True, job=await self._daemon.describe(request.job))
-            return await self._daemon.join(request, caller.client_id)
+            reply = await self._daemon.join(request, caller.client_id)
+            await self._doors.joined(caller, request.job, request.client_name)
+            return reply
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatReply:
         async with self._known(context, "Heartbeat", request) as caller:

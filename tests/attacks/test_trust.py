@@ -453,6 +453,28 @@ def test_who_asks_is_let_in_by_the_operator_alone(tmp_path: Path) -> None:
     asyncio.run(test())
 
 
+def test_keys_without_end_fill_no_table(tmp_path: Path) -> None:
+    """Keys cost nothing. Who is turned away from a full or closed job is not written down."""
+
+    async def test() -> None:
+        state = tmp_path / "state"
+        async with kept(state) as (daemon, crowd, said):
+            few = {**SPEC, "name": "few", "round": {"min_clients": 1, "target_clients": 0, "max_clients": 3}}
+            await daemon.submit(job.parse(few))
+            strangers = [speaking(crowd, f"stranger {number}") for number in range(20)]
+            joins = [stranger.join(pb.JoinRequest(job="few")) for stranger in strangers]
+            answers = await asyncio.gather(*joins, return_exceptions=True)
+            assert sum(isinstance(answer, pb.JoinReply) for answer in answers) == 3
+            assert logged(said, "Join", StatusCode.RESOURCE_EXHAUSTED) == 17
+            await daemon.cancel("notes")
+            for stranger in strangers:
+                with pytest.raises(Refused, match="no more contributions"):
+                    await stranger.join(pb.JoinRequest(job="notes"))
+            assert len((await control.clients(state, "")).clients) == 3
+
+    asyncio.run(test())
+
+
 # ---- the operator, and who would be ----
 
 

@@ -14,12 +14,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converters.errors import Denied, NotFound, NotSignedIn, Refused, UsageError
+from converters.errors import Denied, NotEnough, NotFound, NotSignedIn, Refused, UsageError
 from coordinator import access
 from coordinator.access import Caller
 from coordinator.doors import Doors
 from coordinator.leases import public_id
-from coordinator.people import EVERY, People
+from coordinator.people import EVERY, MOST_WAITING, People
 from coordinator.sessions import CHALLENGE_SECONDS, SCHEME, SESSION_SECONDS, Sessions
 from coordinator.store import Store
 from oneround import signing
@@ -386,6 +386,20 @@ def test_who_asks_again_keeps_what_it_was_given(people: People) -> None:
     assert not people.known("other")
 
 
+def test_no_more_ask_than_an_operator_can_look_at() -> None:
+    people = People(Store("sqlite://").database)
+    for number in range(MOST_WAITING):
+        people.asks(f"{number:032x}", "notes", "", 1.0)
+    for _ in range(3):
+        with pytest.raises(NotEnough, match="too many wait"):
+            people.asks(ALICE, "notes", "alice", 2.0)
+    people.asks(f"{7:032x}", "notes", "who has asked may go on asking", 2.0)
+    people.asks(ALICE, "other", "alice", 2.0)
+    people.settle(f"{7:032x}", "notes", pb.SETTLEMENT_APPROVE, "", 3.0)
+    people.asks(ALICE, "notes", "alice", 4.0)
+    assert len(people.known()) == MOST_WAITING + 1
+
+
 # ---- the doors ----
 
 JOBS = {"open": "open", "by-token": "token", "by-approval": "approved"}
@@ -415,6 +429,8 @@ def test_what_each_may_know_of(doors: Doors, sessions: Sessions) -> None:
         assert await seen(alice) == ["open", "by-approval"] and await seen(far) == []
         assert await seen(doors.caller({"authorization": "Bearer admin"}, THERE)) == list(JOBS)
         assert await doors.enter(alice, "open", "alice") and not await doors.enter(alice, "by-approval", "alice")
+        assert await seen(far) == []
+        await doors.joined(alice, "open", "alice")
         assert await seen(far) == ["open"], "it joined, and goes on from another network"
         await doors.settle(pb.SettleRequest(client="alice", job="by-approval", settlement=pb.SETTLEMENT_APPROVE))
         assert await seen(far) == ["open", "by-approval"]
@@ -458,9 +474,24 @@ def test_who_may_ask_gets_nothing_meanwhile(doors: Doors, sessions: Sessions) ->
     asyncio.run(test())
 
 
+def test_who_is_refused_while_it_joins_is_not_let_in_by_that(doors: Doors, sessions: Sessions) -> None:
+    async def test() -> None:
+        alice = caller(doors, sessions, "alice")
+        await doors.enter(alice, "by-approval", "alice")
+        asked = pb.SettleRequest(client="alice", job="by-approval", settlement=pb.SETTLEMENT_APPROVE)
+        await doors.settle(asked)
+        assert await doors.enter(alice, "by-approval", "alice")
+        asked.settlement = pb.SETTLEMENT_REFUSE
+        await doors.settle(asked)
+        await doors.joined(alice, "by-approval", "alice")
+        assert not await doors.enter(alice, "by-approval", "alice")
+
+    asyncio.run(test())
+
+
 def test_who_is_banned_gets_nowhere(doors: Doors, sessions: Sessions, people: People, clock: Clock) -> None:
     async def test() -> None:
-        assert await doors.enter(caller(doors, sessions, "alice"), "open", "alice")
+        await doors.joined(caller(doors, sessions, "alice"), "open", "alice")
         request = pb.SettleRequest(client="alice", settlement=pb.SETTLEMENT_BAN, why="a lost\x1b[2J laptop")
         settled = await doors.settle(request)
         assert settled.banned and settled.why == "a lost[2J laptop"
@@ -504,7 +535,7 @@ def test_names_do_not_stand_in_the_way(doors: Doors, sessions: Sessions) -> None
     async def test() -> None:
         ids = {label: public_id(me(label).client_id) for label in ("alice", "bob", "mallory")}
         for label, name in (("alice", "ward"), ("bob", "ward"), ("mallory", ids["alice"])):
-            await doors.enter(caller(doors, sessions, label), "open", name)
+            await doors.joined(caller(doors, sessions, label), "open", name)
         with pytest.raises(Refused, match="2 clients are called 'ward'"):
             await doors.settle(pb.SettleRequest(client="ward", settlement=pb.SETTLEMENT_BAN))
         with pytest.raises(NotFound, match="no client 'nobody'"):
@@ -535,7 +566,7 @@ def test_what_an_operator_cannot_ask_for(
     doors: Doors, sessions: Sessions, request_: pb.CreateTokenRequest | pb.SettleRequest, says: str
 ) -> None:
     async def test() -> None:
-        await doors.enter(caller(doors, sessions, "alice"), "open", "alice")
+        await doors.joined(caller(doors, sessions, "alice"), "open", "alice")
         with pytest.raises((UsageError, NotFound), match=says):
             if isinstance(request_, pb.CreateTokenRequest):
                 await doors.create_token(request_)

@@ -171,7 +171,7 @@ def test_the_receipt_of_another_adapter(past: Past, says: Says, tmp_path: Path) 
 TAMPERED = {
     "job": "letters",
     "job_id": "0" * 32,
-    "client": "0" * 64,
+    "client_id": "0" * 32,
     "digest": "0" * 64,
     "size": 7,
     "received_unix": 1763748968.1,
