@@ -83,7 +83,7 @@ def check(spec: pb.JobSpec, clients: int | None = None) -> pb.JobSpec:
     )
     if said:
         raise UsageError(said)
-    _check_method(spec, spec.round.min_clients if clients is None else clients)
+    _check_method(spec, clients)
     return spec
 
 

@@ -358,12 +358,13 @@ def test_a_wrong_receipt_is_none_and_the_adapter_stays(tmp_path: Path) -> None:
 
 
 def test_without_tls_any_key_may_have_signed_a_receipt_that_is_right() -> None:
+    mine, other = "a" * 32, "b" * 32
     announced = pb.Job(spec=pb.JobSpec(name="notes"), id="1" * 32)
-    receipt = pb.Receipt(job="notes", job_id="1" * 32, client=statements.client(ALICE), digest="d" * 64, size=7)
+    receipt = pb.Receipt(job="notes", job_id="1" * 32, client_id=mine, digest="d" * 64, size=7)
     _signed(ec.generate_private_key(ec.SECP256R1()))(receipt)
-    assert receipts.accept(receipt, announced, ALICE, "d" * 64, b"") == receipt
-    assert receipts.accept(receipt, announced, ALICE, "", b"") == receipt, "what was sent may be gone from here"
-    for client, digest, why in ((BOB, "d" * 64, "another client"), (ALICE, "e" * 64, "another adapter")):
+    assert receipts.accept(receipt, announced, mine, "d" * 64, b"") == receipt
+    assert receipts.accept(receipt, announced, mine, "", b"") == receipt, "what was sent may be gone from here"
+    for client, digest, why in ((other, "d" * 64, "another client"), (mine, "e" * 64, "another adapter")):
         with pytest.raises(BadData, match=why):
             receipts.accept(receipt, announced, client, digest, b"")
 
