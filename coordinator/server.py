@@ -70,10 +70,10 @@ def create(
         UsageError: the address cannot be bound.
     """
     _nobody_listens(listen)
-    sessions = Sessions(identity.session_secret, "" if insecure else identity.fingerprint, daemon.now)
+    shown = certificates or transport.Certificates(identity)
+    sessions = Sessions(identity.session_secret, "" if insecure else shown.fingerprint, daemon.now)
     doors = Doors(daemon.people, daemon.for_whom, sessions, identity.admin_token, daemon.now)
     servicers = Federation(daemon, doors), healthy or health.aio.HealthServicer()
-    shown = certificates or transport.Certificates(identity)
     acceptors: list[grpc.aio.Server] = []
     host, _, port = listen.rpartition(":")
     try:

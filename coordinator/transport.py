@@ -40,6 +40,11 @@ class Certificates:
         self._looked, self._lock = time.monotonic(), threading.Lock()
         self._trouble = ""
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the key that is shown, which stays the same for as long as the server runs."""
+        return self._shown.fingerprint
+
     def credentials(self) -> grpc.ServerCredentials:
         """For one server; each has its own."""
         given = self._shown
