@@ -151,7 +151,7 @@ async def showing(folder: Path, who: Identity) -> AsyncIterator[str]:
 
 def forged(key: bytes, changes: Sequence[tls.Change]) -> Identity:
     now = datetime.datetime.now(datetime.UTC)
-    return Identity(key, certificates.self_signed(key, changes, now), "")
+    return Identity(key, certificates.self_signed(key, changes, now), "", b"")
 
 
 def test_a_key_that_claims_to_follow_the_pinned_one(tmp_path: Path) -> None:

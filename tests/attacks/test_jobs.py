@@ -91,7 +91,12 @@ def test_the_same_rules_for_a_file_and_for_the_wire(sound: tuple[pb.Job, Any], k
 def test_every_field_that_a_client_follows_has_a_rule() -> None:
     """So that a field that is added to these tables is not forgotten here."""
     ours = {"model", "lora", "train", "round", "upload"}
-    held = {key for key, _ in SPECS} | {"model.accept_quantised_gguf", "train.packing", "round.target_clients"}
+    held = {key for key, _ in SPECS} | {
+        "model.accept_quantised_gguf",
+        "train.packing",
+        "round.target_clients",
+        "lora.freeze_a",
+    }
     for field in pb.JobSpec.DESCRIPTOR.fields:
         if field.name in ours:
             assert {f"{field.name}.{inner.name}" for inner in field.message_type.fields} <= held, field.name
@@ -176,7 +181,7 @@ def test_nothing_is_written_for_a_job_that_makes_no_sense(tmp_path: Path, sound:
     offered.spec.name = "../../outside"
     with pytest.raises(BadData, match="makes no sense"):
         take_part(tmp_path, hostile.Hostile(offered, sound[1]))
-    assert {path.name for path in tmp_path.rglob("*")} == {"client", "data.jsonl"}
+    assert {path.name for path in tmp_path.rglob("*")} == {"client", "client-key.pem", "data.jsonl"}
 
 
 def test_another_job_than_the_one_that_was_shown(tmp_path: Path, sound: tuple[pb.Job, Any]) -> None:

@@ -241,7 +241,13 @@ def test_files_that_are_no_receipt(past: Past, tmp_path: Path, content: bytes | 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("job", "../../x"), ("client", "\x1b[2J"), ("received_unix", float("nan")), ("received_unix", 1e300), ("size", 0)],
+    [
+        ("job", "../../x"),
+        ("client_id", "\x1b[2J"),
+        ("received_unix", float("nan")),
+        ("received_unix", 1e300),
+        ("size", 0),
+    ],
 )
 def test_receipts_of_what_cannot_be(past: Past, tmp_path: Path, field: str, value: object) -> None:
     receipt = receipts.read(past.mine)
