@@ -22,7 +22,11 @@ from coordinator.tables import reachable_host
 from oneround import invitation
 from oneround.v1 import federation_pb2 as pb
 
-token = typer.Typer(help="Tokens that let people into a job that takes one.", no_args_is_help=True)
+token = typer.Typer(
+    help="Tokens that let people into a job that takes one.",
+    epilog="Example: coordinator token create clinic-notes --note 'ward 3'",
+    no_args_is_help=True,
+)
 clients = typer.Typer(help="Who has asked for something here, and what they may take part in.")
 
 OneJob = Annotated[str, typer.Option("--job", metavar="JOB", help="The job; every job if left out.")]

@@ -129,7 +129,7 @@ async def job(case: Case) -> Finding | None:
         offered = await case.remote.describe(case.job_name)
     except Refused as error:
         names = ", ".join(each.spec.name for each in case.jobs.jobs if each.takes_contributions)
-        error.hint = error.hint or (f"--job with one of: {names}" if names else "ask the operator for a job")
+        error.hint = f"--job with one of: {names}" if names else error.hint or "ask the operator for a job"
         raise
     announced.check(offered)
     name = offered.spec.name

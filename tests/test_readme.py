@@ -62,7 +62,7 @@ def test_links_lead_somewhere() -> None:
 
 def command_lines() -> list[str]:
     blocks = re.findall(r"```sh\n(.*?)```", README, flags=re.S)
-    lines = (line.split("#")[0].strip() for block in blocks for line in block.splitlines())
+    lines = (re.split(r"\s#", line)[0].strip() for block in blocks for line in block.splitlines())
     return [line for line in lines if line.split(" ")[0] in APPS]
 
 

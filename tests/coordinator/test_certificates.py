@@ -119,7 +119,8 @@ def test_an_operators_own_certificate(tmp_path: Path) -> None:
     own = written(tmp_path, authorities.pem(key), ca.signed(key, ["*.ward.example", "192.0.2.7"]))
     who = identity.load_or_create(tmp_path / "state", own)
     assert who.fingerprint == signing.fingerprint(signing.spki(key)) and tls.name(who.certificate) == "any.ward.example"
-    assert {file.name for file in (tmp_path / "state").iterdir()} == {"admin-token"}, "no key is made that is not used"
+    made = {file.name for file in (tmp_path / "state").iterdir()}
+    assert made == {"admin-token", "session-secret"}, "no key is made that is not used"
     assert tls.name(ca.signed(key, ["192.0.2.7"])) == "192.0.2.7"
 
 
