@@ -6,7 +6,6 @@ import re
 
 from converters import checkpoint
 from converters.errors import BadData
-from edge_client import disk
 from oneround import rules, stream
 from oneround.v1 import federation_pb2 as pb
 
@@ -59,4 +58,5 @@ def _files(job: pb.Job) -> str:
 def _is_small_enough(job: pb.Job) -> bool:
     """Whether the adapter that is fetched to begin with can be one of the job's rank."""
     header = 16_384 + sum(2 * (len(module.name) + 160) for module in job.modules)
-    return job.initial.size <= 4 * disk.elements(job) + header  # in float32
+    most = job.spec.lora.rank * sum(module.in_features + module.out_features for module in job.modules)
+    return job.initial.size <= 4 * most + header  # in float32

@@ -151,7 +151,7 @@ class _SideBySide:
         self._making = threading.Lock()
         self._count = 1 if mx.default_device() == mx.Device(mx.gpu) else min(2, os.cpu_count() or 1)
         self._threads = ThreadPoolExecutor(self._count, "mlx")
-        # What is still to be read or computed, as rope's frequencies, which are no parameters, can only be in this thread.
+        # What is still to be read or computed can only be in this thread: weights, and what is none, as rope's table.
         mx.eval([dict(module) for module in model.modules()])
 
     def __call__(self, batch: Batch, count: int) -> list[Any]:

@@ -14,9 +14,9 @@ from converters.adapter import Adapter, LowRank, Shape
 from converters.errors import BadAdapter, UsageError
 from coordinator import job
 from coordinator.daemon import Daemon
-from edge_client.remote import Remote
 from oneround import stream
 from oneround.v1 import federation_pb2 as pb
+from tests.clients import Crowd
 from tests.coordinator.test_server import SPEC, described, judged, nothing, trained, with_server, written
 from tests.coordinator.test_versions import CLIENTS, version
 
@@ -93,9 +93,9 @@ def test_b_alone_that_is_not_sound_is_refused(tmp_path: Path) -> None:
         adapter.read(file, start)
 
 
-async def contribute(remote: Remote, folder: Path, client: str, frozen_a: str | None = None) -> pb.Judgement:
+async def contribute(remote: Crowd, folder: Path, client: str, frozen_a: str | None = None) -> pb.Judgement:
     """A client's whole part; `frozen_a` is what it says that its A was, or empty for a file with A in it."""
-    reply = await remote.join(pb.JoinRequest(job="frozen", client_id=client, client_name=client[:3]))
+    reply = await remote.join_as(client, pb.JoinRequest(job="frozen", client_name=client[:3]))
     update = trained(reply, seed=int(client[0], 16))
     file = folder / client[0]
     digest = reply.job.initial.digest if frozen_a is None else frozen_a
@@ -106,7 +106,7 @@ async def contribute(remote: Remote, folder: Path, client: str, frozen_a: str | 
 
 
 def test_a_round_with_a_frozen(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Remote) -> None:
+    async def test(daemon: Daemon, remote: Crowd) -> None:
         await daemon.submit(job.parse(FROZEN))
         whole = await contribute(remote, tmp_path, "d" * 32, frozen_a="")
         assert whole.verdict == pb.VERDICT_QUARANTINED and "only B is taken" in whole.reason
@@ -140,9 +140,9 @@ def test_a_round_with_a_frozen(tmp_path: Path) -> None:
 def test_what_is_in_and_cannot_be_taken_is_refused_at_once(tmp_path: Path) -> None:
     """Nothing is begun: the round stays as it is."""
 
-    async def test(daemon: Daemon, remote: Remote) -> None:
+    async def test(daemon: Daemon, remote: Crowd) -> None:
         for client, rank in ((CLIENTS[0], 1), (CLIENTS[1], 2)):
-            reply = await remote.join(pb.JoinRequest(job="notes", client_id=client, client_name=client[:3]))
+            reply = await remote.join_as(client, pb.JoinRequest(job="notes", client_name=client[:3]))
             modules = {
                 name: LowRank(one.a[:rank], one.b[:, :rank]) for name, one in trained(reply, rank).modules.items()
             }
