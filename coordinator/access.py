@@ -14,6 +14,22 @@ WHO = ("open", "token", "approved")
 Standing = Literal["in", "may ask", "out"]
 
 
+# Loopback, private and link-local networks: RFC 1918, 3927, 4193, 4291.
+_PRIVATE = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "127.0.0.0/8",
+        "10.0.0.0/8",
+        "172.16.0.0/12",
+        "192.168.0.0/16",
+        "169.254.0.0/16",
+        "::1/128",
+        "fc00::/7",
+        "fe80::/10",
+    )
+)
+
+
 @dataclass(frozen=True)
 class Caller:
     """Whoever makes a call: the client with this id, on the local network or not; or the operator."""
@@ -46,6 +62,6 @@ def is_local(peer: str, interfaces: Iterable[lan.Interface]) -> bool:
         return False
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
         address = address.ipv4_mapped
-    if address.is_loopback or address.is_private or address.is_link_local:
+    if any(address in network for network in _PRIVATE):  # is_private takes in more, and other things in each Python
         return True
     return any(str(address) == own.partition("%")[0] for each in interfaces for own in each.addresses)

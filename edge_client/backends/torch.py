@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from converters import checkpoint, custom_code
 from converters.adapter import Adapter
-from converters.errors import BadModel, OneroundError, UsageError
+from converters.errors import BadModel, UsageError
 from edge_client.backends import EXACT, Progress, Setup, too_little_memory
 from edge_client.batches import Batches
 from edge_client.recipe import Recipe
@@ -131,7 +131,7 @@ def _model(base: Path, setup: Setup) -> PreTrainedModel:
             use_safetensors=True,
             local_files_only=True,
         )
-    except (MemoryError, OneroundError):
+    except (MemoryError, UsageError):
         raise
     except Exception as error:  # the settings are a stranger's, and over them the library raises anything
         why = str(error).partition("\n")[0] or type(error).__name__
