@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -18,6 +18,8 @@ from converters.errors import OneroundError, Unreachable, from_status
 from coordinator import identity, transport
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
+
+Reply = TypeVar("Reply", bound=Message)
 
 _TIMEOUT = 60.0  # seconds; a submission has none, since it may fetch, fingerprint and convert a large base
 
@@ -61,80 +63,60 @@ async def channel(state: Path) -> AsyncIterator[tuple[grpc.aio.Channel, list[tup
 
 
 async def submit(state: Path, spec: pb.JobSpec) -> pb.JobStatus:
-    async with channel(state) as (opened, metadata):
-        return await rpc.AdminStub(opened).Submit(pb.SubmitRequest(spec=spec), metadata=metadata)
+    return await _ask(state, pb.SubmitRequest(spec=spec), pb.JobStatus, seconds=None)
 
 
 async def show(state: Path, name: str) -> pb.JobStatus:
-    async with _admin(state) as call:
-        status: pb.JobStatus = await call("Show", pb.ShowRequest(job=name))
-        return status
+    return await _ask(state, pb.ShowRequest(job=name), pb.JobStatus)
 
 
 async def close(state: Path, name: str) -> pb.JobStatus:
-    async with _admin(state) as call:
-        status: pb.JobStatus = await call("Close", pb.CloseRequest(job=name))
-        return status
+    return await _ask(state, pb.CloseRequest(job=name), pb.JobStatus)
 
 
 async def cancel(state: Path, name: str) -> pb.JobStatus:
-    async with _admin(state) as call:
-        status: pb.JobStatus = await call("Cancel", pb.CancelRequest(job=name))
-        return status
+    return await _ask(state, pb.CancelRequest(job=name), pb.JobStatus)
 
 
 async def delete(state: Path, name: str) -> None:
-    async with _admin(state) as call:
-        await call("Delete", pb.DeleteRequest(job=name))
+    await _ask(state, pb.DeleteRequest(job=name), pb.DeleteReply)
 
 
 async def publish(state: Path, request: pb.PublishRequest) -> pb.JobStatus:
-    async with _admin(state) as call:
-        status: pb.JobStatus = await call("Publish", request)
-        return status
+    return await _ask(state, request, pb.JobStatus)
 
 
 async def judge(state: Path, request: pb.JudgeRequest) -> pb.JobStatus:
-    async with _admin(state) as call:
-        status: pb.JobStatus = await call("Judge", request)
-        return status
+    return await _ask(state, request, pb.JobStatus)
 
 
 async def create_token(state: Path, request: pb.CreateTokenRequest) -> pb.CreateTokenReply:
-    async with _admin(state) as call:
-        made: pb.CreateTokenReply = await call("CreateToken", request)
-        return made
+    return await _ask(state, request, pb.CreateTokenReply)
 
 
 async def tokens(state: Path) -> pb.ListTokensReply:
-    async with _admin(state) as call:
-        reply: pb.ListTokensReply = await call("ListTokens", pb.ListTokensRequest())
-        return reply
+    return await _ask(state, pb.ListTokensRequest(), pb.ListTokensReply)
 
 
 async def revoke_token(state: Path, id: str) -> pb.Token:
-    async with _admin(state) as call:
-        token: pb.Token = await call("RevokeToken", pb.RevokeTokenRequest(id=id))
-        return token
+    return await _ask(state, pb.RevokeTokenRequest(id=id), pb.Token)
 
 
 async def clients(state: Path, job: str) -> pb.ListClientsReply:
-    async with _admin(state) as call:
-        reply: pb.ListClientsReply = await call("ListClients", pb.ListClientsRequest(job=job))
-        return reply
+    return await _ask(state, pb.ListClientsRequest(job=job), pb.ListClientsReply)
 
 
 async def settle(state: Path, request: pb.SettleRequest) -> pb.KnownClient:
-    async with _admin(state) as call:
-        client: pb.KnownClient = await call("Settle", request)
-        return client
+    return await _ask(state, request, pb.KnownClient)
 
 
-@asynccontextmanager
-async def _admin(state: Path) -> AsyncIterator[Callable[[str, Message], Awaitable[Any]]]:
+async def _ask(state: Path, request: Message, kind: type[Reply], *, seconds: float | None = _TIMEOUT) -> Reply:
+    """Make the admin call that a request is named after, and give its reply, which is of this kind."""
     async with channel(state) as (opened, metadata):
-        stub = rpc.AdminStub(opened)
-        yield lambda method, request: getattr(stub, method)(request, metadata=metadata, timeout=_TIMEOUT)
+        method = getattr(rpc.AdminStub(opened), request.DESCRIPTOR.name.removesuffix("Request"))
+        reply = await method(request, metadata=metadata, timeout=seconds)
+        assert isinstance(reply, kind), "the proto says so"
+        return reply
 
 
 async def healthy(state: Path) -> bool:

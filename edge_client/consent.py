@@ -1,4 +1,5 @@
-"""What `join` sends, in words, and whether the person agrees. Until then a coordinator is asked for its jobs, no more.
+"""What `join` sends, in words, and whether the person agrees. Until then it signs in with its key, and
+the token that it was given, and asks for jobs; no more.
 
 An answer is kept with the job: it holds for the same job of the same coordinator, and for what was shown.
 """

@@ -95,7 +95,7 @@ class Remote:
         return reply
 
     async def jobs(self) -> pb.ListJobsReply:
-        """What anybody may know of the coordinator's jobs, newest first, and its clock. Says nothing of who asks."""
+        """The jobs that this client may know of, newest first, and the coordinator's clock. Tells its key, no more."""
         reply: pb.ListJobsReply = await self._call("ListJobs", pb.ListJobsRequest())
         times = [reply.now_unix, *(time for job in reply.jobs for time in (job.opened_unix, job.deadline_unix))]
         if not all(map(rules.is_time, times)):

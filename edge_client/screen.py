@@ -47,7 +47,7 @@ SENTENCES = {
     "  meanwhile  {meanwhile}\n"
     "  at last    {at_last}\n"
     "The files stay here. The adapter is what was learnt from them. No program comes with a job or its base.",
-    "declined": "Nothing was sent, and the coordinator knows nothing of this machine.",
+    "declined": "Nothing was sent. All that the coordinator has seen is this machine's network address and public key.",
     "several": "Several coordinators make themselves known on this network:\n{rows}",
     "found": "Found [bold]{name}[/bold] on this network, at {server}",
     "moved": "Nobody answers at {before}; the coordinator with the same key is at {server} now.",
