@@ -145,7 +145,7 @@ async def _elsewhere(key: str, but: str, pins: identity.Pins, way: Way, open_now
     if not places:
         raise Unreachable("nobody on this network has the coordinator's key")
     return await _first_that_answers(
-        [partial(connect, place, pins, _unasked, key=key, own=way.own) for place in places], open_now
+        [partial(connect, place, pins, _unasked, key=key, own=way.own, token=way.token) for place in places], open_now
     )
 
 
