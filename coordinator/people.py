@@ -121,8 +121,8 @@ class People:
             return token
 
     def redeem(self, secret: str, client_id: str, now: float) -> str:
-        """A client brings a token, and may take part in the job that it is for, which is returned. For whoever has come
-        in by it, bringing it again changes nothing, when it is used up, over or revoked too.
+        """A client brings a token, and may take part in the job that it is for, which is returned. For whoever is in,
+        by it or otherwise, bringing it changes nothing, when it is used up, over or revoked too.
 
         Raises:
             Denied: there is no such token, or nobody comes in by it any more.
@@ -133,7 +133,7 @@ class People:
                 raise Denied("this token is not known here", hint="ask the operator for one: coordinator token create")
             _person(session, client_id, "", now)
             there = session.get(Pass, (client_id, token.job))
-            if there is not None and there.how == _by(token):
+            if there is not None and there.granted:
                 return token.job
             for over, why in (
                 (token.revoked, "was revoked"),

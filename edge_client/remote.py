@@ -237,7 +237,8 @@ class Remote:
                     token=self._token,
                 )
                 reply: pb.SignInReply = await self._stub.SignIn(request, timeout=CALL_SECONDS)
-                self._session, self.token_job = reply.session, reply.job
+                self._session, self.token_job = reply.session, reply.job or self.token_job
+                self._token = ""  # it has let this client in; who is refused later does not come in by it again
                 self._renew_at = time.monotonic() + reply.holds_seconds / 2
         return [("authorization", f"Session {self._session}")]
 

@@ -340,6 +340,16 @@ def test_what_is_no_token(people: People) -> None:
     assert not people.known(), "who brings none is not written down"
 
 
+def test_who_is_in_otherwise_uses_up_no_token_and_is_not_kept_out_by_a_used_one(people: People) -> None:
+    _, secret = people.create_token("notes", WEEK, 1, "", 0.0)
+    people.redeem(secret, ALICE, 1.0)
+    people.settle(ALICE, "notes", pb.SETTLEMENT_APPROVE, "", 2.0)
+    assert people.redeem(secret, ALICE, 3.0) == "notes", "in by the operator's word now, and the token is used up"
+    _, other = people.create_token("notes", WEEK, 1, "", 0.0)
+    people.redeem(other, ALICE, 4.0)
+    assert people.redeem(other, BOB, 5.0) == "notes", "it was still good for one"
+
+
 def test_who_was_refused_comes_in_by_no_used_token(people: People) -> None:
     _, secret = people.create_token("notes", WEEK, 1, "", 0.0)
     people.redeem(secret, ALICE, 1.0)
