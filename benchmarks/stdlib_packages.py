@@ -18,9 +18,7 @@ def split(package: str, folder: Path, *, train_bytes: int, held_out_bytes: int) 
 
     Rows go in the order of their contents' hashes: a random split, and the same one on every run.
     """
-    source = Path(sysconfig.get_paths()["stdlib"]) / package
-    found = {row for file in source.rglob("*.py") for row in _rows(file.read_text("utf-8"))}
-    left = sorted(found, key=lambda row: hashlib.sha256(row.encode()).digest())
+    left = sorted(set(rows(package)), key=lambda row: hashlib.sha256(row.encode()).digest())
     folder.mkdir(parents=True)
     for name, size in (("valid", held_out_bytes), ("train", train_bytes)):
         taken: list[str] = []
@@ -36,7 +34,14 @@ def pool(folders: list[Path], to: Path) -> None:
         (to / name).write_text("".join((folder / name).read_text() for folder in folders))
 
 
-def _rows(text: str) -> Iterator[str]:
+def rows(package: str) -> Iterator[str]:
+    """A package's classes and functions."""
+    source = Path(sysconfig.get_paths()["stdlib"]) / package
+    for file in sorted(source.rglob("*.py")):
+        yield from _cut(file.read_text("utf-8"))
+
+
+def _cut(text: str) -> Iterator[str]:
     row = ""
     for part in _TOP_LEVEL.split(text):
         row += part
