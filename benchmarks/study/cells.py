@@ -27,11 +27,11 @@ class Cell:
     clients: int = 10
     dealt: str = ""  # as the task says; "random", "groups", or Dirichlet's α
     rank: int = 16
-    learning_rate: float = 3e-3
-    epochs: float = 5.0
+    learning_rate: float = 0.0  # as the task says, as are the next two
+    epochs: float = 0.0
+    examples: int = 0
     server_learning_rate: float = 0.0  # as is usual for the algorithm
     continued: bool = False  # the schedule runs over all rounds
-    examples: int = 480
 
     @property
     def name(self) -> str:

@@ -9,12 +9,12 @@ from itertools import product
 from .cells import CENTRALISED, FROZEN, ONE_SHOT, Cell
 from .measure import UNPRETRAINED
 from .rounds import ALGORITHMS
+from .tasks import TASKS
 
 PACKAGES, SPEAKERS = "stdlib, by package", "shakespeare, by speaker"
-TASKS = ("stdlib, random", PACKAGES, SPEAKERS, "gsm8k", "dolly, by category")
 MAIN = "0.3M"  # the base of whatever needs many runs
 ROUNDS = (2, 3, 5, 10)
-LEARNING_RATES, EPOCHS = (1e-3, 3e-3, 1e-2), (5.0, 10.0)
+TUNED = ((1 / 3, 1.0), (1.0, 1.0), (10 / 3, 1.0), (1 / 3, 2.0), (1.0, 2.0))  # of the task's learning rate and epochs
 SERVER_LEARNING_RATES = {
     "fedavgm": (0.3,),
     "fedadam": (1e-3, 1e-2),
@@ -23,9 +23,10 @@ SERVER_LEARNING_RATES = {
 }
 CLIENTS = (3, 10, 30, 100, 300)
 MANY = 1200  # examples where clients are up to 300, so that each has a batch
+MANY_EPOCHS = 5.0
 ALPHAS = ("0.1", "0.5", "1", "inf")
 RANKS = (2, 4, 8, 16, 32, 64)
-LOCAL_EPOCHS = (1.0, 2.0, 5.0, 10.0, 20.0)
+LOCAL_EPOCHS = (0.2, 0.4, 1.0, 2.0, 4.0)  # of the task's
 
 
 def main_arms(base: str, task: str, seed: int) -> Iterator[Cell]:
@@ -43,19 +44,29 @@ def algorithms(base: str, task: str, seed: int, rounds: Sequence[int] = ROUNDS) 
         yield Cell(base, task, name, seed, count)
 
 
-def tuned(base: str, task: str, seed: int) -> Iterator[Cell]:
+def tuned(base: str, task: str, seed: int, rounds: Sequence[int] = (3, 10)) -> Iterator[Cell]:
     """Every arm over learning rates, epochs and what else it has, for each to be chosen on validation."""
-    for rate, epochs in product(LEARNING_RATES, EPOCHS):
-        cell = Cell(base, task, ONE_SHOT, seed, learning_rate=rate, epochs=epochs)
+    for rate, epochs in TUNED:
+        cell = times(Cell(base, task, ONE_SHOT, seed), rate, epochs)
         yield cell
         yield replace(cell, algorithm=CENTRALISED)
-        for name, rounds in product(ALGORITHMS, (3, 10)):
-            yield replace(cell, algorithm=name, rounds=rounds)
-    for rounds in (3, 10):
+        for name, count in product(ALGORITHMS, rounds):
+            yield replace(cell, algorithm=name, rounds=count)
+    for count in rounds:
         for name, rates in SERVER_LEARNING_RATES.items():
             for server in rates:
-                yield Cell(base, task, name, seed, rounds, server_learning_rate=server)
-        yield Cell(base, task, "fedavg", seed, rounds, continued=True)
+                yield Cell(base, task, name, seed, count, server_learning_rate=server)
+        yield Cell(base, task, "fedavg", seed, count, continued=True)
+
+
+def times(cell: Cell, rate: float, epochs: float) -> Cell:
+    """So many times the task's learning rate and epochs; those that are as the task says stay unsaid."""
+    own = TASKS[cell.task]
+    return replace(
+        cell,
+        learning_rate=0.0 if rate == 1 else float(f"{rate * own.learning_rate:.2g}"),
+        epochs=0.0 if epochs == 1 else epochs * own.epochs,
+    )
 
 
 def more_rounds(base: str, task: str, seed: int) -> Iterator[Cell]:
@@ -67,10 +78,10 @@ def more_rounds(base: str, task: str, seed: int) -> Iterator[Cell]:
 def clients(base: str, task: str, seed: int) -> Iterator[Cell]:
     """The same examples cut finer and finer."""
     for count in CLIENTS:
-        cell = Cell(base, task, ONE_SHOT, seed, clients=count, examples=MANY)
+        cell = Cell(base, task, ONE_SHOT, seed, clients=count, examples=MANY, epochs=MANY_EPOCHS)
         yield cell
         yield replace(cell, algorithm="fedavg", rounds=5)
-    yield Cell(base, task, CENTRALISED, seed, examples=MANY)
+    yield Cell(base, task, CENTRALISED, seed, examples=MANY, epochs=MANY_EPOCHS)
 
 
 def heterogeneity(base: str, task: str, seed: int) -> Iterator[Cell]:
@@ -85,7 +96,7 @@ def heterogeneity(base: str, task: str, seed: int) -> Iterator[Cell]:
 def local_epochs(base: str, task: str, seed: int) -> Iterator[Cell]:
     for epochs in LOCAL_EPOCHS:
         for cell in main_arms(base, task, seed):
-            yield replace(cell, epochs=epochs)
+            yield times(cell, 1.0, epochs)
 
 
 def ranks(base: str, task: str, seed: int) -> Iterator[Cell]:
@@ -113,21 +124,23 @@ def quick() -> Iterator[Cell]:
 def paper() -> Iterator[Cell]:
     """Three seeds; larger bases where it matters, the smallest where many runs are needed."""
     seeds = range(3)
-    for task, seed in product(TASKS, seeds):
+    for task, seed in product((SPEAKERS, PACKAGES, "stdlib, random", "dolly, by category", "gsm8k"), seeds):
         yield from main_arms(MAIN, task, seed)
-    for task, seed in product((PACKAGES, SPEAKERS), seeds):
+    for task, seed in product((SPEAKERS, PACKAGES), seeds):
         yield from frozen(MAIN, task, seed)
-        yield from algorithms(MAIN, task, seed)
         yield from more_rounds(MAIN, task, seed)
-    for base, task, seed in product(("1.3M", MAIN + UNPRETRAINED, "1.3M" + UNPRETRAINED), (PACKAGES, SPEAKERS), seeds):
+    for seed in seeds:
+        yield from algorithms(MAIN, SPEAKERS, seed)
+        yield from algorithms(MAIN, PACKAGES, seed, (3, 10))
+    for base, task, seed in product(("1.3M", MAIN + UNPRETRAINED, "1.3M" + UNPRETRAINED), (SPEAKERS, PACKAGES), seeds):
         yield from main_arms(base, task, seed)
     for sweep, seed in product((heterogeneity, clients, ranks, local_epochs), seeds):
-        yield from sweep(MAIN, PACKAGES, seed)
-    for base, seed in product(("5M", "5M" + UNPRETRAINED), seeds):
-        yield from main_arms(base, PACKAGES, seed)
+        yield from sweep(MAIN, SPEAKERS, seed)
     for seed in seeds:
-        yield from tuned(MAIN, SPEAKERS, seed)
-    for task, seed in product((SPEAKERS, "gsm8k"), seeds):
+        yield from tuned(MAIN, SPEAKERS, seed, (10,))
+    for base, seed in product(("5M", "5M" + UNPRETRAINED), seeds):
+        yield from main_arms(base, SPEAKERS, seed)
+    for task, seed in product((SPEAKERS, PACKAGES), seeds):
         yield from main_arms("stories260K", task, seed)
 
 
@@ -142,11 +155,11 @@ def full() -> Iterator[Cell]:
             yield from algorithms(base, task, seed)
             yield from more_rounds(base, task, seed)
         yield from tuned(size, task, seed)
-        if not task.startswith("gsm8k"):
+        if TASKS[task].dealt == "groups":
             yield from heterogeneity(size, task, seed)
         yield from local_epochs(size, task, seed)
         yield from ranks(size, task, seed)
-        if task.startswith("stdlib"):
+        if TASKS[task].dealt == "groups":
             yield from clients(size, task, seed)
 
 
