@@ -43,6 +43,8 @@ def read(path: Path) -> pb.JobSpec:
         local = (path.parent / Path(value).expanduser()).resolve()
         if value and (local.exists() or key == "gguf" or is_path(value)):
             setattr(spec.model, key, str(local))
+    if "/" in spec.lora.start_from:  # else it is a job's name
+        spec.lora.start_from = str((path.parent / Path(spec.lora.start_from).expanduser()).resolve())
     return spec
 
 

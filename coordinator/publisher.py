@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from google.protobuf import json_format
+
 from converters import tensors
 from converters.errors import BadData, NotEnough
 from coordinator import base
@@ -156,7 +158,8 @@ def _order(state: Path, known: Store, blobs: Blobs, name: str) -> tuple[Order, d
             if given.client_id not in taking and given.considered == row.version
         ],
         folder=folder(state, name, row.version),
-        initial=blobs.path(announced.job.initial.digest) if spec.lora.freeze_a else None,
+        initial=blobs.path(announced.job.initial.digest) if spec.lora.freeze_a or spec.lora.start_from else None,
+        started_from=json_format.MessageToDict(announced.job.started_from, preserving_proto_field_name=True),
     )
     return order, {public_id(client_id): client_id for client_id in names}
 
