@@ -25,7 +25,7 @@ from google.protobuf import json_format
 from converters import adapter, architectures, gguf_adapter, gguf_file, gguf_merge, gguf_quantize, mlx, peft, tensors
 from converters.adapter import Adapter
 from converters.architectures import Base
-from converters.errors import FULL, BadModel, NotEnough, OneroundError
+from converters.errors import FULL, BadModel, LayoutMismatch, NotEnough, OneroundError
 from converters.gguf_quantize import Quantised
 from coordinator import aggregate, card, cohort, verify
 from coordinator.aggregate import Contribution, changes, clipped
@@ -198,13 +198,17 @@ def _make(order: Order, work: Path, report: Report) -> None:
                 f"{len(taking)} contributions are left of at least {order.at_least}: {reasons}",
             )
         report("aggregating")
-        result = aggregate.aggregate(
-            [Contribution(judged.adapter, judged.given.num_examples) for judged in taking],
-            order.spec.aggregate,
-            rank=order.spec.publish.adapter_rank,
-            scratch=Path(scratch),
-            start=start,
-        )
+        try:
+            result = aggregate.aggregate(
+                [Contribution(judged.adapter, judged.given.num_examples) for judged in taking],
+                order.spec.aggregate,
+                rank=order.spec.publish.adapter_rank,
+                scratch=Path(scratch),
+                start=start,
+            )
+        except LayoutMismatch as error:  # closed by hand, or with some set aside: fewer than the method needs
+            again = f"coordinator publish {order.spec.name} --method exact"
+            raise LayoutMismatch(str(error), hint=f"`{again}` takes any") from error
         rank = max(result.adapter.ranks.values())
         report("writing the adapter")
         peft.write(result.adapter, work / "peft", base_model=order.spec.model.base)
@@ -338,7 +342,7 @@ def main() -> int:
     try:
         publish(Order.from_json(Path(sys.argv[1]).read_text()), report)
     except OneroundError as error:
-        print(json.dumps({"failed": str(error)}), flush=True)
+        print(json.dumps({"failed": str(error), "hint": error.hint}), flush=True)
         return error.exit_code
     except OSError as error:
         traceback.print_exc()

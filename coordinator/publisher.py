@@ -72,19 +72,19 @@ async def run(state: Path, known: Store, blobs: Blobs, signer: Signer, name: str
     pipe = asyncio.subprocess.PIPE
     child = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=1 << 20)
     assert child.stdout is not None, "asked for above"
-    failed = "the publisher ended without a word; see the daemon's log"
+    failed, hint = "the publisher ended without a word; see the daemon's log", ""
     try:
         async for line in child.stdout:
             said = _said(line)
             if "failed" in said:
-                failed = said["failed"]
+                failed, hint = said["failed"], said.get("hint", "")
             elif "stage" in said:
                 await on_stage(said["stage"])
         code = await child.wait()
         if code == NotEnough.exit_code:
             raise NotEnough(failed)
         if code != 0:
-            raise BadData(failed)
+            raise BadData(failed, hint=hint)
     finally:
         if child.returncode is None:
             child.kill()
