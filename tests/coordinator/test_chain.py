@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from converters import adapter, peft
 from converters.adapter import Adapter, LowRank
 from converters.errors import BadData, OneroundError, UsageError
-from coordinator import job, tables
+from coordinator import base, job, starting, tables
 from coordinator.daemon import Daemon
 from oneround import stream
 from oneround.v1 import federation_pb2 as pb
@@ -99,6 +100,14 @@ def test_three_rounds(tmp_path: Path) -> None:
         described_ = await daemon.describe("second")
         start = adapter.read(await daemon.file("second", described_.initial.digest))
         assert_same(deltas(start), published(one))
+        spec = after("./published")
+        prepared = base.prepare(spec.model, tmp_path / "bases")
+        for name in ("peft", "mlx", "adapter.gguf"):
+            source = starting.Source(folder / name, pb.Start())
+            assert_same(deltas(starting.read(source, spec, prepared, start.shapes)), published(one))
+        elsewhere = replace(source, base_fingerprint="0" * 64)
+        with pytest.raises(UsageError, match="has another base model"):
+            starting.read(elsewhere, spec, prepared, start.shapes)
         digest = stream.digest(folder / "manifest.json")
         expected = pb.Start(job="first", job_id=(await daemon.describe("first")).id, version=2, digest=digest)
         assert described_.started_from == status.started_from == expected
