@@ -35,8 +35,9 @@ def unsound(file: Path, declaration: pb.Declaration, job: pb.Job, initial: Path 
     except BadData as error:
         return str(error).replace(str(file), "the upload")
     rank = job.spec.lora.rank
+    all_of_it = METHODS[job.spec.aggregate.method].one_rank or bool(job.spec.lora.start_from)
     for name, found in uploaded.ranks.items():
-        if found > rank or (found < rank and METHODS[job.spec.aggregate.method].one_rank):
+        if found > rank or (found < rank and all_of_it):
             return f"{name} has rank {found}, the job asks for {rank}"
     dtype = WIRE_DTYPES[job.spec.upload.dtype]
     for name, tensor in views.items():

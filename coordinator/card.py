@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
@@ -32,6 +33,7 @@ class Facts:
     energy_kept: float  # share of ‖ΔW‖² that is left after truncation to it
     checked: Checked
     fallbacks: Mapping[str, Mapping[str, str]]  # quantised file -> tensor -> the type that it has instead
+    started_from: Mapping[str, Any]  # the earlier job, its version, and a digest; empty for a fresh adapter
     base_rounding: float  # what a quantised base GGUF had lost, relatively; 0.0 for floats
 
 
@@ -146,12 +148,24 @@ def _training(facts: Facts) -> str:
     frozen = " A frozen," if lora.freeze_a else ""
     kept = f", which keeps {facts.energy_kept:.1%} of ‖ΔW‖²" if facts.energy_kept < 1 else ""
     return (
-        "## How it was made\n\n"
+        f"## How it was made\n\n{_start(facts.started_from)}"
         f"LoRA of rank {lora.rank}, alpha {lora.alpha:g},{frozen} on {', '.join(lora.target_modules)};"
         f" {train.epochs:g} epochs of AdamW at learning rate {train.learning_rate:g} ({train.schedule}), batches of"
         f" {train.batch_size} with at most {train.max_seq_len} tokens, seed {train.seed}. Averaged with"
         f" `{aggregate.described(facts.spec.aggregate)}`; the published adapter has rank {facts.rank}{kept}. The base's"
         " licence holds for what is made from it."
+    )
+
+
+def _start(taken: Mapping[str, Any]) -> str:
+    """What its clients began with, so that a chain of rounds can be followed back."""
+    if not taken:
+        return ""
+    if not taken.get("job"):
+        return f"It started from an adapter that was there before (SHA-256 `{taken['digest']}`). "
+    return (
+        f"It started from version {taken['version']} of `{taken['job']}` (SHA-256 of its manifest.json:"
+        f" `{taken['digest']}`), and holds what that one learnt. "
     )
 
 

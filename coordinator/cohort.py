@@ -35,7 +35,8 @@ _WORKERS = min(os.cpu_count() or 1, 8)
 
 @dataclass(frozen=True)
 class Member:
-    """One contribution. `by_hand`: the operator has admitted it, and nothing that is found takes it out or clips it."""
+    """One contribution. `adapter`: its whole ΔW, or in a job that starts from an adapter what it changed of that.
+    `by_hand`: the operator has admitted it, and nothing that is found takes it out or clips it."""
 
     id: str
     name: str

@@ -43,6 +43,8 @@ def read(path: Path) -> pb.JobSpec:
         local = (path.parent / Path(value).expanduser()).resolve()
         if value and (local.exists() or key == "gguf" or is_path(value)):
             setattr(spec.model, key, str(local))
+    if "/" in spec.lora.start_from:  # else it is a job's name
+        spec.lora.start_from = str((path.parent / Path(spec.lora.start_from).expanduser()).resolve())
     return spec
 
 
@@ -102,7 +104,8 @@ def _check_method(spec: pb.JobSpec, clients: int | None) -> None:
     if why := aggregate.unfit(spec.aggregate, clients=there, frozen_a=spec.lora.freeze_a):
         least = method.at_least(spec.aggregate)
         raise_it = f"round.min_clients = {least}, or fewer byzantine_clients"
-        raise UsageError(why, hint=raise_it if clients is None and there < least else "another method, such as exact")
+        other = "another method, such as exact" if clients is None else "--method exact takes any"
+        raise UsageError(why, hint=raise_it if clients is None and there < least else other)
 
 
 def is_path(base: str) -> bool:

@@ -1,4 +1,5 @@
-"""From a checked spec to an open round: the base found and fingerprinted, the initial adapter made, the row written."""
+"""From a checked spec to an open round: the base found and fingerprinted, the initial adapter made or taken from where
+the job starts, the row written."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import secrets
 from pathlib import Path
 
 from converters import adapter, architectures, checkpoint
-from coordinator import base
+from coordinator import base, starting
 from coordinator import job as jobs
 from coordinator.blobs import Blobs
 from coordinator.round import State
@@ -20,7 +21,9 @@ def open_round(spec: pb.JobSpec, state: Path, blobs: Blobs, known: Store, now: f
 
     Raises:
         BadModel: the base is not there, or of a family for which there is no way to a GGUF.
+        UsageError, BadData: what it is to start from is not there, or does not fit; see starting.py.
     """
+    source = starting.find(spec, state, known)
     prepared = base.prepare(spec.model, state / "bases")
     if prepared.revision:
         spec.model.revision = prepared.revision
@@ -28,7 +31,8 @@ def open_round(spec: pb.JobSpec, state: Path, blobs: Blobs, known: Store, now: f
     base.gguf(spec.model, prepared, state / "bases")
 
     initial = blobs.uploads / f"{spec.name}.initial"
-    adapter.write(adapter.initial(shapes, spec.lora.rank, spec.train.seed), initial)
+    fresh = adapter.initial(shapes, spec.lora.rank, spec.train.seed)
+    adapter.write(starting.read(source, spec, prepared, shapes) if source else fresh, initial)
     size = initial.stat().st_size
     with blobs.changing:
         announced = pb.Job(
@@ -44,6 +48,8 @@ def open_round(spec: pb.JobSpec, state: Path, blobs: Blobs, known: Store, now: f
             tokenizer=checkpoint.tokenizer_digest(prepared.folder),
             chat_template=checkpoint.chat_template_digest(prepared.folder),
         )
+        if source:
+            announced.started_from.CopyFrom(starting.taken(source, announced.initial.digest))
         known.add_job(
             Job(
                 name=spec.name,

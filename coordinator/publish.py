@@ -14,8 +14,8 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ from gguf import GGML_QUANT_SIZES
 from google.protobuf import json_format
 
 from converters import adapter, architectures, gguf_adapter, gguf_file, gguf_merge, gguf_quantize, mlx, peft, tensors
-from converters.adapter import Adapter, LowRank, Made
+from converters.adapter import Adapter
 from converters.architectures import Base
-from converters.errors import FULL, BadModel, NotEnough, OneroundError
+from converters.errors import FULL, BadModel, LayoutMismatch, NotEnough, OneroundError
 from converters.gguf_quantize import Quantised
 from coordinator import aggregate, card, cohort, verify
-from coordinator.aggregate import Contribution
+from coordinator.aggregate import Contribution, changes, clipped
 from coordinator.card import Facts
 from coordinator.cohort import Finding, Member
 from coordinator.verify import Checked, Verdict
@@ -68,7 +68,10 @@ class Order:
     contributions: Sequence[Given]
     set_aside: Sequence[dict[str, Any]]  # what takes no part, as the manifest lists it
     folder: Path  # where the publication will stand
-    initial: Path | None = None  # the adapter whose A goes with every contribution, where A is frozen
+    # What clients started from: where A is frozen, its A goes with every contribution; in a job that starts from an
+    # earlier adapter, it is in every contribution.
+    initial: Path | None = None
+    started_from: Mapping[str, Any] = field(default_factory=dict)  # as the manifest has it
 
     def to_json(self) -> str:
         table = asdict(self) | {"spec": json_format.MessageToDict(self.spec, preserving_proto_field_name=True)}
@@ -139,18 +142,38 @@ class Judged:
         }
 
 
-def judged(order: Order) -> list[Judged]:
-    """The cohort, in the order of the contributions."""
+def started_from(order: Order, scratch: Path) -> Adapter | None:
+    """What every contribution holds, in a job that starts from an earlier adapter; kept in the folder `scratch`.
+
+    Rounded as contributions are, so that what a client left as it was is no change.
+    """
+    if not order.spec.lora.start_from:
+        return None
+    assert order.initial, "a job that starts from an adapter has it"
+    file, whole = scratch / "start.safetensors", adapter.read(order.initial)
+    frozen_a = stream.digest(order.initial) if order.spec.lora.freeze_a else ""
+    adapter.write(whole, file, order.spec.upload.dtype, frozen_a)
+    return adapter.read(file, whole)
+
+
+def judged(order: Order, start: Adapter | None = None) -> list[Judged]:
+    """The cohort, in the order of the contributions; with a `start`, by what each changed of it."""
     arrived = sorted(order.contributions, key=lambda given: (given.received, given.id))
-    frozen = adapter.read(order.initial) if order.initial else None
+    frozen = adapter.read(order.initial) if order.initial and order.spec.lora.freeze_a else None
+    whole = {given.id: adapter.read(given.file, frozen) for given in arrived}
     members = [
-        Member(given.id, given.client, adapter.read(given.file, frozen), given.num_examples, given.by_hand)
+        Member(given.id, given.client, changes(whole[given.id], start), given.num_examples, given.by_hand)
         for given in arrived
     ]
+    by_factor = order.spec.lora.freeze_a or aggregate.METHODS[order.spec.aggregate.method].one_rank
     small = len(members) < cohort.COHORT
     found = {
-        given.id: Judged(given, _upheld(given, finding) if small else finding, _scaled(member.adapter, finding))
-        for given, member, finding in zip(arrived, members, cohort.judge(members, order.spec.admission), strict=True)
+        given.id: Judged(
+            given,
+            _upheld(given, finding) if small else finding,
+            clipped(whole[given.id], finding.scale, start, by_factor=by_factor),
+        )
+        for given, finding in zip(arrived, cohort.judge(members, order.spec.admission), strict=True)
     }
     return [found[given.id] for given in order.contributions]
 
@@ -162,32 +185,30 @@ def _upheld(given: Given, finding: Finding) -> Finding:
     return replace(finding, verdict="quarantined", reason=given.earlier)
 
 
-def _scaled(whole: Adapter, finding: Finding) -> Adapter:
-    """An adapter with the modules scaled that were found too large."""
-    if not finding.scale:
-        return whole
-    modules = whole.modules
-    return Adapter(Made(modules, lambda name: LowRank.sum([modules[name]], [finding.scale.get(name, 1.0)])))
-
-
 def _make(order: Order, work: Path, report: Report) -> None:
     base = architectures.describe(order.base_folder, order.base_gguf)
-    report("comparing the contributions")
-    judged_all = judged(order)
-    taking = [judged for judged in judged_all if judged.finding.verdict != "quarantined"]
-    if len(taking) < order.at_least:
-        reasons = "; ".join(f"{one.given.client}: {one.finding.reason}" for one in judged_all if one not in taking)
-        raise BadModel(
-            f"{len(taking)} contributions are left of at least {order.at_least}: {reasons}",
-        )
-    report("aggregating")
     with tempfile.TemporaryDirectory(dir=work) as scratch:
-        result = aggregate.aggregate(
-            [Contribution(judged.adapter, judged.given.num_examples) for judged in taking],
-            order.spec.aggregate,
-            rank=order.spec.publish.adapter_rank,
-            scratch=Path(scratch),
-        )
+        report("comparing the contributions")
+        start = started_from(order, Path(scratch))
+        judged_all = judged(order, start)
+        taking = [judged for judged in judged_all if judged.finding.verdict != "quarantined"]
+        if len(taking) < order.at_least:
+            reasons = "; ".join(f"{one.given.client}: {one.finding.reason}" for one in judged_all if one not in taking)
+            raise BadModel(
+                f"{len(taking)} contributions are left of at least {order.at_least}: {reasons}",
+            )
+        report("aggregating")
+        try:
+            result = aggregate.aggregate(
+                [Contribution(judged.adapter, judged.given.num_examples) for judged in taking],
+                order.spec.aggregate,
+                rank=order.spec.publish.adapter_rank,
+                scratch=Path(scratch),
+                start=start,
+            )
+        except LayoutMismatch as error:  # closed by hand, or with some set aside: fewer than the method needs
+            again = f"coordinator publish {order.spec.name} --method exact"
+            raise LayoutMismatch(str(error), hint=f"`{again}` takes any") from error
         rank = max(result.adapter.ranks.values())
         report("writing the adapter")
         peft.write(result.adapter, work / "peft", base_model=order.spec.model.base)
@@ -215,6 +236,7 @@ def _make(order: Order, work: Path, report: Report) -> None:
         checked=checked,
         fallbacks={name: made.fallbacks for name, made in quantised.items()},
         base_rounding=rounding,
+        started_from=order.started_from,
     )
     card.write(work, facts)
     manifest: dict[str, Any] = {
@@ -227,6 +249,7 @@ def _make(order: Order, work: Path, report: Report) -> None:
         "method": order.spec.aggregate.method,
         "rank": rank,
         "energy_kept": result.energy_kept,
+        "started_from": order.started_from,
         "contributions": [judged.listed(weights.get(judged.given.id, 0.0)) for judged in judged_all]
         + list(order.set_aside),
         "quantised": {name: asdict(made) for name, made in quantised.items()},
@@ -319,7 +342,7 @@ def main() -> int:
     try:
         publish(Order.from_json(Path(sys.argv[1]).read_text()), report)
     except OneroundError as error:
-        print(json.dumps({"failed": str(error)}), flush=True)
+        print(json.dumps({"failed": str(error), "hint": error.hint}), flush=True)
         return error.exit_code
     except OSError as error:
         traceback.print_exc()

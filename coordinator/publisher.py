@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from google.protobuf import json_format
+
 from converters import tensors
 from converters.errors import BadData, NotEnough
 from coordinator import base
@@ -70,19 +72,19 @@ async def run(state: Path, known: Store, blobs: Blobs, signer: Signer, name: str
     pipe = asyncio.subprocess.PIPE
     child = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, limit=1 << 20)
     assert child.stdout is not None, "asked for above"
-    failed = "the publisher ended without a word; see the daemon's log"
+    failed, hint = "the publisher ended without a word; see the daemon's log", ""
     try:
         async for line in child.stdout:
             said = _said(line)
             if "failed" in said:
-                failed = said["failed"]
+                failed, hint = said["failed"], said.get("hint", "")
             elif "stage" in said:
                 await on_stage(said["stage"])
         code = await child.wait()
         if code == NotEnough.exit_code:
             raise NotEnough(failed)
         if code != 0:
-            raise BadData(failed)
+            raise BadData(failed, hint=hint)
     finally:
         if child.returncode is None:
             child.kill()
@@ -156,7 +158,8 @@ def _order(state: Path, known: Store, blobs: Blobs, name: str) -> tuple[Order, d
             if given.client_id not in taking and given.considered == row.version
         ],
         folder=folder(state, name, row.version),
-        initial=blobs.path(announced.job.initial.digest) if spec.lora.freeze_a else None,
+        initial=blobs.path(announced.job.initial.digest) if spec.lora.freeze_a or spec.lora.start_from else None,
+        started_from=json_format.MessageToDict(announced.job.started_from, preserving_proto_field_name=True),
     )
     return order, {public_id(client_id): client_id for client_id in names}
 

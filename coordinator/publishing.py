@@ -83,7 +83,8 @@ class Publishing:
             # Whatever it is, the operator is told and the round stops trying, or it would try for ever.
             log.error("publishing_failed", job=name, reason=str(error), exc_info=not isinstance(error, OneroundError))
             await self._statuses.stage(name, "")
-            await failed(name, f"{error}; `coordinator publish {name}` tries again")
+            hint = error.hint if isinstance(error, OneroundError) else ""
+            await failed(name, f"{error}; {hint or f'`coordinator publish {name}` tries again'}")
             return
         log.info("published", job=name, version=made.publication.version)
         await published(name, after)

@@ -46,7 +46,7 @@ class Statuses:
         publications = self._store.publications(name)
         for publication in publications:
             publication.folder = str(publisher.folder(self._publications.parent, name, publication.version))
-        return pb.JobStatus(
+        status = pb.JobStatus(
             spec=known.job.spec,
             state=pb.State.Value(f"STATE_{round.state.upper()}"),
             reason=round.reason,
@@ -59,6 +59,9 @@ class Statuses:
             admitted=counts.admitted,
             takes_contributions=rounds.takes_contributions(round, self._clock()),
         )
+        if known.job.HasField("started_from"):
+            status.started_from.CopyFrom(known.job.started_from)
+        return status
 
     def whole(self, name: str) -> pb.JobStatus:
         """A job with everybody who joined and what they gave."""

@@ -54,6 +54,7 @@ def job(status: pb.JobStatus) -> RenderableType:
         f"  base      {spec.model.base}",
         f"  adapter   rank {spec.lora.rank}, alpha {spec.lora.alpha:g}, {', '.join(spec.lora.target_modules)}"
         + (", A frozen" if spec.lora.freeze_a else ""),
+        *([f"  starts    from {start(status.started_from, spec)}"] if status.HasField("started_from") else []),
         f"  train     {spec.train.epochs:g} epochs, learning rate {spec.train.learning_rate:g}, "
         f"batch {spec.train.batch_size} x {spec.train.max_seq_len} tokens",
         f"  round     {_progress(status)}",
@@ -77,6 +78,13 @@ def job(status: pb.JobStatus) -> RenderableType:
             for file in publication.withheld
         )
     return Group(*parts)
+
+
+def start(taken: pb.Start, spec: pb.JobSpec) -> str:
+    """What a job started from, for people."""
+    if taken.job:
+        return f"version {taken.version} of {taken.job} (manifest {taken.digest})"
+    return f"{spec.lora.start_from} (adapter {taken.digest})"
 
 
 def size(count: int) -> str:

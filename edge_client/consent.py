@@ -17,7 +17,7 @@ from converters.errors import NotFound, Refused, UsageError
 from edge_client import disk
 from edge_client.outbox import Outbox
 from edge_client.screen import Screen
-from oneround import stream, tls
+from oneround import rules, stream, tls
 from oneround.v1 import federation_pb2 as pb
 
 # All of it: a test holds these against every field of the protocol's messages, and against the adapter's file.
@@ -93,11 +93,13 @@ def asks(job: pb.Job, machine: pb.Machine, state: Path, model: Path | None) -> d
     """What a job asks of this machine, in words: the base and where it comes from, what is trained, and the disk."""
     spec, room = job.spec, disk.room(job, state, model)
     where = f"yours, in {model}" if model else f"{disk.size(room.base)} of it from the coordinator"
-    train = spec.train
+    train, start = spec.train, spec.lora.start_from
+    going_on = f", going on from {start if rules.is_job_name(start) else 'an earlier adapter'}" if start else ""
     return {
         "base": f"{spec.model.base}, {where if model or room.base else 'here already'}",
         "trains": f"LoRA of rank {spec.lora.rank} on {len(job.modules)} modules, with {machine.backend} on "
-        f"{machine.device}: {train.epochs:g} epochs in batches of {train.batch_size} × {train.max_seq_len} tokens",
+        f"{machine.device}: {train.epochs:g} epochs in batches of {train.batch_size} × {train.max_seq_len} tokens"
+        f"{going_on}",
         "takes": f"{disk.size(room.needed)} of the disk of {state}; how long, the bar says as soon as training begins",
     }
 

@@ -8,20 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from converters import adapter as layout
-from converters.adapter import Adapter, LowRank, Made
+from converters.adapter import Adapter, Factor, LowRank, Made
 from converters.errors import LayoutMismatch
 from coordinator.aggregate import coordinatewise, mean, robust, sparse
 from coordinator.aggregate.method import PARAMETERS, Cohort, Method, Outcome
+from coordinator.aggregate.start import changes, clipped, joined
 from coordinator.aggregate.truncate import Truncated, low_rank, truncate
 from coordinator.cohort import inner, pieces
 from oneround.v1 import federation_pb2 as pb
 
-__all__ = ["METHODS", "PARAMETERS", "Aggregated", "Contribution", "aggregate", "described", "unfit"]
+__all__ = [
+    "METHODS",
+    "PARAMETERS",
+    "Aggregated",
+    "Contribution",
+    "aggregate",
+    "changes",
+    "clipped",
+    "described",
+    "unfit",
+]
 
 METHODS: dict[str, Method] = {
     "exact": Method(mean.exact, free=True),
@@ -69,9 +81,12 @@ def aggregate(
     *,
     rank: int = 0,
     scratch: Path | None = None,
+    start: Adapter | None = None,
 ) -> Aggregated:
     """One adapter of all contributions, by a method's name or with parameters, times the server learning rate.
 
+    `start`: the adapter that all clients started from, with one term a module, where it is not zero. Contributions hold
+    it, and so does the result: the methods and the server learning rate are about what was changed of it.
     With `rank` > 0 every module is truncated to it. What has to be computed is computed once, module by module, and
     kept in the folder `scratch`, from where it is mapped; in memory without one.
 
@@ -89,21 +104,22 @@ def aggregate(
     frozen_a = not method.frozen_a or _one_a(adapters)
     if why := unfit(how, clients=len(adapters), one_rank=one_rank, frozen_a=frozen_a):
         raise LayoutMismatch(why, hint='use method = "exact", which takes any adapters')
-    outcome = method.run(Cohort(adapters, counts, how))
+    outcome = method.run(Cohort(adapters, counts, how, start))
+    whole = partial(_whole, outcome, how, start)
     weights = tuple(outcome.weights.tolist())
     if method.free and not rank:
-        return Aggregated(Adapter(Made(modules, lambda name: _free(outcome, name, how))), 1.0, weights)
+        return Aggregated(Adapter(Made(modules, lambda name: _stacked(whole(name)))), 1.0, weights)
     made: dict[str, LowRank] = {}
-    kept = whole = 0.0
+    kept = all_of_it = 0.0
     for name in sorted(modules):
-        cut = _truncated(outcome, name, rank)
-        kept, whole = kept + cut.kept, whole + cut.whole
-        made[name] = LowRank.sum([cut.update], [how.server_learning_rate])
+        cut = _truncated(whole(name), rank or outcome.rank(name))
+        kept, all_of_it = kept + cut.kept, all_of_it + cut.whole
+        made[name] = cut.update
         if scratch is not None:
             file = scratch / f"{len(made)}.safetensors"
             layout.write(Adapter({name: made[name]}), file)
             made[name] = layout.read(file).modules[name]
-    return Aggregated(Adapter(made), kept / whole if whole else 1.0, weights)
+    return Aggregated(Adapter(made), kept / all_of_it if all_of_it else 1.0, weights)
 
 
 def unfit(how: pb.AggregateSpec, *, clients: int, one_rank: bool = True, frozen_a: bool) -> str:
@@ -130,15 +146,28 @@ def described(how: pb.AggregateSpec) -> str:
     return f"{how.method} ({', '.join(values)})" if values else how.method
 
 
-def _free(outcome: Outcome, name: str, how: pb.AggregateSpec) -> LowRank:
-    update = outcome.update(name)
+def _whole(outcome: Outcome, how: pb.AggregateSpec, start: Adapter | None, name: str) -> LowRank | Factor:
+    """A module's ΔW₀ + λ (ΔW − ΔW₀), where λ is the server learning rate; λ ΔW without a start."""
+    update, rate = outcome.update(name), how.server_learning_rate
+    first = start.modules[name] if start else None
+    if isinstance(update, np.ndarray):
+        update *= np.float32(rate)
+        return update if first is None else LowRank.sum([first], [1 - rate]).add_to(update)
+    scaled = LowRank.sum([update], [rate])
+    if first is None or rate == 1:
+        return scaled
+    if METHODS[how.method].frozen_a:  # one A in both: the rank stays
+        return LowRank(update.a, scaled.b + np.float32(1 - rate) * first.b)
+    return joined(scaled, first, 1 - rate)
+
+
+def _stacked(update: LowRank | Factor) -> LowRank:
     assert isinstance(update, LowRank), "what is free is stacked"
-    return LowRank.sum([update], [how.server_learning_rate])
+    return update
 
 
-def _truncated(outcome: Outcome, name: str, rank: int) -> Truncated:
+def _truncated(update: LowRank | Factor, wanted: int) -> Truncated:
     """A module's update in its final rank."""
-    update, wanted = outcome.update(name), rank or outcome.rank(name)
     if isinstance(update, np.ndarray):
         return low_rank(update, wanted)
     if 0 < wanted < update.rank:

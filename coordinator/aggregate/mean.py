@@ -6,6 +6,7 @@ import numpy as np
 
 from converters.adapter import Factor, LowRank
 from coordinator.aggregate.method import Cohort, Outcome, Weights
+from coordinator.aggregate.start import joined
 
 
 def exact(cohort: Cohort) -> Outcome:
@@ -18,12 +19,16 @@ def exact(cohort: Cohort) -> Outcome:
 
 
 def stacked(cohort: Cohort, weights: Weights) -> Outcome:
-    """Σ wᵢ ΔWᵢ exactly, for any weights (K,); who has none takes no room."""
+    """Σ wᵢ ΔWᵢ exactly, for any weights (K,); who has none takes no room. With a start, ΔW₀ + Σ wᵢ (ΔWᵢ − ΔW₀): where
+    weights add up to 1, the start cancels."""
     counting = np.flatnonzero(weights)
 
     def update(module: str) -> LowRank:
         factors = cohort.factors(module)
-        return LowRank.sum([factors[i] for i in counting], weights[counting].tolist())
+        found = LowRank.sum([factors[i] for i in counting], weights[counting].tolist())
+        if cohort.start is None:
+            return found
+        return joined(found, cohort.start.modules[module], 1.0 - float(weights.sum()))
 
     return Outcome(weights, update)
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.adapter import Adapter, Factor, LowRank
+from coordinator.aggregate.start import changes
 from oneround.v1 import federation_pb2 as pb
 
 Weights = NDArray[np.float64]
@@ -16,15 +17,24 @@ Weights = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Cohort:
-    """The contributions that a method is given: adapters of the same modules, K of them, and the job's parameters."""
+    """The contributions that a method is given: adapters of the same modules, K of them, and the job's parameters.
+
+    `start`: the adapter that all clients started from, where it is not zero; the contributions hold it.
+    """
 
     adapters: Sequence[Adapter]
     num_examples: Sequence[int]
     how: pb.AggregateSpec
+    start: Adapter | None = None
 
     def factors(self, module: str) -> list[LowRank]:
         """One module's update of every client."""
         return [adapter.modules[module] for adapter in self.adapters]
+
+    @property
+    def changed(self) -> list[Adapter]:
+        """What every client changed."""
+        return [changes(adapter, self.start) for adapter in self.adapters]
 
     @property
     def by_examples(self) -> Weights:
@@ -47,9 +57,9 @@ def _kept(module: str) -> int:
 class Outcome:
     """What a method makes of a cohort.
 
-    `weights` (K,): how much each contribution counts; 0 for one that was left out. `update`: a module's ΔW, low-rank,
-    or dense (out, in), which is then brought to low rank. `rank`: what a module's ΔW is truncated to where the job asks
-    for no rank; 0: it is kept as it is.
+    `weights` (K,): how much each contribution counts; 0 for one that was left out. `update`: a module's ΔW, with the
+    start in it, low-rank, or dense (out, in), which is then brought to low rank. `rank`: what a module's ΔW is
+    truncated to where the job asks for no rank; 0: it is kept as it is.
     """
 
     weights: Weights

@@ -1,5 +1,6 @@
 """Methods that look at every entry of ΔW, and so form it: a module's (out, in) in float32, a few times over, one module
-at a time and one client after the other. What comes out is dense, and brought back to low rank afterwards."""
+at a time and one client after the other. Where the round began with a start, ΔW is what was changed of it, and
+the start is added to what comes out. What comes out is dense, and brought back to low rank afterwards."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def ties(cohort: Cohort) -> Outcome:
     weights, density = cohort.by_examples, cohort.how.density
 
     def update(module: str) -> Factor:
-        factors = cohort.factors(module)
+        factors = _changed(cohort, module)
         total = np.zeros(factors[0].shape, np.float32)
         for one, weight in zip(factors, weights, strict=True):
             total += np.float32(weight) * trimmed(one, density)
@@ -36,7 +37,7 @@ def ties(cohort: Cohort) -> Outcome:
             kept[kept * sign <= 0] = 0
             voted[kept != 0] += np.float32(weight)
             total += np.float32(weight) * kept
-        return np.divide(total, voted, out=total, where=voted > 0)
+        return _from_start(np.divide(total, voted, out=total, where=voted > 0), cohort, module)
 
     return Outcome(weights, update, _stacked_rank(cohort))
 
@@ -61,7 +62,7 @@ def dare(cohort: Cohort) -> Outcome:
     weights, density = cohort.by_examples, cohort.how.density
 
     def update(module: str) -> Factor:
-        factors = cohort.factors(module)
+        factors = _changed(cohort, module)
         total = np.zeros(factors[0].shape, np.float32)
         for one, weight in zip(factors, weights, strict=True):
             dense = one.delta()
@@ -70,9 +71,18 @@ def dare(cohort: Cohort) -> Outcome:
                 rows = dense[start : start + _ROWS]
                 rows *= lot.random(rows.shape, np.float32) < density
             total += np.float32(weight / density) * dense
-        return total
+        return _from_start(total, cohort, module)
 
     return Outcome(weights, update, _stacked_rank(cohort))
+
+
+def _changed(cohort: Cohort, module: str) -> list[LowRank]:
+    return [one.modules[module] for one in cohort.changed]
+
+
+def _from_start(change: Factor, cohort: Cohort, module: str) -> Factor:
+    """The start and what was made of the changes, (out, in)."""
+    return change if cohort.start is None else cohort.start.modules[module].add_to(change)
 
 
 def _seed(update: LowRank) -> int:
@@ -84,10 +94,11 @@ def _seed(update: LowRank) -> int:
 
 
 def _stacked_rank(cohort: Cohort) -> Callable[[str], int]:
-    """What `exact` would have, and what can be at most."""
+    """What `exact` would have, and the start, which does not cancel here; and what can be at most."""
 
     def rank(module: str) -> int:
         factors: Sequence[LowRank] = cohort.factors(module)
-        return min(sum(one.rank for one in factors), *factors[0].shape)
+        start = cohort.start.modules[module].rank if cohort.start else 0
+        return min(sum(one.rank for one in factors) + start, *factors[0].shape)
 
     return rank

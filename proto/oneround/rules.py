@@ -17,6 +17,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16", "float16")
 DURATION = "a number and a unit, as 90s, 30m, 24h or 7d"
 SIZE = "a number and a unit, as 500MB, 50GB or 1TB"
+MOST_RANK = 1024
 YEAR_10000 = 253_402_300_800.0  # seconds since the Unix epoch; no calendar here goes on after it
 
 JOB_NAME = r"[a-z0-9][a-z0-9._-]{0,62}"  # it becomes part of paths
@@ -42,11 +43,12 @@ def broken(spec: pb.JobSpec) -> str:
             ),
             ("model.revision", len(model.revision) <= 200 and model.revision.isprintable(), "a branch, tag or commit"),
             ("model.gguf", len(model.gguf) <= 4096 and model.gguf.isprintable(), "a file"),
-            ("lora.rank", 1 <= lora.rank <= 1024, "1 to 1024"),
+            ("lora.rank", 1 <= lora.rank <= MOST_RANK, f"1 to {MOST_RANK}"),
             ("lora.alpha", 0 < lora.alpha < 1e6, "more than 0"),
             ("lora.dropout", 0 <= lora.dropout < 1, "0 or more and less than 1"),
             ("lora.target_modules", len(lora.target_modules) <= 4096, "at most 4096 names"),
             ("lora.target_modules", all(re.fullmatch(MODULE_NAME, name) for name in lora.target_modules), "names"),
+            ("lora.start_from", is_start(lora.start_from), "the name of an earlier job, or a path with a / in it"),
             ("train.epochs", 0 < train.epochs <= 1000, "more than 0 and at most 1000"),
             ("train.learning_rate", 0 < train.learning_rate <= 10, "more than 0 and at most 10"),
             ("train.schedule", train.schedule in SCHEDULES, one_of(SCHEDULES)),
@@ -93,6 +95,11 @@ def is_job_name(text: str) -> bool:
 def is_path(base: str) -> bool:
     """Whether a base that is not there can only be meant as a folder; hub ids look like `org/name`."""
     return base.startswith((".", "/", "~")) or base.count("/") != 1
+
+
+def is_start(text: str) -> bool:
+    """Whether a job can start from this: nothing, an earlier job's name, or a path, which has a slash."""
+    return not text or is_job_name(text) or ("/" in text and len(text) <= 4096 and text.isprintable())
 
 
 def is_time(unix: float) -> bool:

@@ -36,6 +36,7 @@ SPECS: list[tuple[str, Any]] = [
     *(("lora.alpha", alpha) for alpha in (0.0, -1.0, 1e9, NAN, INF, -INF)),
     *(("lora.dropout", dropout) for dropout in (-0.1, 1.0, NAN, INF)),
     *(("lora.target_modules", names) for names in (["q"] * 5000, ["\x1b[2J"], ["a/b"], [""], [LONG])),
+    *(("lora.start_from", start) for start in ("Round 1", "a\\b", "\x1b[2J", "/x\x1b[2J", "./a\nb", f"/{LONG}", LONG)),
     *(("train.epochs", epochs) for epochs in (0.0, -1.0, 1e12, NAN, INF)),
     *(("train.learning_rate", rate) for rate in (0.0, -1.0, 11.0, NAN, INF)),
     *(("train.schedule", schedule) for schedule in ("", "wavy", "__class__")),

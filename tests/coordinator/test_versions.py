@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from pathlib import Path
 
 import grpc
@@ -153,6 +154,30 @@ def test_decisions_that_cannot_be(tmp_path: Path) -> None:
         assert twin.lease != reply.lease
         with pytest.raises(Refused, match="2 clients are called"):
             await daemon.judge(decide("aaaaa", pb.DECISION_EXCLUDE, job="notes"))
+
+    with_server(tmp_path / "state", test)
+
+
+def test_a_method_that_needs_more_than_came_leaves_the_way_to_another(tmp_path: Path) -> None:
+    few = {**SPEC, "name": "few", "round": {"min_clients": 5, "target_clients": 0}, "aggregate": {"method": "krum"}}
+
+    async def test(daemon: Daemon, remote: Crowd) -> None:
+        await daemon.submit(job.parse(few))
+        for seed, client in enumerate(CLIENTS[:2]):
+            await contribute(remote, tmp_path, client, seed, "few")
+        await daemon.close("few")
+        async with asyncio.timeout(60):
+            async for status in daemon.statuses.watch("few"):
+                if status.state == pb.STATE_FAILED:
+                    break
+        why = r"krum \(byzantine clients 1\) needs at least 5 contributions, not 2"
+        assert re.fullmatch(f"{why}; `coordinator publish few --method exact` takes any", status.reason)
+        with pytest.raises(UsageError, match=why) as caught:
+            await daemon.publish(pb.PublishRequest(job="few"))
+        assert caught.value.hint == "--method exact takes any"
+        await daemon.publish(pb.PublishRequest(job="few", aggregate=pb.AggregateSpec(method="exact")))
+        made = await version(daemon, 1, "few")
+        assert made.publications[0].contributions == 2 and not made.takes_contributions
 
     with_server(tmp_path / "state", test)
 

@@ -112,6 +112,16 @@ def test_everything_in_the_adapters_file_is_said(tmp_path: Path) -> None:
     asyncio.run(test())
 
 
+def test_a_job_that_goes_on_from_another_says_so(tmp_path: Path) -> None:
+    for start, words in (
+        ("", ""),
+        ("round-1", ", going on from round-1"),
+        ("/srv/a", ", going on from an earlier adapter"),
+    ):
+        offered = pb.Job(spec=pb.JobSpec(name="notes", lora=pb.LoraSpec(rank=8, start_from=start)))
+        assert consent.asks(offered, pb.Machine(), tmp_path, None)["trains"].endswith(f"tokens{words}")
+
+
 def status(name: str, *, opened: bool = True) -> pb.JobStatus:
     return pb.JobStatus(spec=pb.JobSpec(name=name), takes_contributions=opened)
 

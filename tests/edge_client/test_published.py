@@ -200,7 +200,10 @@ def test_losses_are_those_of_torch(small: Path, tmp_path: Path) -> None:
     trained = tiny.save_adapter(tmp_path / "peft", small)
     adapter.write(peft.read(trained), tmp_path / "trained.safetensors", "float32")
     whole = small.with_suffix(".gguf")
+    adapter.write(peft.read(trained), tmp_path / "b.safetensors", "float32", frozen_a="0" * 64)  # as where A is frozen
+    alone = (tmp_path / "b.safetensors", small, whole, tmp_path / "completed.gguf", tmp_path / "trained.safetensors")
     own = scores.own_adapter(tmp_path / "trained.safetensors", small, whole, tmp_path / "adapter.gguf")
+    assert scores.own_adapter(*alone).read_bytes() == own.read_bytes(), "B alone, with the A of another file"
     rng = np.random.default_rng(0)
     found = [
         Example(rng.integers(2, 300, length).astype(np.int32), np.arange(length) > rng.integers(0, length - 1))

@@ -341,6 +341,7 @@ class LoraSpec(_message.Message):
     DROPOUT_FIELD_NUMBER: _builtins.int
     TARGET_MODULES_FIELD_NUMBER: _builtins.int
     FREEZE_A_FIELD_NUMBER: _builtins.int
+    START_FROM_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     """Rank of every adapted module."""
     alpha: _builtins.float
@@ -350,6 +351,10 @@ class LoraSpec(_message.Message):
     freeze_a: _builtins.bool
     """A stays as the initial adapter has it; only B is trained and sent: half the upload. `ffa`, `trimmed-mean` and
     `median` need it.
+    """
+    start_from: _builtins.str
+    """What clients begin with instead of a fresh adapter: the name of an earlier job of this coordinator, whose newest
+    publication it is, or a path with a `/` in it to an adapter on the coordinator's machine. Empty: a fresh one.
     """
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -363,10 +368,11 @@ class LoraSpec(_message.Message):
         dropout: _builtins.float | None = ...,
         target_modules: _abc.Iterable[_builtins.str] | None = ...,
         freeze_a: _builtins.bool | None = ...,
+        start_from: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "dropout", b"dropout", "freeze_a", b"freeze_a", "rank", b"rank", "target_modules", b"target_modules"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "dropout", b"dropout", "freeze_a", b"freeze_a", "rank", b"rank", "start_from", b"start_from", "target_modules", b"target_modules"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "dropout", b"dropout", "freeze_a", b"freeze_a", "rank", b"rank", "target_modules", b"target_modules"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "dropout", b"dropout", "freeze_a", b"freeze_a", "rank", b"rank", "start_from", b"start_from", "target_modules", b"target_modules"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -800,6 +806,7 @@ class Job(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     TOKENIZER_FIELD_NUMBER: _builtins.int
     CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    STARTED_FROM_FIELD_NUMBER: _builtins.int
     base_fingerprint: _builtins.str
     """SHA-256 over the base's file names and digests, in hex."""
     deadline_unix: _builtins.float
@@ -826,6 +833,10 @@ class Job(_message.Message):
     def base_files(self) -> _containers.RepeatedCompositeFieldContainer[Global___Artifact]:
         """The base model's files."""
 
+    @_builtins.property
+    def started_from(self) -> Global___Start:
+        """Where `initial` comes from; not set where it is a fresh one."""
+
     def __init__(
         self,
         *,
@@ -838,14 +849,49 @@ class Job(_message.Message):
         id: _builtins.str | None = ...,
         tokenizer: _builtins.str | None = ...,
         chat_template: _builtins.str | None = ...,
+        started_from: Global___Start | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["base_files", b"base_files", "base_fingerprint", b"base_fingerprint", "chat_template", b"chat_template", "deadline_unix", b"deadline_unix", "id", b"id", "initial", b"initial", "modules", b"modules", "spec", b"spec", "tokenizer", b"tokenizer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["base_files", b"base_files", "base_fingerprint", b"base_fingerprint", "chat_template", b"chat_template", "deadline_unix", b"deadline_unix", "id", b"id", "initial", b"initial", "modules", b"modules", "spec", b"spec", "started_from", b"started_from", "tokenizer", b"tokenizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_files", b"base_files", "base_fingerprint", b"base_fingerprint", "chat_template", b"chat_template", "deadline_unix", b"deadline_unix", "id", b"id", "initial", b"initial", "modules", b"modules", "spec", b"spec", "tokenizer", b"tokenizer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_files", b"base_files", "base_fingerprint", b"base_fingerprint", "chat_template", b"chat_template", "deadline_unix", b"deadline_unix", "id", b"id", "initial", b"initial", "modules", b"modules", "spec", b"spec", "started_from", b"started_from", "tokenizer", b"tokenizer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Job: _TypeAlias = Job  # noqa: Y015
+
+@_typing.final
+class Start(_message.Message):
+    """Where the adapter that a job starts from was taken."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_FIELD_NUMBER: _builtins.int
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    """The earlier job's name; empty: a file on the coordinator's machine."""
+    job_id: _builtins.str
+    """The earlier job's id."""
+    version: _builtins.int
+    """The version that it had published by then."""
+    digest: _builtins.str
+    """SHA-256 of that version's manifest.json, in hex; of a file's adapter, that of the job's `initial`."""
+    def __init__(
+        self,
+        *,
+        job: _builtins.str | None = ...,
+        job_id: _builtins.str | None = ...,
+        version: _builtins.int | None = ...,
+        digest: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "job", b"job", "job_id", b"job_id", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "job", b"job", "job_id", b"job_id", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Start: _TypeAlias = Start  # noqa: Y015
 
 @_typing.final
 class Machine(_message.Message):
@@ -1749,6 +1795,7 @@ class JobStatus(_message.Message):
     ADMITTED_FIELD_NUMBER: _builtins.int
     TAKES_CONTRIBUTIONS_FIELD_NUMBER: _builtins.int
     COMPARISONS_FIELD_NUMBER: _builtins.int
+    STARTED_FROM_FIELD_NUMBER: _builtins.int
     state: Global___State.ValueType
     """Where it stands."""
     reason: _builtins.str
@@ -1783,6 +1830,10 @@ class JobStatus(_message.Message):
     def comparisons(self) -> _containers.RepeatedCompositeFieldContainer[Global___Comparison]:
         """Did it help, by version, oldest first; for the operator alone."""
 
+    @_builtins.property
+    def started_from(self) -> Global___Start:
+        """Where the initial adapter comes from; not set where it is a fresh one."""
+
     def __init__(
         self,
         *,
@@ -1799,10 +1850,11 @@ class JobStatus(_message.Message):
         admitted: _builtins.int | None = ...,
         takes_contributions: _builtins.bool | None = ...,
         comparisons: _abc.Iterable[Global___Comparison] | None = ...,
+        started_from: Global___Start | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "clients", b"clients", "comparisons", b"comparisons", "contributed", b"contributed", "deadline_unix", b"deadline_unix", "joined", b"joined", "opened_unix", b"opened_unix", "publications", b"publications", "reason", b"reason", "spec", b"spec", "stage", b"stage", "state", b"state", "takes_contributions", b"takes_contributions"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "clients", b"clients", "comparisons", b"comparisons", "contributed", b"contributed", "deadline_unix", b"deadline_unix", "joined", b"joined", "opened_unix", b"opened_unix", "publications", b"publications", "reason", b"reason", "spec", b"spec", "stage", b"stage", "started_from", b"started_from", "state", b"state", "takes_contributions", b"takes_contributions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "clients", b"clients", "comparisons", b"comparisons", "contributed", b"contributed", "deadline_unix", b"deadline_unix", "joined", b"joined", "opened_unix", b"opened_unix", "publications", b"publications", "reason", b"reason", "spec", b"spec", "stage", b"stage", "state", b"state", "takes_contributions", b"takes_contributions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "clients", b"clients", "comparisons", b"comparisons", "contributed", b"contributed", "deadline_unix", b"deadline_unix", "joined", b"joined", "opened_unix", b"opened_unix", "publications", b"publications", "reason", b"reason", "spec", b"spec", "stage", b"stage", "started_from", b"started_from", "state", b"state", "takes_contributions", b"takes_contributions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
