@@ -14,6 +14,8 @@ from .tasks import TASKS
 PACKAGES, SPEAKERS = "stdlib, by package", "shakespeare, by speaker"
 MAIN = "0.3M"  # the base of whatever needs many runs
 ROUNDS = (2, 3, 5, 10)
+EVERY = tuple(product(ALGORITHMS, (3, 10)))
+TEN, FEDAVG = tuple(product(ALGORITHMS, (10,))), (("fedavg", 3), ("fedavg", 10))
 TUNED = ((1 / 3, 1.0), (1.0, 1.0), (10 / 3, 1.0), (1 / 3, 2.0), (1.0, 2.0))  # of the task's learning rate and epochs
 SERVER_LEARNING_RATES = {
     "fedavgm": (0.3,),
@@ -44,19 +46,20 @@ def algorithms(base: str, task: str, seed: int, rounds: Sequence[int] = ROUNDS) 
         yield Cell(base, task, name, seed, count)
 
 
-def tuned(base: str, task: str, seed: int, rounds: Sequence[int] = (3, 10)) -> Iterator[Cell]:
-    """Every arm over learning rates, epochs and what else it has, for each to be chosen on validation."""
+def tuned(base: str, task: str, seed: int, arms: Sequence[tuple[str, int]] = EVERY) -> Iterator[Cell]:
+    """One round, centralised, and these algorithms in so many rounds, over learning rates, epochs and what else they
+    have, for each to be chosen on validation."""
     for rate, epochs in TUNED:
         cell = times(Cell(base, task, ONE_SHOT, seed), rate, epochs)
         yield cell
         yield replace(cell, algorithm=CENTRALISED)
-        for name, count in product(ALGORITHMS, rounds):
-            yield replace(cell, algorithm=name, rounds=count)
-    for count in rounds:
-        for name, rates in SERVER_LEARNING_RATES.items():
-            for server in rates:
-                yield Cell(base, task, name, seed, count, server_learning_rate=server)
-        yield Cell(base, task, "fedavg", seed, count, continued=True)
+        for name, rounds in arms:
+            yield replace(cell, algorithm=name, rounds=rounds)
+    for name, rounds in arms:
+        for server in SERVER_LEARNING_RATES.get(name, ()):
+            yield Cell(base, task, name, seed, rounds, server_learning_rate=server)
+        if name == "fedavg":
+            yield Cell(base, task, name, seed, rounds, continued=True)
 
 
 def times(cell: Cell, rate: float, epochs: float) -> Cell:
@@ -137,7 +140,8 @@ def paper() -> Iterator[Cell]:
     for sweep, seed in product((heterogeneity, clients, ranks, local_epochs), seeds):
         yield from sweep(MAIN, SPEAKERS, seed)
     for seed in seeds:
-        yield from tuned(MAIN, SPEAKERS, seed, (10,))
+        yield from tuned(MAIN, SPEAKERS, seed, (("fedavg", 3), *TEN))
+        yield from tuned(MAIN, PACKAGES, seed, FEDAVG)
     for base, seed in product(("5M", "5M" + UNPRETRAINED), seeds):
         yield from main_arms(base, SPEAKERS, seed)
     for task, seed in product((SPEAKERS, PACKAGES), seeds):

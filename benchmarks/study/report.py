@@ -256,11 +256,12 @@ def tuned(results: Results, out: Path) -> Section:
         candidates: dict[str, list[tuple[Cell, str]]] = {}
         for cell in presets.tuned(MAIN, task, 0):
             if cell.algorithm == ONE_SHOT:
-                candidates.setdefault("one round, `exact`", []).append((cell, "exact"))
-                candidates.setdefault("one round, any method", []).extend(
-                    (cell, arm) for arm in results.arms(cell) if arm != "base"
-                )
-                candidates.setdefault("best local", []).append((cell, "best local"))
+                if results.of(cell):
+                    candidates.setdefault("one round, `exact`", []).append((cell, "exact"))
+                    candidates.setdefault("one round, any method", []).extend(
+                        (cell, arm) for arm in results.arms(cell) if arm != "base"
+                    )
+                    candidates.setdefault("best local", []).append((cell, "best local"))
             elif cell.algorithm == CENTRALISED:
                 candidates.setdefault("centralised", []).append((cell, "centralised"))
             elif results.of(cell):
@@ -268,7 +269,7 @@ def tuned(results: Results, out: Path) -> Section:
         pooled = results.best(candidates["centralised"])
         for arm, of in candidates.items():
             best = results.best(of)
-            if best is None or pooled is None:
+            if best is None or pooled is None or len(of) < len(presets.TUNED):
                 continue
             cell, which = best
             recipe = TASKS[task]
@@ -277,13 +278,13 @@ def tuned(results: Results, out: Path) -> Section:
             how += f", server lr {cell.server_learning_rate:g}" if cell.server_learning_rate else ""
             how += ", one schedule over all rounds" if cell.continued else ""
             share = results.share(cell, which, pooled[0])
-            rows.append([f"{arm}", how, said(results.loss(cell, which)), percent(share), f"{len(of)}"])
+            rows.append([f"{task}: {arm}", said(results.loss(cell, which)), percent(share), how, f"{len(of)}"])
     yield from titled(
         "Each arm at its best",
-        f"Base {MAIN}, {', '.join(tasks)}. Not tied to equal steps: every arm takes the setting that does best on "
+        f"Base {MAIN}. Not tied to equal steps: every arm takes the setting that does best on "
         "validation, of the learning rates and epochs (and server learning rates, and schedules) that were tried; "
         "losses are on the test set, shares of the gap to the best centralised run.",
-        table(("arm", "chosen", "test loss", "share", "settings tried"), rows),
+        table(("task: arm", "test loss", "share", "chosen", "of settings"), rows),
     )
 
 
