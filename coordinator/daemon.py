@@ -129,7 +129,7 @@ class Daemon:
 
     async def _submit(self, spec: pb.JobSpec) -> pb.JobStatus:
         if spec.name in await offload(self._store.names):
-            known = self._store.announced(spec.name).job.spec
+            known = jobs.filled(self._store.announced(spec.name).job.spec)
             if known.model.base == spec.model.base:
                 spec.model.revision = known.model.revision
             if known != spec:

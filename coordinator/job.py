@@ -60,7 +60,7 @@ def check(spec: pb.JobSpec, clients: int | None = None) -> pb.JobSpec:
 
     `clients`: how many contributions the method will be given; where they are not in yet, the quorum.
     """
-    spec = _filled(spec)
+    spec = filled(spec)
     if not spec.lora.target_modules:
         spec.lora.target_modules.append("all-linear")
     if not spec.publish.gguf:
@@ -164,8 +164,11 @@ def _expected(field: Any) -> str:
     return f"a list of {one}" if field.is_repeated else one
 
 
-def _filled(spec: pb.JobSpec) -> pb.JobSpec:
-    """A copy in which every default is written out, so that a stored job keeps its meaning if defaults change."""
+def filled(spec: pb.JobSpec) -> pb.JobSpec:
+    """A copy in which every default is written out, so that a stored job keeps its meaning if defaults change.
+
+    A job from before a key was there means the key's default.
+    """
     copy = pb.JobSpec()
     copy.CopyFrom(spec)
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from study import rounds
-from study.cells import Cell, Ledger
+from study import presets, report, rounds
+from study.cells import CENTRALISED, FROZEN, ONE_SHOT, Cell, Ledger
 from study.llama import Llama
 from study.results import Results
 from study.rounds import ALGORITHMS, Algorithm, Plan, Server, run
-from study.tasks import deal
+from study.tasks import TASKS, deal
 from study.training import Space, dense, evaluate, gradient, train
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -134,11 +134,12 @@ def test_in_parts_as_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(parts.vectors, at_once.vectors, atol=1e-6, rtol=0)
 
 
-def test_a_round_of_fedavg_is_the_products(folder: Path) -> None:
-    """Two rounds of the chain by the product's backend and its `fedavg`."""
+@pytest.mark.parametrize(("algorithm", "method"), [("fedavg", "fedavg"), ("fedavg of ΔW, svd", "svd")])
+def test_rounds_are_a_chain_of_jobs(folder: Path, algorithm: str, method: str) -> None:
+    """Two rounds, against the product's backend and its aggregation."""
     llama, clients = Llama.load(folder), [examples(6, 1), examples(9, 2)]
     where, plan = space(llama), replace(PLAN, rounds=2)
-    found = run(llama, where, where.initial(0), clients, plan, RECIPE, ALGORITHMS["fedavg"])
+    found = run(llama, where, where.initial(0), clients, plan, RECIPE, ALGORITHMS[algorithm])
     current = where.adapter(where.initial(0))
     for round_ in range(2):
         sent = []
@@ -146,7 +147,7 @@ def test_a_round_of_fedavg_is_the_products(folder: Path) -> None:
             batches = plan.batches(mine, round_)
             recipe = plan.recipe(RECIPE, batches.total_steps, round_)
             sent.append(Contribution(load("torch").train(folder, current, recipe, batches, lambda _: None), len(mine)))
-        current = aggregate(sent, "fedavg").adapter
+        current = aggregate(sent, method, rank=RANK if method == "svd" else 0).adapter
     assert largest(current, where.adapter(found)) < 1e-4
 
 
@@ -247,3 +248,45 @@ def test_a_ledger_goes_on_after_a_torn_line(tmp_path: Path) -> None:
     assert found.losses(cells[0]) == {0: 1.0, 1: 2.0}
     spread = found.loss(cells[0])
     assert spread == (1.5, pytest.approx(0.5**0.5), 2)
+
+
+def test_a_stated_figure_has_three_seeds() -> None:
+    cells = {cell.name: cell for cell in presets.paper()}.values()
+    seeds: dict[Cell, set[int]] = {}
+    for cell in cells:
+        seeds.setdefault(replace(cell, seed=0), set()).add(cell.seed)
+    assert all(len(found) >= 3 for found in seeds.values())
+    assert {cell.algorithm for cell in cells} == {ONE_SHOT, FROZEN, CENTRALISED, *ALGORITHMS}
+
+
+def test_a_setting_that_is_the_tasks_own_has_one_name() -> None:
+    """Or it would be measured twice."""
+    cell = Cell("0.3M", presets.SPEAKERS, ONE_SHOT)
+    assert presets.times(cell, 1.0, 1.0) == cell
+    twice = presets.times(cell, 1.0, 2.0)
+    assert twice.epochs == 2 * TASKS[cell.task].epochs and twice.name != cell.name
+
+
+def test_report_says_what_was_measured(tmp_path: Path) -> None:
+    """Shares seed by seed, mean and spread; what is missing is left out, and so are its columns."""
+    ledger = Ledger(tmp_path / "cells.jsonl")
+    one = Cell("0.3M", presets.SPEAKERS, ONE_SHOT)
+
+    def loss(value: float) -> dict[str, float]:
+        return {"test": value, "valid": value}
+
+    for seed, mean in enumerate((3.0, 3.2)):
+        local = [loss(3.5)] * 9 + [loss(2.9)]
+        found = {"losses": {"base": loss(4.0), "exact": loss(mean)}, "local": local, "arrivals": [[3.6, mean]]}
+        ledger.add(replace(one, seed=seed), found, 1.0)
+        pooled = {"losses": {"base": loss(4.0), "centralised": loss(2.0)}}
+        ledger.add(replace(one, seed=seed, algorithm=CENTRALISED), pooled, 1.0)
+    machine = {"cpu": "a", "cores": 1, "python": "3", "versions": {}, "when": "today"}
+    document = report.write(tmp_path, ledger, list(presets.paper()), "paper", machine)
+    shares = document["shares"][f"0.3M: {presets.SPEAKERS}"]
+    assert shares["one-shot exact"] == {"share": 0.45, "sd": pytest.approx(0.0707, abs=1e-4), "seeds": 2}
+    assert shares["best local"]["share"] == 0.55
+    text = (tmp_path / "report.md").read_text()
+    assert "| 0.3M: shakespeare, by speaker | 28 ± 0 % | 55 ± 0 % | 45 ± 7 % |" in text
+    assert "4 of " in text and "T = 10 |" not in text.split("## Shares")[1].split("##")[0]
+    assert (tmp_path / "arrivals.png").stat().st_size > 1000 and not (tmp_path / "bound.png").exists()

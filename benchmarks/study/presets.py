@@ -14,6 +14,7 @@ from .tasks import TASKS
 PACKAGES, SPEAKERS = "stdlib, by package", "shakespeare, by speaker"
 MAIN = "0.3M"  # the base of whatever needs many runs
 ROUNDS = (2, 3, 5, 10)
+MORE_ROUNDS = (2, 3, 4, 5, 10, 20, 60)  # the last: after every step
 EVERY = tuple(product(ALGORITHMS, (3, 10)))
 TEN, FEDAVG = tuple(product(ALGORITHMS, (10,))), (("fedavg", 3), ("fedavg", 10))
 TUNED = ((1 / 3, 1.0), (1.0, 1.0), (10 / 3, 1.0), (1 / 3, 2.0), (1.0, 2.0))  # of the task's learning rate and epochs
@@ -74,7 +75,7 @@ def times(cell: Cell, rate: float, epochs: float) -> Cell:
 
 def more_rounds(base: str, task: str, seed: int) -> Iterator[Cell]:
     """One to five rounds, and down to one step in each."""
-    for rounds in (2, 3, 4, 5, 10, 20, 60):
+    for rounds in MORE_ROUNDS:
         yield Cell(base, task, "fedavg", seed, rounds)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import time_to_model
 
 from . import plots, presets
 from .cells import CENTRALISED, FROZEN, ONE_SHOT, Cell, Ledger
@@ -23,6 +24,7 @@ from .rounds import ALGORITHMS
 from .tasks import TASKS
 
 Section = Iterator[str]
+MEASURED = Path(__file__).resolve().parents[1] / "results"  # by the other benchmarks
 
 
 def write(out: Path, ledger: Ledger, wanted: Sequence[Cell], preset: str, machine: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def write(out: Path, ledger: Ledger, wanted: Sequence[Cell], preset: str, machin
         + f"; {machine['when']}. Each cell's figures are a line of [cells.jsonl](cells.jsonl).",
         "",
     ]
-    for section in (setting, overview, gaps, methods, algorithms, tuned, sweeps, local, bound, arrivals):
+    for section in SECTIONS:
         lines += section(results, out)
     text = "\n".join(lines).rstrip() + "\n"
     part = out / "report.md.part"
@@ -222,7 +224,7 @@ def algorithms(results: Results, out: Path) -> Section:
         lines = {
             "FedAvg": [
                 (float(rounds), results.share(Cell(MAIN, task, "fedavg", rounds=rounds)))
-                for rounds in (2, 3, 4, 5, 10, 20, 60)
+                for rounds in presets.MORE_ROUNDS
             ]
         }
         lines["FedAvg"].insert(0, (1.0, results.share(Cell(MAIN, task, ONE_SHOT), "fedavg")))
@@ -449,6 +451,83 @@ def arrivals(results: Results, out: Path) -> Section:
         [],
         picture,
     )
+
+
+def cost(results: Results, out: Path) -> Section:
+    """What wire_cost.py counted on the wire, beside what it bought."""
+    file = MEASURED / "wire_cost.json"
+    wire = json.loads(file.read_text("utf-8"))["bases"].get(MAIN) if file.exists() else None
+    if not wire:
+        return
+    first, further = wire["chain"]["rounds"][0], wire["chain"]
+    ways = ("up_per_client", "down_per_client")
+    arms: list[tuple[str, Cell, str, tuple[int, ...]]] = [
+        ("one round, `ffa`", Cell(MAIN, "", FROZEN), "ffa", tuple(wire["ffa"][way] for way in ways)),
+        ("one round, `exact`", Cell(MAIN, "", ONE_SHOT), "exact", tuple(wire["exact"][way] for way in ways)),
+    ]
+    for rounds in presets.MORE_ROUNDS:
+        passed = tuple(first[way] + (rounds - 1) * further[way] for way in ways)
+        arms.append((f"FedAvg, T = {rounds}", Cell(MAIN, "", "fedavg", rounds=rounds), "", passed))
+    tasks = (SPEAKERS, PACKAGES)
+    rows = []
+    for name, cell, arm, passed in arms:
+        closed = (percent(results.share(replace(cell, task=task), arm)) for task in tasks)
+        rows.append([name, *(f"{count / 1e3:,.0f} kB" for count in passed), *closed])
+    panels = []
+    for task in tasks:
+        points = [
+            (name, sum(passed) / 1e3, results.share(replace(cell, task=task), arm)) for name, cell, arm, passed in arms
+        ]
+        lines = {"several rounds": [(x, y) for name, x, y in points if name.startswith("FedAvg")]}
+        lines |= {name.replace("`", ""): [(x, y)] for name, x, y in points if not name.startswith("FedAvg")}
+        panels.append(Panel(shares(lines), task, "kB of each client, up and down", "share of the gap, %", log=True))
+    picture = "bytes.png" if plots.write(out / "bytes.png", panels) else ""
+    yield from titled(
+        "What it costs",
+        f"Base {MAIN}. Bytes of one client on the wire, TLS and gRPC and signing in included, counted between real "
+        "clients and the real coordinator (wire_cost.py): the first round and each further one were counted, T rounds "
+        "are their sum. The base is on the client's disk; heartbeats, which hang on time, are not in it.",
+        table(("arm", "up", "down", *tasks), rows),
+        picture,
+    )
+    simulated = MEASURED / "time_to_model.json"
+    if simulated.exists():
+        prose = (
+            "Hours from submitting a job to the model, simulated with measured bytes, steps and publishing, and with "
+            "stated devices and links (time_to_model.py): the median over seeds, and the 10th and 90th percentile."
+        )
+        yield from titled(
+            "Time to the model", prose, time_to_model.table(json.loads(simulated.read_text())).split("\n")
+        )
+
+
+def limits(results: Results, out: Path) -> Section:
+    yield from titled(
+        "What this does not show",
+        "Bases have at most five million parameters, and were pretrained once each, on 16 million tokens: what the "
+        "paper says of 1 to 13 billion is not tested here, only its trend over sizes that two cores can train. Quality "
+        "is loss, not a score on a benchmark of questions, which models of this size cannot answer. Examples are short "
+        "and few. LoRA only: no full fine-tuning. Clients are honest and all of them "
+        "come through; robustness.py and the tests of rounds have the rest. Optimizers' states do not outlive a round, "
+        "which is how jobs are chained here; DiLoCo keeps them on its workers.",
+        [""],
+    )
+
+
+SECTIONS = (
+    setting,
+    overview,
+    gaps,
+    methods,
+    algorithms,
+    tuned,
+    sweeps,
+    local,
+    bound,
+    arrivals,
+    cost,
+    limits,
+)
 
 
 def figures(results: Results) -> dict[str, Any]:

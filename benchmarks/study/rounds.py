@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from coordinator.aggregate import Contribution, aggregate
 from edge_client.batches import Batches
 from edge_client.examples import Example
 from edge_client.recipe import Recipe
@@ -75,6 +76,7 @@ class Algorithm:
     server_learning_rate: float = 1.0
     proximal: float = 0.0  # FedProx's μ
     control_variates: bool = False  # SCAFFOLD
+    products: bool = False  # averages ΔW rather than factors, and truncates to the clients' rank: the product's `svd`
 
 
 ALGORITHMS = {
@@ -85,6 +87,7 @@ ALGORITHMS = {
     "fedprox": Algorithm(fedavg, proximal=0.1),
     "scaffold": Algorithm(fedavg, control_variates=True),
     "diloco": Algorithm(diloco, 0.7),
+    "fedavg of ΔW, svd": Algorithm(fedavg, products=True),
 }
 
 
@@ -142,8 +145,14 @@ def run(
         recipes = [plan.recipe(recipe, one.total_steps, round_) for one in plans]
         corrections = (shares * variates).sum(0) - variates if algorithm.control_variates and round_ else None
         found = train(llama, space, current, plans, recipes, proximal=algorithm.proximal, corrections=corrections)
-        change = (shares * (found.vectors - current)).sum(0)
-        current = current + algorithm.step(server, change, algorithm.server_learning_rate)
+        mean = _mean_product(space, found.vectors, clients) if algorithm.products else (shares * found.vectors).sum(0)
+        current = current + algorithm.step(server, mean - current, algorithm.server_learning_rate)
         variates = found.mean_gradients
         after_round(round_ + 1, current)
     return current
+
+
+def _mean_product(space: Space, vectors: Tensor, clients: Sequence[Sequence[Example]]) -> Tensor:
+    """The best adapter of the clients' rank for the mean of their ΔW (P,)."""
+    sent = [Contribution(space.adapter(one), len(examples)) for one, examples in zip(vectors, clients, strict=True)]
+    return space.vector(aggregate(sent, "svd", rank=space.rank).adapter)

@@ -14,8 +14,9 @@ import pytest
 from converters import adapter
 from converters.adapter import Adapter, LowRank, Shape
 from converters.errors import BadData, Refused, Unreachable
-from coordinator import control, identity, job, server, transport
+from coordinator import control, database, identity, job, server, transport
 from coordinator.daemon import Daemon
+from coordinator.schema import Job
 from edge_client import remote as remotes
 from edge_client.identity import Pins
 from oneround import stream, tls
@@ -348,6 +349,23 @@ def test_submitting_again_is_idempotent_and_another_job_of_the_name_is_refused(t
             await daemon.submit(job.parse({**SPEC, "name": "other", "model": {"base": "/no/such/base"}}))
 
     with_server(tmp_path / "state", test)
+
+
+def test_a_job_from_before_a_key_was_there_means_the_keys_default(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+
+    async def one_job(daemon: Daemon, _: Crowd) -> None:
+        assert len(await daemon.names()) == 1
+
+    with_server(state, one_job)
+    rows = database.Database(f"sqlite:///{state / 'coordinator.sqlite'}")
+    with rows.writes() as session:
+        row = session.get_one(Job, "notes")
+        older = pb.Job.FromString(row.job.SerializeToString())
+        older.spec.lora.ClearField("start_from")
+        row.job = older
+    rows.close()
+    with_server(state, one_job)  # submits the same job again
 
 
 def test_silent_clients_sleep_and_the_deadline_closes(tmp_path: Path) -> None:
