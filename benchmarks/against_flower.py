@@ -12,11 +12,11 @@ rates, from the same initial adapter:
 Then a client is killed (SIGKILL, all of its processes) in the middle of its training, and started again or not.
 
 Both go over TLS on loopback; base and data are on the clients' disks beforehand. Loss is per token over all clients'
-held-out rows, by llama.cpp on base + adapter. Bytes are those of the clients' TCP connections. Server memory is the
+held-out rows, of base + adapter in float32. Bytes are those of the clients' TCP connections. Server memory is the
 largest resident set of `coordinator` or `flower-superlink`, and of the processes that these start, together.
 
-    python benchmarks/against_flower.py --quick      # ten minutes
-    python benchmarks/against_flower.py              # with three seeds, and more data: an hour or two
+    python benchmarks/against_flower.py --quick      # some ten minutes on two cores that are free
+    python benchmarks/against_flower.py              # three seeds, more clients and data, and all arms
 
 Flower gets an environment of its own, under --work, with the versions in flower-constraints.txt: the first time takes
 some minutes and 2 GB. Prints one JSON document last.
@@ -33,29 +33,21 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
 import stdlib_packages as packages
-from both_sides import Found, Kill, Side, Task, measured
+from both_sides import Found, Kill, Task
 from flower_environment import environment, versions
 from flower_side import superlink
+from judge import Judge, Opened
 from our_side import SAVE_EVERY, coordinator
-from served import JOB, say
-
-from converters import adapter, architectures, gguf_adapter, gguf_base, llama
-from converters.adapter import Adapter
-from coordinator.aggregate import Contribution, aggregate
-from edge_client import examples, local_model, outbox
 
 ROOT = Path(__file__).resolve().parent.parent
 CLIENTS = ("asyncio", "email", "xml", "http")  # none of them was in the base's pretraining
 RESTART = 5.0  # seconds
 ROUNDS = (1, 3)
-Opened = Callable[[Task, Path], AbstractContextManager[Side]]
 
 
 def main() -> None:
@@ -84,9 +76,7 @@ def main() -> None:
     arms: dict[str, Opened] = {"oneround": coordinator} | {f"flower T={rounds}": flower(rounds) for rounds in ROUNDS}
     runs = []
     for seed in range(1 if asked.quick else 3):
-        for name, opened in arms.items():
-            runs.append(judge.run(name, opened, replace(task, seed=seed)))
-        runs.append(judge.same_work(runs[-len(arms)], runs[-len(arms) + 1], seed))
+        runs += [judge.run(name, opened, replace(task, seed=seed)) for name, opened in arms.items()]
     if not asked.quick:
         runs.append(judge.run("oneround, float32", lambda task, out: coordinator(task, out, "float32"), task))
     killed = []
@@ -96,7 +86,7 @@ def main() -> None:
                 killed.append(judge.run(name, opened, task, Kill(clients[1], again_after=again_after)))
 
     document = {
-        "losses": spread(runs) | {"base": judge.loss(None)},
+        "losses": spread(runs) | {"base": judge.loss()},
         "ratios": ratios(runs),
         "runs": runs,
         "killed": killed,
@@ -132,63 +122,6 @@ def warm(variables: dict[str, str]) -> None:
     subprocess.run([sys.executable, "-c", both], check=True)
     python = shutil.which("python", path=variables["PATH"])
     subprocess.run([str(python), "-c", f"{both}, flwr.serverapp, flwr.clientapp, uvicorn"], check=True, env=variables)
-
-
-class Judge:
-    """Runs an arm and says how good its model is, by the same evaluation for all."""
-
-    def __init__(self, task: Task, work: Path) -> None:
-        self._task, self._work, self._count = task, work, 0
-        self._gguf = work / "base.gguf"
-        gguf_base.build(task.base, self._gguf)
-        self._described = architectures.describe(task.base)
-        tokenizer = examples.load_tokenizer(task.base)
-        rows = [row for name in task.clients for row in examples.load(task.data / name).held_out]
-        self._rows = examples.tokenise(rows, tokenizer, task.sequence).examples
-        self.tokens = sum(row.num_targets for row in self._rows)
-
-    def run(self, arm: str, opened: Opened, task: Task, kill: Kill | None = None) -> Found:
-        say(f"{arm}, seed {task.seed}" + (f", {kill.client} is killed" if kill else ""))
-        self._count += 1
-        out = self._work / f"{self._count:02}-{arm.replace(' ', '-')}"
-        found = measured(opened(task, out), task, kill)
-        loss = self.loss(found.pop("adapter"))
-        say(f"  loss {loss:.4f}")
-        rounded = {key: round(value, 2) if isinstance(value, float) else value for key, value in found.items()}
-        return {"arm": arm, "seed": task.seed, "loss": loss, "folder": out.name} | rounded
-
-    def loss(self, gguf: Path | None) -> float:
-        """Of the base with an adapter, in nats per held-out token."""
-        model = llama.load(self._gguf, adapter=gguf, context=self._task.sequence)
-        try:
-            return round(local_model.evaluate(model, self._rows).per_token, 5)
-        finally:
-            model.close()
-
-    def same_work(self, ours: Found, flower: Found, seed: int) -> Found:
-        """FedAvg of what our clients sent, beside Flower's first round: the same but for bfloat16 on the way here."""
-        theirs = adapter.read(Path(flower.pop("factors")))
-        boxes = [outbox.find(self._work / ours["folder"] / "clients" / name, JOB) for name in self._task.clients]
-        sent = []
-        for box in boxes:
-            declared = box.trained()
-            assert declared is not None, "the round is over"
-            sent.append(Contribution(adapter.read(box.adapter), declared.num_examples))
-        averaged = aggregate(sent, "fedavg").adapter
-        gguf = self._work / ours["folder"] / "fedavg.gguf"
-        gguf_adapter.write(averaged, gguf, self._described)
-        return {
-            "arm": "oneround, fedavg",
-            "seed": seed,
-            "loss": self.loss(gguf),
-            "relative_difference_from_flower": round(apart(averaged, theirs), 6),
-        }
-
-
-def apart(one: Adapter, other: Adapter) -> float:
-    """‖ΔW − ΔW'‖ / ‖ΔW'‖ over all modules."""
-    pairs = [(one.modules[name].delta(), other.modules[name].delta()) for name in other.modules]
-    return float(np.sqrt(sum(np.sum((a - b) ** 2) for a, b in pairs) / sum(np.sum(b**2) for _, b in pairs)))
 
 
 def spread(runs: Sequence[Found]) -> dict[str, dict[str, float]]:

@@ -74,7 +74,7 @@ class Side(Protocol):
         """When the model was there, in seconds since the epoch; ends the script when it never will be."""
 
     def result(self) -> Found:
-        """What came of it, with `adapter`, a GGUF file."""
+        """What came of it, with the `adapter` that was published."""
 
 
 def measured(opened: AbstractContextManager[Side], task: Task, kill: Kill | None = None) -> Found:
@@ -114,7 +114,7 @@ def measured(opened: AbstractContextManager[Side], task: Task, kill: Kill | None
             "client": kill.client,
             "after_steps": killed["step"],
             "started_again_after_seconds": kill.again_after,
-            "model_seconds_after_the_kill": finished - died,
+            "model_seconds_after_the_kill": round(finished - died, 2),
             "goes_on_after_step": anew[0].done if anew else None,
         }
     say(f"  model after {found['seconds_to_model']:.0f} s, {up + down:,} bytes")

@@ -28,7 +28,12 @@ class Proxy:
         except OSError:  # nobody is there; the client finds its connection closed
             writer.close()
             return
-        await asyncio.gather(self._pass(reader, far_writer, "up"), self._pass(far_reader, writer, "down"))
+        try:
+            with suppress(asyncio.CancelledError):  # the block is over
+                await asyncio.gather(self._pass(reader, far_writer, "up"), self._pass(far_reader, writer, "down"))
+        finally:
+            writer.transport.abort()
+            far_writer.transport.abort()
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str) -> None:
         with suppress(OSError):  # either end may be killed
@@ -36,8 +41,7 @@ class Proxy:
                 setattr(self, way, getattr(self, way) + len(data))
                 writer.write(data)
                 await writer.drain()
-        with suppress(OSError):
-            writer.close()
+        writer.close()
 
 
 @contextmanager

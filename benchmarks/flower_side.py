@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from converters import adapter, architectures, gguf_adapter
+from converters import adapter, architectures
 
 APP = Path(__file__).with_name("flower_app")
 
@@ -59,8 +59,8 @@ class Flower:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._logs: list[IO[bytes]] = []
         self._initial, self._trained = out / "initial.safetensors", out / "result.safetensors"
-        self._base = architectures.describe(task.base)
-        adapter.write(adapter.initial(self._base.linears, task.rank, task.seed), self._initial)  # as the coordinator's
+        linears = architectures.describe(task.base).linears
+        adapter.write(adapter.initial(linears, task.rank, task.seed), self._initial)  # as the coordinator's
 
     def start(self, name: str, *command: object) -> int:
         with (self._out / f"{name}.log").open("ab") as log:
@@ -128,11 +128,8 @@ class Flower:
 
     def result(self) -> Found:
         rounds = json.loads(self._trained.with_suffix(".json").read_text())
-        gguf = self._out / "adapter.gguf"
-        gguf_adapter.write(adapter.read(self._trained), gguf, self._base)
         return {
-            "adapter": gguf,
-            "factors": self._trained,
+            "adapter": adapter.read(self._trained),
             "results": [found["results"] for found in rounds],
             "failures": [found["failures"] for found in rounds],
         }

@@ -16,6 +16,8 @@ from both_sides import Found, Step, Task, end
 from cohort import run, tool
 from served import JOB, Daemon, daemon
 
+from converters import architectures, gguf_adapter
+
 SAVE_EVERY = 10.0  # seconds between two snapshots of a client's training; 30 by default
 
 
@@ -83,7 +85,8 @@ class Oneround:
         run("edge-client", "pull", JOB, "--artifact", "all", "--to", to, *where)
         manifest = json.loads((to / "manifest.json").read_text())
         return {
-            "adapter": to / "adapter.gguf",
+            "adapter": gguf_adapter.read(to / "adapter.gguf", architectures.describe(self._task.base)),
+            "clients": self._out / "clients",
             "results": [len(manifest["contributions"])],
             "sent_bytes": {name: client.sent for name, client in self.clients.items()},
         }
