@@ -5,7 +5,10 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 PROTO = Path(__file__).parent.parent / "proto"
 SOURCE = PROTO / "oneround" / "v1" / "federation.proto"
@@ -21,6 +24,18 @@ def test_stubs_are_regenerated_equal(tmp_path: Path) -> None:
     assert len(made) == len(kinds)
     for file in made:
         assert file.read_text() == (PROTO / file.relative_to(tmp_path)).read_text(), f"{file.name}: run `make proto`"
+
+
+def test_no_runtime_is_asked_for_that_refuses_the_stubs() -> None:
+    """Generated code takes no protobuf and no grpcio that is older than what made it."""
+    v1 = SOURCE.parent
+    protobuf = re.search(r"^# Protobuf Python Version: (.+)$", (v1 / "federation_pb2.py").read_text(), flags=re.M)
+    grpcio = re.search(r"GRPC_GENERATED_VERSION = '(.+)'", (v1 / "federation_pb2_grpc.py").read_text())
+    project = tomllib.loads((PROTO.parent / "pyproject.toml").read_text())["project"]
+    asked = {one.name: one.specifier for one in map(Requirement, project["dependencies"])}
+    for name, made_by in (("protobuf", protobuf), ("grpcio", grpcio)):
+        assert made_by
+        assert str(asked[name]) == f">={made_by[1]}"
 
 
 def test_every_field_and_call_is_commented() -> None:

@@ -1,0 +1,1 @@
+"""Federated averaging of LoRA factors in Flower, with our training function."""
