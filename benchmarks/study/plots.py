@@ -64,7 +64,7 @@ def write(file: Path, panels: Sequence[Panel]) -> bool:
     there = [panel for panel in panels if panel.there]
     if not there:
         return False
-    across = min(len(there), 3)
+    across = 2 if len(there) == 4 else min(len(there), 3)
     down = -(-len(there) // across)
     figure, grid = plt.subplots(down, across, figsize=(4.6 * across, 3.6 * down), squeeze=False)
     for axes, panel in zip(grid.flat, there, strict=False):

@@ -403,7 +403,9 @@ def local(results: Results, out: Path) -> Section:
 
 def bound(results: Results, out: Path) -> Section:
     keys = ("smoothness", "update_size", "epsilon", "observed", "observed_over_norm")
-    rows, by_size = [], {}
+    rows: list[list[str]] = []
+    by_size: dict[str, dict[str, list[tuple[float, Spread]]]] = {}
+    ticks: dict[float, str] = {}
     for base, task in pairs(results):
         cell = Cell(base, task, "fedavg", rounds=3)
         found = {key: results.mean(cell, lambda result, key=key: result.get("bound", {}).get(key)) for key in keys}
@@ -411,6 +413,7 @@ def bound(results: Results, out: Path) -> Section:
         if task == SPEAKERS and found["smoothness"] and not base.startswith("stories"):
             size = float(Llama.load(BASES[base.removesuffix(UNPRETRAINED)]).num_parameters)
             kind = "not pretrained" if base.endswith(UNPRETRAINED) else "pretrained"
+            ticks[size] = base.removesuffix(UNPRETRAINED)
             for key in keys:
                 by_size.setdefault(key, {}).setdefault(kind, []).append((size, found[key]))
     words = {
@@ -419,7 +422,10 @@ def bound(results: Results, out: Path) -> Section:
         "epsilon": "bound ε",
         "observed_over_norm": "observed ‖w₁ − w_T‖ / ‖w₀‖",
     }
-    panels = [Panel(by_size.get(key, {}), name, "parameters", name, log=True) for key, name in words.items()]
+    panels = [
+        Panel(by_size.get(key, {}), name, "base", name, log=True, ticks=list(ticks.items()))
+        for key, name in words.items()
+    ]
     picture = "bound.png" if plots.write(out / "bound.png", panels) else ""
     yield from titled(
         "The paper's bound",
