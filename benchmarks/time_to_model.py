@@ -1,0 +1,314 @@
+"""How long a model takes, in one round and in many, under stated devices and links: a simulation with measured inputs.
+
+    python benchmarks/time_to_model.py        # a few seconds
+
+Measured are bytes on the wire, seconds of a step and of a publication; where each comes from stands in `inputs`. Assumed
+is how people's machines differ and sleep: PROFILES, with a reason for each figure. The simulation is simulated.py.
+
+Every plan has the same cohort of ten and the same steps for each client in all: T rounds have STEPS / T each. `one device`
+is centralised training: everybody's data on one median device that never sleeps, so ten times the steps; what it would
+take to bring the data there is not counted. The time is that to the last publication, from submitting on a working
+day. The base model is on every client's disk. Weekends are not there: all days are alike.
+
+Writes one JSON document to --out, and prints it last; `table` makes Markdown of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_publish import SHAPE
+from simulated import DAY, HOUR, KINDS, Hours, Link, Plan, Profile, Timeline, simulate
+from train_inputs import SHAPES
+
+from converters import adapter
+from converters.adapter import Shape
+from converters.families import FAMILIES
+
+Found = dict[str, Any]
+
+RESULTS = Path(__file__).parent / "results"
+CLIENTS = 10  # as in the paper that the benchmark is about, arXiv 2412.04650
+STEPS = 300  # of each client in all: three epochs of 800 examples in batches of 8
+ROUNDS = (1, 2, 3, 5, 10)
+RANK = 16
+
+PROFILES = {
+    # People's own laptops, at home and at work.
+    "laptops": Profile(
+        link=Link(
+            up=20,  # a cable or VDSL line's usual upload
+            down=100,  # and its download
+            round_trip=0.03,  # to a server in the same country
+            shared=1000,  # a rented server's port
+            breaks_per_hour=1,  # Wi-Fi, trains, a lid: while transferring
+            break_seconds=5,  # the client tries again after 1, 2 and 4 s
+        ),
+        hours=Hours(
+            opens=9,  # with the working day, one hour sooner or later
+            closes=18,
+            jitter=1,
+            open_stretch=2,  # then a meeting, a commute, a meal
+            nap=0.5,
+            days_off=0.1,  # half a day a week out of the office, or at another machine
+        ),
+        spread=0.35,  # two of three within a factor of 1.4: five years of laptops in one cohort
+        stragglers=0.1,  # on battery, hot, or busy with something else
+        slowdown=4,
+    ),
+    # One room: machines of one kind that are shut at night.
+    "one LAN": Profile(
+        link=Link(up=1000, down=1000, round_trip=0.001, shared=1000),  # gigabit Ethernet, the coordinator's too
+        hours=Hours(opens=9, closes=18, jitter=0.5),
+        spread=0.1,  # bench_train.py saw a machine's own speed change by more
+    ),
+    # The same devices as to their median speed, in one rack: nothing sleeps.
+    "datacenter": Profile(
+        link=Link(up=100_000, down=100_000, round_trip=0.0002, shared=100_000),
+        spread=0.05,
+    ),
+}
+
+# When a round closes. The deadline is long: stragglers are waited for, or left behind by the target.
+CLOSING: dict[str, dict[str, float]] = {
+    "all ten": {"target": CLIENTS, "quorum": 2, "deadline": 7 * DAY},
+    "eight of ten": {"target": 8, "quorum": 2, "deadline": 7 * DAY},
+    "half, and a day": {"target": CLIENTS, "quorum": 5, "deadline": DAY},
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a round of a base costs. Bytes are those of one client, in the first round and in each further one."""
+
+    step_seconds: float
+    publish_seconds: float
+    up_bytes: float
+    first_down_bytes: float
+    further_down_bytes: float
+    sources: Mapping[str, str]
+
+
+# ---- inputs ----
+
+
+def demo_model(wire: Found) -> Model:
+    """The base that ../README's demo uses: everything measured, by wire_cost.py."""
+    arms, by_hour = wire["bases"]["base"], wire["by_hour"]
+    further = arms.get("chain", arms["exact"])
+    return Model(
+        step_seconds=by_hour["step_seconds"],
+        publish_seconds=arms["exact"]["publish_seconds"],
+        up_bytes=arms["exact"]["up_per_client"],
+        first_down_bytes=arms["exact"]["down_per_client"],
+        further_down_bytes=further["down_per_client"],
+        sources={
+            "step_seconds": "wire_cost.json, by_hour: one client alone on two cores, 8 windows of at most 256 tokens",
+            "publish_seconds": "wire_cost.json, exact: from the last receipt to the publication of f16 and q8_0",
+            "up_bytes, down_bytes": "wire_cost.json, exact and chain",
+        },
+    )
+
+
+def large_model(wire: Found, publish: Found, train: Found) -> Model:
+    """One of TinyLlama-1.1B's shape; what was measured on smaller ones is scaled, and says so."""
+    sent, initial = adapter_bytes(SHAPE, "bfloat16"), adapter_bytes(SHAPE, "float32")
+    ran = train["contestants"]["gsm8k"]["torch"]["seconds"]["median"]
+    steps = math.ceil(train["datasets"]["gsm8k"]["examples"] / train["settings"]["batch_size"])
+    times = matrix_weights(SHAPE) / matrix_weights(SHAPES[train["settings"]["shape"]])
+    parts = {"merge": publish["ours"]["seconds"], "q8_0": publish["afterwards"]["q8_0"]["seconds"]}
+    parts["verify, twice"] = 2 * publish["afterwards"]["verify"]["seconds"]
+    down = initial + other(wire, "down", initial)
+    return Model(
+        step_seconds=ran / steps * times,
+        publish_seconds=sum(parts.values()),
+        up_bytes=sent + other(wire, "up", sent),
+        first_down_bytes=down,
+        further_down_bytes=down,
+        sources={
+            "step_seconds": f"train.json: {ran / steps:.2f} s for 8 examples of GSM8K, PyTorch in bfloat16 on two cores, "
+            f"at 28M parameters; times {times:.1f}, the ratio of the matrices' weights. Not measured at this size",
+            "publish_seconds": "publish.json, two cores: "
+            + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in parts.items()),
+            "up_bytes, down_bytes": f"rank {RANK}, all-linear, written by converters.adapter: {sent:,} bytes in bfloat16, "
+            f"{initial:,} in float32; the rest by a line through wire_cost.json's bases",
+        },
+    )
+
+
+def adapter_bytes(shape: Mapping[str, Any], dtype: str) -> int:
+    """Size of a rank-16 adapter's file for all linear layers of a Llama of this shape."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "adapter.safetensors"
+        adapter.write(adapter.initial(linears(shape), RANK, seed=0), file, dtype)
+        return file.stat().st_size
+
+
+def linears(shape: Mapping[str, Any]) -> dict[str, Shape]:
+    """The linear layers of a Llama's blocks, (out, in), from the values of its config.json."""
+    head = shape["hidden_size"] // shape["num_attention_heads"]
+    sizes = {
+        "hidden": shape["hidden_size"],
+        "heads": shape["num_attention_heads"] * head,
+        "kv_heads": shape["num_key_value_heads"] * head,
+        "intermediate": shape["intermediate_size"],
+    }
+    family = FAMILIES["LlamaForCausalLM"]
+    return {
+        f"{family.blocks}.{n}.{inner}": Shape(sizes[linear.out], sizes[linear.into])
+        for n in range(shape["num_hidden_layers"])
+        for inner, linear in family.linears.items()
+    }
+
+
+def matrix_weights(shape: Mapping[str, Any]) -> int:
+    """Weights that a token is multiplied with, the output layer among them: a step's work is proportional to them."""
+    return sum(s.out * s.into for s in linears(shape).values()) + shape["vocab_size"] * shape["hidden_size"]
+
+
+def other(wire: Found, way: str, size: int) -> float:
+    """Bytes besides a file of this size: a line through what was measured, over bases and arms."""
+    file = {"up": "adapter_bytes", "down": "initial_bytes"}[way]
+    points = [(arm[file], arm[f"other_{way}"]) for arms in wire["bases"].values() for arm in arms.values()]
+    sizes, others = np.array(points, dtype=float).T
+    if len(set(sizes)) < 2:
+        return float(others.mean() * size / sizes.mean())
+    slope, fixed = np.polyfit(sizes, others, 1)
+    return float(fixed + slope * size)
+
+
+# ---- runs ----
+
+
+def plan(model: Model, rounds: int, closing: Mapping[str, Any]) -> Plan:
+    """So many rounds, with STEPS steps of each client in all."""
+    down = (model.first_down_bytes + (rounds - 1) * model.further_down_bytes) / rounds
+    costs = {"up_bytes": model.up_bytes, "down_bytes": down, "publish_seconds": model.publish_seconds}
+    return Plan(rounds, STEPS // rounds, model.step_seconds, clients=CLIENTS, **costs, **closing)
+
+
+def summary(runs: list[Timeline]) -> Found:
+    """Hours over seeds: to the model, and what a client spends them with."""
+    done = [run for run in runs if run.has_model]
+    if not done:
+        return {"with_model": 0.0}
+    hours = sorted(run.seconds / HOUR for run in done)
+    p10, p90 = (float(np.quantile(hours, share)) for share in (0.1, 0.9))
+    contributions = [each.contributions for run in done for each in run.rounds]
+    return {
+        "hours": {"median": statistics.median(hours), "p10": p10, "p90": p90},
+        "spent_hours": {kind: statistics.mean(run.spent[kind] for run in done) / HOUR for kind in KINDS},
+        "contributions": statistics.mean(contributions),
+        "with_model": len(done) / len(runs),
+    }
+
+
+def one_device(model: Model) -> float:
+    """Hours of centralised training: every client's steps on one device that is always awake, and a publication."""
+    return (CLIENTS * STEPS * model.step_seconds + model.publish_seconds) / HOUR
+
+
+def run(models: Mapping[str, Model], seeds: int) -> Found:
+    """Every model, profile, way of closing and number of rounds."""
+    results: Found = {}
+    for name, model in models.items():
+        results[name] = {"one device": one_device(model), "profiles": {}}
+        for profile, devices in PROFILES.items():
+            results[name]["profiles"][profile] = {
+                closing: {
+                    str(rounds): summary([simulate(devices, plan(model, rounds, rule), seed) for seed in range(seeds)])
+                    for rounds in ROUNDS
+                }
+                for closing, rule in CLOSING.items()
+            }
+    return rounded(
+        {
+            "benchmark": "time_to_model",
+            "seeds": seeds,
+            "clients": CLIENTS,
+            "steps": STEPS,
+            "inputs": {name: asdict(model) for name, model in models.items()},
+            "profiles": {name: asdict(profile) for name, profile in PROFILES.items()},
+            "closing": CLOSING,
+            "results": results,
+        }
+    )
+
+
+def rounded(found: Any) -> Any:
+    """Floats to five significant digits; what JSON has no number for as a word."""
+    if isinstance(found, dict):
+        return {key: rounded(value) for key, value in found.items()}
+    if isinstance(found, float):
+        return float(f"{found:.5g}") if math.isfinite(found) else "never"
+    return found
+
+
+# ---- what is shown ----
+
+
+def table(document: Found) -> str:
+    """Markdown: time to model by model, profile and rule, and what a client's hours go into."""
+    heads = " | ".join("one round" if rounds == 1 else f"T = {rounds}" for rounds in ROUNDS)
+    lines = [f"| | closes with | one device | {heads} |", "|---|---|" + "---:|" * (1 + len(ROUNDS))]
+    parts = ["| one round; T = 10 | " + " | ".join(KINDS) + " |", "|---|" + "---:|" * len(KINDS)]
+    for name, found in document["results"].items():
+        alone = time(found["one device"])
+        for profile, closings in found["profiles"].items():
+            for closing, arms in closings.items():
+                cells = " | ".join(cell(arms[str(rounds)]) for rounds in ROUNDS)
+                lines.append(f"| {name}, {profile} | {closing} | {alone} | {cells} |")
+            once, often = (closings["all ten"][str(rounds)]["spent_hours"] for rounds in (ROUNDS[0], ROUNDS[-1]))
+            spent = " | ".join(f"{time(once[kind])}; {time(often[kind])}" for kind in KINDS)
+            parts.append(f"| {name}, {profile} | {spent} |")
+    return "\n".join([*lines, "", *parts]) + "\n"
+
+
+def cell(found: Found) -> str:
+    """Median (10th to 90th percentile) of the runs that came to a model."""
+    if not found["with_model"]:
+        return "never"
+    hours = found["hours"]
+    share = "" if found["with_model"] == 1 else f", {found['with_model']:.0%} of runs"
+    return f"{time(hours['median'])} ({time(hours['p10'])}–{time(hours['p90'])}{share})"
+
+
+def time(hours: float) -> str:
+    """As people say it: seconds, minutes, hours or days."""
+    seconds = hours * HOUR
+    if seconds < 100:
+        return f"{seconds:.1f} s" if 0 < seconds < 10 else f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} d"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--wire", type=Path, default=RESULTS / "wire_cost.json", help="what wire_cost.py wrote")
+    parser.add_argument("--out", type=Path, default=RESULTS / "time_to_model.json")
+    parser.add_argument("--seeds", type=int, default=400)
+    parser.add_argument("--table", action="store_true", help="print the table instead")
+    arguments = parser.parse_args()
+    wire, publish, train = (
+        json.loads(file.read_text())
+        for file in (arguments.wire, RESULTS / "publish.json", RESULTS / "train.json")
+    )
+    models = {"5M": demo_model(wire), "1.1B": large_model(wire, publish, train)}
+    document = run(models, arguments.seeds)
+    text = json.dumps(document, indent=2)
+    arguments.out.write_text(text + "\n")
+    print(table(document) if arguments.table else text)
+
+
+if __name__ == "__main__":
+    main()

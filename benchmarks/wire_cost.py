@@ -1,0 +1,314 @@
+"""What a round costs in bytes, counted on the wire between real clients and the real coordinator.
+
+    python benchmarks/wire_cost.py --work build/wire        # some five minutes for each base
+
+`coordinator serve` is a process of its own, with TLS. Each `edge-client join` reaches it over a wire that counts
+(counted.py), has the base on its own disk (--model), and stays until the publication (--wait). Three arms:
+
+- exact: one round, A and B sent in bfloat16;
+- ffa: one round with A frozen, so that B alone is sent;
+- chain: rounds of `fedavg`, each of which starts from what the one before it has published. Its figures are the mean of
+  the rounds after the first, which is what each further round costs; all rounds are beside them.
+
+By client: `adapter_bytes` is the file that goes up and `initial_bytes` the one that comes down; `other_up` and
+`other_down` are everything else: TLS, gRPC, signing in, heartbeats, watching. What grows with time rather than with
+rounds is measured by itself (`by_hour`), while one client trains and while it waits. Bytes do not depend on the data,
+of which there is little, nor on how many clients there are. `pulled` is what `edge-client pull` takes afterwards.
+
+Writes one JSON document to --out, and prints it last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import stdlib_packages as packages
+from cohort import Board, Client, coordinator, run, wait_for
+from counted import Wire, counted
+from rich.console import Console
+
+from converters import tensors
+
+Found = dict[str, Any]
+
+ROOT = Path(__file__).resolve().parent
+DATA = ("asyncio", "email", "xml")  # one client each
+TRAIN_BYTES, HELD_OUT_BYTES = 20_000, 2_000
+PATIENCE = 600.0  # seconds for a client to come to where it is measured
+
+JOB = """\
+name = "{name}"
+[model]
+base = "{base}"
+[lora]
+rank = 16
+alpha = 32
+{lora}
+[train]
+epochs = {epochs}
+learning_rate = 1e-3
+batch_size = 8
+max_seq_len = 256
+[round]
+min_clients = {clients}
+target_clients = {clients}
+deadline = "2h"
+[upload]
+dtype = "bfloat16"
+[aggregate]
+method = "{method}"
+"""
+
+console = Console(stderr=True, highlight=False)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A job, as far as arms differ in it."""
+
+    method: str
+    lora: str = ""  # more lines of the job's [lora]
+    rounds: int = 1
+
+
+def arms(rounds: int) -> dict[str, Arm]:
+    return {
+        "exact": Arm("exact"),
+        "ffa": Arm("ffa", "freeze_a = true"),
+        "chain": Arm("fedavg", rounds=rounds),
+    }
+
+
+@dataclass(frozen=True)
+class Site:
+    """A running coordinator, one base, and the clients' wires."""
+
+    out: Path
+    base: Path
+    wires: dict[str, Wire]  # by client
+    board: Board
+
+    def submit(self, name: str, arm: Arm, *, lora: str = "", epochs: float = 1, clients: int = len(DATA)) -> None:
+        job = self.out / f"{name}.toml"
+        fields = {"lora": "\n".join([arm.lora, lora]), "epochs": epochs, "clients": clients}
+        job.write_text(JOB.format(name=name, base=self.base, method=arm.method, **fields))
+        run("coordinator", "submit", job, "--state", self.out / "coordinator")
+
+    def client(self, name: str, job: str, threads: int) -> Client:
+        return Client(
+            name,
+            server=self.wires[name].address,
+            job=job,
+            backend="torch",
+            data=self.out.parent / "data" / name,
+            out=self.out,
+            threads=threads,
+            board=self.board,
+            model=self.base,
+        )
+
+    def status(self, job: str) -> Found:
+        return dict(json.loads(run("coordinator", "show", job, "--state", self.out / "coordinator", "--json")))
+
+
+@contextmanager
+def site(out: Path, base: Path) -> Iterator[Site]:
+    out.mkdir(parents=True)
+    with coordinator(out) as server, ExitStack() as stack:
+        wires = {name: stack.enter_context(counted(server)) for name in DATA}
+        yield Site(out, base, wires, stack.enter_context(Board(console)))
+
+
+# ---- what is measured ----
+
+
+def one_round(here: Site, job: str) -> Found:
+    """Every client takes part in an open job, from joining to the publication; what that cost one of them, in bytes."""
+    before = {name: wire.settled() for name, wire in here.wires.items()}
+    cohort = [here.client(name, job, threads=1) for name in DATA]
+    wait_for(cohort)
+    passed = {name: wire.settled().since(before[name]) for name, wire in here.wires.items()}
+    sizes = [client.said["receipt"]["size"] for client in cohort]
+    initial = announced(here, job)
+    status = here.status(job)
+    published = status["publications"][0]
+    last = max(client["contribution"]["received_unix"] for client in status["clients"])
+    return {
+        "up_per_client": mean(one.up for one in passed.values()),
+        "down_per_client": mean(one.down for one in passed.values()),
+        "adapter_bytes": mean(sizes),
+        "initial_bytes": initial,
+        "other_up": mean(passed[name].up - size for name, size in zip(passed, sizes, strict=True)),
+        "other_down": mean(one.down - initial for one in passed.values()),
+        "up": [one.up for one in passed.values()],
+        "down": [one.down for one in passed.values()],
+        "training_seconds": round(statistics.mean(client.said["trained"]["seconds"] for client in cohort), 2),
+        "publish_seconds": round(published["published_unix"] - last, 2),
+    }
+
+
+def announced(here: Site, job: str) -> int:
+    """Size of the adapter that all clients of a job have fetched, in bytes."""
+    fetched = {file.stat().st_size for file in here.out.glob(f"clients/*/jobs/{job}*/initial.safetensors")}
+    (size,) = fetched
+    return size
+
+
+def measured(here: Site, name: str, arm: Arm) -> Found:
+    """An arm's cost per client: of its round, or of each further one."""
+    rounds: list[Found] = []
+    for number in range(arm.rounds):
+        job = name if arm.rounds == 1 else f"{name}-{number + 1}"
+        here.submit(job, arm, lora=f'start_from = "{name}-{number}"' if number else "")
+        rounds.append(one_round(here, job))
+        say(f"{here.base.name} {job}: {rounds[-1]['up_per_client']:,} up, {rounds[-1]['down_per_client']:,} down")
+    if arm.rounds == 1:
+        return rounds[0]
+    further = {key: mean(one[key] for one in rounds[1:]) for key, value in rounds[0].items() if isinstance(value, int)}
+    seconds = {key: rounds[-1][key] for key in ("training_seconds", "publish_seconds")}
+    whole = {way: sum(one[f"{way}_per_client"] for one in rounds) for way in ("up", "down")}
+    times = {way: round(whole[way] / rounds[0][f"{way}_per_client"], 3) for way in whole}
+    return {**further, **seconds, "all_rounds": whole, "times_the_first": times, "rounds": rounds}
+
+
+def pulled(here: Site, job: str, artifact: str) -> Found:
+    """What `edge-client pull` takes of a publication: the named part, or without a name the merged GGUF."""
+    wire = here.wires[DATA[0]]
+    before = wire.settled()
+    to = here.out / "pulled" / (artifact or "gguf")
+    chosen = ["--artifact", artifact] if artifact else []
+    reach = ["--server", wire.address, "--state", here.out / "clients" / DATA[0]]
+    run("edge-client", "pull", job, *chosen, "--to", to, *reach)
+    passed = wire.settled().since(before)
+    signed = ("manifest.json", "manifest.json.signature")
+    files = sum(file.stat().st_size for file in to.rglob("*") if file.is_file() and file.name not in signed)
+    return {"up": passed.up, "down": passed.down, "file_bytes": files, "other_down": passed.down - files}
+
+
+def by_hour(here: Site, seconds: float) -> Found:
+    """What one client sends and gets by the hour while it trains and while it waits, and how long a step takes it."""
+    here.submit("trains", Arm("exact"), epochs=1000, clients=2)
+    training, steps = rate(here, here.client(DATA[0], "trains", threads=os.cpu_count() or 1), "training", seconds)
+    here.submit("waits", Arm("exact"), clients=2)
+    waiting, _ = rate(here, here.client(DATA[0], "waits", threads=1), "waiting", seconds)
+    return {"training": training, "waiting": waiting, "step_seconds": round(training["seconds"] / steps, 4)}
+
+
+def rate(here: Site, client: Client, doing: str, seconds: float) -> tuple[Found, int]:
+    """Bytes by the hour while a client does this for so many seconds; and how many steps it makes meanwhile."""
+    wire = here.wires[client.name]
+    try:
+        until = time.monotonic() + PATIENCE
+        while not does(client, doing):
+            if client.process.poll() is not None or time.monotonic() > until:
+                sys.exit(f"client {client.name} never came to {doing}:\n{client.log.read_text()}")
+            time.sleep(0.1)
+        began, before, step = time.monotonic(), wire.passed, steps_done(client)
+        time.sleep(seconds)
+        took, passed = time.monotonic() - began, wire.passed.since(before)
+        steps = steps_done(client) - step
+    finally:
+        client.process.terminate()
+        client.process.wait()
+        wire.settled()
+    hourly = {way: round(count * 3600 / took) for way, count in passed._asdict().items()}
+    return {**hourly, "seconds": round(took, 1)}, steps
+
+
+def does(client: Client, what: str) -> bool:
+    if what == "training":
+        return bool(client.said.get("progress", {}).get("what") == "training")
+    return what in client.said
+
+
+def steps_done(client: Client) -> int:
+    said = client.said.get("progress", {})
+    return int(said["done"]) if said.get("what") == "training" else 0
+
+
+# ---- all of it ----
+
+
+def of_base(base: Path, arguments: argparse.Namespace) -> tuple[Found, Found]:
+    """The arms' costs by arm; and what is pulled afterwards."""
+    with site(arguments.work / base.name, base) as here:
+        wanted = {name: arm for name, arm in arms(arguments.rounds).items() if name in arguments.arms}
+        found = {name: measured(here, name, arm) for name, arm in wanted.items()}
+        last = {name: name if arm.rounds == 1 else f"{name}-{arm.rounds}" for name, arm in wanted.items()}
+        pulls = {name: {"peft": pulled(here, job, "peft"), "gguf": pulled(here, job, "")} for name, job in last.items()}
+    return found, pulls
+
+
+def parameters(base: Path) -> int:
+    """Of all tensors in a base's files."""
+    files = base.glob("*.safetensors")
+    return sum(array.size for file in files for array in tensors.read(file)[0].values())
+
+
+def mean(values: Iterator[int] | Sequence[int]) -> int:
+    return round(statistics.mean(values))
+
+
+def say(text: str) -> None:
+    console.print(f"  {text}")
+
+
+def machine() -> Found:
+    names = ("grpcio", "protobuf", "cryptography", "torch", "peft", "transformers", "llama_cpp_python", "numpy")
+    return {
+        "machine": {
+            "cores": os.cpu_count(),
+            "load_before": round(os.getloadavg()[0], 2),
+            "system": platform.platform(),
+            "python": platform.python_version(),
+        },
+        "versions": {name: metadata.version(name) for name in names},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    siblings = sorted(file.parent for file in (ROOT / "siblings").glob("*/model.safetensors"))
+    parser.add_argument("--work", type=Path, default=Path("build/wire"), help="a folder to work in; it is emptied")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "wire_cost.json")
+    parser.add_argument("--base", type=Path, nargs="+", default=[*siblings, ROOT / "base"], help="folders of models")
+    parser.add_argument("--arms", nargs="+", default=list(arms(1)), choices=list(arms(1)))
+    parser.add_argument("--rounds", type=int, default=3, help="of the chain; at least 2")
+    parser.add_argument("--seconds", type=float, default=300, help="how long a client is watched at training and waiting")
+    arguments = parser.parse_args()
+    arguments.work, bases = arguments.work.resolve(), [base.resolve() for base in arguments.base]
+    if arguments.rounds < 2:
+        parser.error("--rounds: a chain has at least 2")
+    shutil.rmtree(arguments.work, ignore_errors=True)
+    for name in DATA:
+        folder = arguments.work / "data" / name
+        packages.split(name, folder, train_bytes=TRAIN_BYTES, held_out_bytes=HELD_OUT_BYTES)
+
+    document: Found = {"benchmark": "wire_cost", **machine(), "clients": len(DATA), "rank": 16}
+    document["parameters"] = {base.name: parameters(base) for base in bases}
+    document["bases"], document["pulled"] = {}, {}
+    for base in bases:
+        document["bases"][base.name], document["pulled"][base.name] = of_base(base, arguments)
+    with site(arguments.work / "by_hour", bases[-1]) as here:
+        document["by_hour"] = {"base": bases[-1].name, **by_hour(here, arguments.seconds)}
+    text = json.dumps(document, indent=2)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
