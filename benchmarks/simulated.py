@@ -1,8 +1,7 @@
 """Rounds of federated training as events in time: who trains when, who sleeps, and when a round closes.
 
-Everything follows from the arguments: the same seed gives the same devices, the same nights and the same lost
-connections, whatever the number of rounds, so that plans are compared on one cohort. Times are in seconds, from midnight of
-the first day.
+Everything follows from the arguments: the same seed gives the same devices and the same nights, whatever the number of
+rounds, so that plans are compared on one cohort. Times are in seconds, from midnight of the first day.
 """
 
 from __future__ import annotations

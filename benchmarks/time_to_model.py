@@ -2,13 +2,14 @@
 
     python benchmarks/time_to_model.py        # a few seconds
 
-Measured are bytes on the wire, seconds of a step and of a publication; where each comes from stands in `inputs`. Assumed
-is how people's machines differ and sleep: PROFILES, with a reason for each figure. The simulation is simulated.py.
+Measured are bytes on the wire, seconds of a step and of a publication; where each comes from stands in `inputs`.
+Assumed is how people's machines differ and sleep: PROFILES, with a reason for each figure. The simulation is
+simulated.py.
 
-Every plan has the same cohort of ten and the same steps for each client in all: T rounds have STEPS / T each. `one device`
-is centralised training: everybody's data on one median device that never sleeps, so ten times the steps; what it would
-take to bring the data there is not counted. The time is that to the last publication, from submitting on a working
-day. The base model is on every client's disk. Weekends are not there: all days are alike.
+Every plan has the same cohort of ten and the same steps for each client in all: T rounds have STEPS / T each.
+`one device` is centralised training: everybody's data on one median device that never sleeps, so ten times the steps;
+what it would take to bring the data there is not counted. The time is that to the last publication, from submitting
+on a working day. The base model is on every client's disk. There are no weekends: all days are alike.
 
 Writes one JSON document to --out, and prints it last; `table` makes Markdown of it.
 """
@@ -135,12 +136,12 @@ def large_model(wire: Found, publish: Found, train: Found) -> Model:
         first_down_bytes=down,
         further_down_bytes=down,
         sources={
-            "step_seconds": f"train.json: {ran / steps:.2f} s for 8 examples of GSM8K, PyTorch in bfloat16 on two cores, "
-            f"at 28M parameters; times {times:.1f}, the ratio of the matrices' weights. Not measured at this size",
+            "step_seconds": f"scaled, not measured: train.json has {ran / steps:.2f} s for 8 examples of GSM8K at 28M "
+            f"parameters, PyTorch in bfloat16 on two cores; times {times:.1f}, the ratio of the matrices' weights",
             "publish_seconds": "publish.json, two cores: "
             + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in parts.items()),
-            "up_bytes, down_bytes": f"rank {RANK}, all-linear, written by converters.adapter: {sent:,} bytes in bfloat16, "
-            f"{initial:,} in float32; the rest by a line through wire_cost.json's bases",
+            "up_bytes, down_bytes": f"rank {RANK}, all-linear, written by converters.adapter: {sent:,} bytes in "
+            f"bfloat16, {initial:,} in float32; the rest by a line through wire_cost.json's bases",
         },
     )
 
@@ -196,17 +197,25 @@ def plan(model: Model, rounds: int, closing: Mapping[str, Any]) -> Plan:
     return Plan(rounds, STEPS // rounds, model.step_seconds, clients=CLIENTS, **costs, **closing)
 
 
-def summary(runs: list[Timeline]) -> Found:
-    """Hours over seeds: to the model, and what a client spends them with."""
+def summary(runs: list[Timeline], planned: Plan, by_hour: Found) -> Found:
+    """Over seeds: hours to the model, what a client spends them with, and its bytes, heartbeats and all."""
     done = [run for run in runs if run.has_model]
     if not done:
         return {"with_model": 0.0}
     hours = sorted(run.seconds / HOUR for run in done)
     p10, p90 = (float(np.quantile(hours, share)) for share in (0.1, 0.9))
     contributions = [each.contributions for run in done for each in run.rounds]
+    spent = {kind: statistics.mean(run.spent[kind] for run in done) / HOUR for kind in KINDS}
+    bytes_by_way = {
+        way: planned.rounds * size
+        + spent["computing"] * by_hour["training"][way]
+        + (spent["waiting"] + spent["publishing"]) * by_hour["waiting"][way]
+        for way, size in (("up", planned.up_bytes), ("down", planned.down_bytes))
+    }
     return {
         "hours": {"median": statistics.median(hours), "p10": p10, "p90": p90},
-        "spent_hours": {kind: statistics.mean(run.spent[kind] for run in done) / HOUR for kind in KINDS},
+        "spent_hours": spent,
+        "bytes": bytes_by_way,
         "contributions": statistics.mean(contributions),
         "with_model": len(done) / len(runs),
     }
@@ -217,17 +226,18 @@ def one_device(model: Model) -> float:
     return (CLIENTS * STEPS * model.step_seconds + model.publish_seconds) / HOUR
 
 
-def run(models: Mapping[str, Model], seeds: int) -> Found:
-    """Every model, profile, way of closing and number of rounds."""
+def run(models: Mapping[str, Model], by_hour: Found, seeds: int) -> Found:
+    """Every model, profile, way of closing and number of rounds; `by_hour` is wire_cost.json's."""
+
+    def runs(profile: Profile, planned: Plan) -> Found:
+        return summary([simulate(profile, planned, seed) for seed in range(seeds)], planned, by_hour)
+
     results: Found = {}
     for name, model in models.items():
         results[name] = {"one device": one_device(model), "profiles": {}}
         for profile, devices in PROFILES.items():
             results[name]["profiles"][profile] = {
-                closing: {
-                    str(rounds): summary([simulate(devices, plan(model, rounds, rule), seed) for seed in range(seeds)])
-                    for rounds in ROUNDS
-                }
+                closing: {str(rounds): runs(devices, plan(model, rounds, rule)) for rounds in ROUNDS}
                 for closing, rule in CLOSING.items()
             }
     return rounded(
@@ -300,11 +310,10 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table instead")
     arguments = parser.parse_args()
     wire, publish, train = (
-        json.loads(file.read_text())
-        for file in (arguments.wire, RESULTS / "publish.json", RESULTS / "train.json")
+        json.loads(file.read_text()) for file in (arguments.wire, RESULTS / "publish.json", RESULTS / "train.json")
     )
     models = {"5M": demo_model(wire), "1.1B": large_model(wire, publish, train)}
-    document = run(models, arguments.seeds)
+    document = run(models, wire["by_hour"], arguments.seeds)
     text = json.dumps(document, indent=2)
     arguments.out.write_text(text + "\n")
     print(table(document) if arguments.table else text)

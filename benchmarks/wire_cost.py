@@ -138,8 +138,10 @@ def site(out: Path, base: Path) -> Iterator[Site]:
 def one_round(here: Site, job: str) -> Found:
     """Every client takes part in an open job, from joining to the publication; what that cost one of them, in bytes."""
     before = {name: wire.settled() for name, wire in here.wires.items()}
+    began = time.monotonic()
     cohort = [here.client(name, job, threads=1) for name in DATA]
     wait_for(cohort)
+    took = time.monotonic() - began
     passed = {name: wire.settled().since(before[name]) for name, wire in here.wires.items()}
     sizes = [client.said["receipt"]["size"] for client in cohort]
     initial = announced(here, job)
@@ -155,6 +157,7 @@ def one_round(here: Site, job: str) -> Found:
         "other_down": mean(one.down - initial for one in passed.values()),
         "up": [one.up for one in passed.values()],
         "down": [one.down for one in passed.values()],
+        "seconds": round(took, 1),
         "training_seconds": round(statistics.mean(client.said["trained"]["seconds"] for client in cohort), 2),
         "publish_seconds": round(published["published_unix"] - last, 2),
     }
@@ -178,7 +181,7 @@ def measured(here: Site, name: str, arm: Arm) -> Found:
     if arm.rounds == 1:
         return rounds[0]
     further = {key: mean(one[key] for one in rounds[1:]) for key, value in rounds[0].items() if isinstance(value, int)}
-    seconds = {key: rounds[-1][key] for key in ("training_seconds", "publish_seconds")}
+    seconds = {key: rounds[-1][key] for key in ("seconds", "training_seconds", "publish_seconds")}
     whole = {way: sum(one[f"{way}_per_client"] for one in rounds) for way in ("up", "down")}
     times = {way: round(whole[way] / rounds[0][f"{way}_per_client"], 3) for way in whole}
     return {**further, **seconds, "all_rounds": whole, "times_the_first": times, "rounds": rounds}
@@ -287,7 +290,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, nargs="+", default=[*siblings, ROOT / "base"], help="folders of models")
     parser.add_argument("--arms", nargs="+", default=list(arms(1)), choices=list(arms(1)))
     parser.add_argument("--rounds", type=int, default=3, help="of the chain; at least 2")
-    parser.add_argument("--seconds", type=float, default=300, help="how long a client is watched at training and waiting")
+    parser.add_argument("--seconds", type=float, default=300, help="for which a client is watched")
     arguments = parser.parse_args()
     arguments.work, bases = arguments.work.resolve(), [base.resolve() for base in arguments.base]
     if arguments.rounds < 2:

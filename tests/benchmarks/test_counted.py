@@ -30,7 +30,7 @@ def triples() -> Iterator[str]:
 
     thread = threading.Thread(target=serve)
     thread.start()
-    yield "127.0.0.1:{}".format(listening.getsockname()[1])
+    yield f"127.0.0.1:{listening.getsockname()[1]}"
     listening.shutdown(socket.SHUT_RDWR)
     listening.close()
     thread.join()
@@ -59,7 +59,7 @@ def test_every_byte_is_counted_by_way_and_by_connection(triples: str) -> None:
 
 def test_where_nobody_is_the_client_finds_its_connection_closed() -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as nobody:
-        free = "127.0.0.1:{}".format(nobody.getsockname()[1])
+        free = f"127.0.0.1:{nobody.getsockname()[1]}"
     with counted(free) as wire:
         host, _, port = wire.address.rpartition(":")
         with closing(socket.create_connection((host, int(port)), timeout=30)) as connection:
