@@ -80,7 +80,7 @@ PROFILES = {
 }
 
 # When a round closes. The deadline is long: stragglers are waited for, or left behind by the target.
-CLOSING: dict[str, dict[str, float]] = {
+CLOSING: dict[str, dict[str, Any]] = {
     "all ten": {"target": CLIENTS, "quorum": 2, "deadline": 7 * DAY},
     "eight of ten": {"target": 8, "quorum": 2, "deadline": 7 * DAY},
     "half, and a day": {"target": CLIENTS, "quorum": 5, "deadline": DAY},
@@ -173,7 +173,8 @@ def linears(shape: Mapping[str, Any]) -> dict[str, Shape]:
 
 def matrix_weights(shape: Mapping[str, Any]) -> int:
     """Weights that a token is multiplied with, the output layer among them: a step's work is proportional to them."""
-    return sum(s.out * s.into for s in linears(shape).values()) + shape["vocab_size"] * shape["hidden_size"]
+    output: int = shape["vocab_size"] * shape["hidden_size"]
+    return sum(layer.out * layer.into for layer in linears(shape).values()) + output
 
 
 def other(wire: Found, way: str, size: int) -> float:
@@ -193,8 +194,8 @@ def other(wire: Found, way: str, size: int) -> float:
 def plan(model: Model, rounds: int, closing: Mapping[str, Any]) -> Plan:
     """So many rounds, with STEPS steps of each client in all."""
     down = (model.first_down_bytes + (rounds - 1) * model.further_down_bytes) / rounds
-    costs = {"up_bytes": model.up_bytes, "down_bytes": down, "publish_seconds": model.publish_seconds}
-    return Plan(rounds, STEPS // rounds, model.step_seconds, clients=CLIENTS, **costs, **closing)
+    each = (STEPS // rounds, model.step_seconds, model.up_bytes, down, model.publish_seconds)
+    return Plan(rounds, *each, clients=CLIENTS, **closing)
 
 
 def summary(runs: list[Timeline], planned: Plan, by_hour: Found) -> Found:
@@ -240,18 +241,17 @@ def run(models: Mapping[str, Model], by_hour: Found, seeds: int) -> Found:
                 closing: {str(rounds): runs(devices, plan(model, rounds, rule)) for rounds in ROUNDS}
                 for closing, rule in CLOSING.items()
             }
-    return rounded(
-        {
-            "benchmark": "time_to_model",
-            "seeds": seeds,
-            "clients": CLIENTS,
-            "steps": STEPS,
-            "inputs": {name: asdict(model) for name, model in models.items()},
-            "profiles": {name: asdict(profile) for name, profile in PROFILES.items()},
-            "closing": CLOSING,
-            "results": results,
-        }
-    )
+    document: Found = {
+        "benchmark": "time_to_model",
+        "seeds": seeds,
+        "clients": CLIENTS,
+        "steps": STEPS,
+        "inputs": {name: asdict(model) for name, model in models.items()},
+        "profiles": {name: asdict(profile) for name, profile in PROFILES.items()},
+        "closing": CLOSING,
+        "results": results,
+    }
+    return {key: rounded(value) for key, value in document.items()}
 
 
 def rounded(found: Any) -> Any:
