@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 HOUR = 3600.0
 DAY = 24 * HOUR
-TRIPS_TO_JOIN = 9  # round trips: two TLS connections, signing in, the list of jobs, the job, joining, the download
+TRIPS_TO_JOIN = 10  # round trips: two TLS connections 4, signing in 2, the jobs, this job, joining, the download
 TRIPS_TO_SEND = 3  # declaring, sending, what was made of it
 KINDS = ("computing", "transferring", "asleep", "waiting", "publishing")
 
@@ -94,7 +94,9 @@ class Round:
 
 @dataclass(frozen=True)
 class Timeline:
-    """One run of a plan. `spent` has seconds by KINDS, as a mean over clients; together they are all of `seconds`."""
+    """One run of a plan. `spent` has seconds by KINDS, as a mean over clients; together they are all of `seconds`.
+
+    Whoever has sent its adapter waits for the others, asleep or not; `asleep` is with work to do."""
 
     seconds: float  # from submitting to the last publication, or to where it failed
     rounds: tuple[Round, ...]

@@ -98,6 +98,7 @@ class Site:
 
     out: Path
     base: Path
+    data: Path
     wires: dict[str, Wire]  # by client
     board: Board
 
@@ -113,7 +114,7 @@ class Site:
             server=self.wires[name].address,
             job=job,
             backend="torch",
-            data=self.out.parent / "data" / name,
+            data=self.data / name,
             out=self.out,
             threads=threads,
             board=self.board,
@@ -125,11 +126,13 @@ class Site:
 
 
 @contextmanager
-def site(out: Path, base: Path) -> Iterator[Site]:
+def site(work: Path, name: str, base: Path) -> Iterator[Site]:
+    """In a folder of this name under `work`, where `data` is too."""
+    out = work / name
     out.mkdir(parents=True)
     with coordinator(out) as server, ExitStack() as stack:
         wires = {name: stack.enter_context(counted(server)) for name in DATA}
-        yield Site(out, base, wires, stack.enter_context(Board(console)))
+        yield Site(out, base, work / "data", wires, stack.enter_context(Board(console)))
 
 
 # ---- what is measured ----
@@ -246,12 +249,16 @@ def steps_done(client: Client) -> int:
 
 
 def of_base(base: Path, arguments: argparse.Namespace) -> tuple[Found, Found]:
-    """The arms' costs by arm; and what is pulled afterwards."""
-    with site(arguments.work / base.name, base) as here:
-        wanted = {name: arm for name, arm in arms(arguments.rounds).items() if name in arguments.arms}
-        found = {name: measured(here, name, arm) for name, arm in wanted.items()}
-        last = {name: name if arm.rounds == 1 else f"{name}-{arm.rounds}" for name, arm in wanted.items()}
-        pulls = {name: {"peft": pulled(here, job, "peft"), "gguf": pulled(here, job, "")} for name, job in last.items()}
+    """The arms' costs by arm, and what is pulled afterwards. Each arm has a coordinator of its own, since clients ask
+    for a list of all of a coordinator's jobs."""
+    found, pulls = {}, {}
+    for name, arm in arms(arguments.rounds).items():
+        if name not in arguments.arms:
+            continue
+        with site(arguments.work, f"{base.name}/{name}", base) as here:
+            found[name] = measured(here, name, arm)
+            last = name if arm.rounds == 1 else f"{name}-{arm.rounds}"
+            pulls[name] = {"peft": pulled(here, last, "peft"), "gguf": pulled(here, last, "")}
     return found, pulls
 
 
@@ -305,7 +312,7 @@ def main() -> None:
     document["bases"], document["pulled"] = {}, {}
     for base in bases:
         document["bases"][base.name], document["pulled"][base.name] = of_base(base, arguments)
-    with site(arguments.work / "by_hour", bases[-1]) as here:
+    with site(arguments.work, "by_hour", bases[-1]) as here:
         document["by_hour"] = {"base": bases[-1].name, **by_hour(here, arguments.seconds)}
     text = json.dumps(document, indent=2)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
