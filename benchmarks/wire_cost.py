@@ -15,7 +15,8 @@ By client: `adapter_bytes` is the file that goes up and `initial_bytes` the one 
 rounds is measured by itself (`by_hour`), while one client trains and while it waits. Bytes do not depend on the data,
 of which there is little, nor on how many clients there are. `pulled` is what `edge-client pull` takes afterwards.
 
-Writes one JSON document to --out, and prints it last.
+Seconds stand beside the machine's load, and mean little where that was more than its cores. Writes one JSON document to
+--out after each arm, and prints it last; `--keep --base … --arms …` measures a part of it anew.
 """
 
 from __future__ import annotations
@@ -29,59 +30,19 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import stdlib_packages as packages
-from cohort import Board, Client, coordinator, run, wait_for
-from counted import Wire, counted
-from rich.console import Console
+from cohort import Client, run, wait_for
+from wired import DATA, Arm, Site, console, prepare, site
 
 from converters import tensors
 
 Found = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parent
-DATA = ("asyncio", "email", "xml")  # one client each
-TRAIN_BYTES, HELD_OUT_BYTES = 20_000, 2_000
 PATIENCE = 600.0  # seconds for a client to come to where it is measured
-
-JOB = """\
-name = "{name}"
-[model]
-base = "{base}"
-[lora]
-rank = 16
-alpha = 32
-{lora}
-[train]
-epochs = {epochs}
-learning_rate = 1e-3
-batch_size = 8
-max_seq_len = 256
-[round]
-min_clients = {clients}
-target_clients = {clients}
-deadline = "2h"
-[upload]
-dtype = "bfloat16"
-[aggregate]
-method = "{method}"
-"""
-
-console = Console(stderr=True, highlight=False)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A job, as far as arms differ in it."""
-
-    method: str
-    lora: str = ""  # more lines of the job's [lora]
-    rounds: int = 1
 
 
 def arms(rounds: int) -> dict[str, Arm]:
@@ -90,49 +51,6 @@ def arms(rounds: int) -> dict[str, Arm]:
         "ffa": Arm("ffa", "freeze_a = true"),
         "chain": Arm("fedavg", rounds=rounds),
     }
-
-
-@dataclass(frozen=True)
-class Site:
-    """A running coordinator, one base, and the clients' wires."""
-
-    out: Path
-    base: Path
-    data: Path
-    wires: dict[str, Wire]  # by client
-    board: Board
-
-    def submit(self, name: str, arm: Arm, *, lora: str = "", epochs: float = 1, clients: int = len(DATA)) -> None:
-        job = self.out / f"{name}.toml"
-        fields = {"lora": "\n".join([arm.lora, lora]), "epochs": epochs, "clients": clients}
-        job.write_text(JOB.format(name=name, base=self.base, method=arm.method, **fields))
-        run("coordinator", "submit", job, "--state", self.out / "coordinator")
-
-    def client(self, name: str, job: str, threads: int) -> Client:
-        return Client(
-            name,
-            server=self.wires[name].address,
-            job=job,
-            backend="torch",
-            data=self.data / name,
-            out=self.out,
-            threads=threads,
-            board=self.board,
-            model=self.base,
-        )
-
-    def status(self, job: str) -> Found:
-        return dict(json.loads(run("coordinator", "show", job, "--state", self.out / "coordinator", "--json")))
-
-
-@contextmanager
-def site(work: Path, name: str, base: Path) -> Iterator[Site]:
-    """In a folder of this name under `work`, where `data` is too."""
-    out = work / name
-    out.mkdir(parents=True)
-    with coordinator(out) as server, ExitStack() as stack:
-        wires = {name: stack.enter_context(counted(server)) for name in DATA}
-        yield Site(out, base, work / "data", wires, stack.enter_context(Board(console)))
 
 
 # ---- what is measured ----
@@ -160,6 +78,7 @@ def one_round(here: Site, job: str) -> Found:
         "other_down": mean(one.down - initial for one in passed.values()),
         "up": [one.up for one in passed.values()],
         "down": [one.down for one in passed.values()],
+        "load": load(),
         "seconds": round(took, 1),
         "training_seconds": round(statistics.mean(client.said["trained"]["seconds"] for client in cohort), 2),
         "publish_seconds": round(published["published_unix"] - last, 2),
@@ -184,7 +103,7 @@ def measured(here: Site, name: str, arm: Arm) -> Found:
     if arm.rounds == 1:
         return rounds[0]
     further = {key: mean(one[key] for one in rounds[1:]) for key, value in rounds[0].items() if isinstance(value, int)}
-    seconds = {key: rounds[-1][key] for key in ("seconds", "training_seconds", "publish_seconds")}
+    seconds = {key: rounds[-1][key] for key in ("load", "seconds", "training_seconds", "publish_seconds")}
     whole = {way: sum(one[f"{way}_per_client"] for one in rounds) for way in ("up", "down")}
     times = {way: round(whole[way] / rounds[0][f"{way}_per_client"], 3) for way in whole}
     return {**further, **seconds, "all_rounds": whole, "times_the_first": times, "rounds": rounds}
@@ -248,18 +167,13 @@ def steps_done(client: Client) -> int:
 # ---- all of it ----
 
 
-def of_base(base: Path, arguments: argparse.Namespace) -> tuple[Found, Found]:
-    """The arms' costs by arm, and what is pulled afterwards. Each arm has a coordinator of its own, since clients ask
-    for a list of all of a coordinator's jobs."""
-    found, pulls = {}, {}
-    for name, arm in arms(arguments.rounds).items():
-        if name not in arguments.arms:
-            continue
-        with site(arguments.work, f"{base.name}/{name}", base) as here:
-            found[name] = measured(here, name, arm)
-            last = name if arm.rounds == 1 else f"{name}-{arm.rounds}"
-            pulls[name] = {"peft": pulled(here, last, "peft"), "gguf": pulled(here, last, "")}
-    return found, pulls
+def of_arm(base: Path, name: str, arm: Arm, work: Path) -> tuple[Found, Found]:
+    """An arm's cost, and what is pulled afterwards. It has a coordinator of its own: clients ask for a list of all jobs
+    that there are."""
+    with site(work, f"{base.name}/{name}", base) as here:
+        found = measured(here, name, arm)
+        last = name if arm.rounds == 1 else f"{name}-{arm.rounds}"
+        return found, {"peft": pulled(here, last, "peft"), "gguf": pulled(here, last, "")}
 
 
 def parameters(base: Path) -> int:
@@ -276,17 +190,30 @@ def say(text: str) -> None:
     console.print(f"  {text}")
 
 
-def machine() -> Found:
+def load() -> float:
+    """How many processes wanted to run during the last minute: what a measured second has to be held against."""
+    return round(os.getloadavg()[0], 2)
+
+
+def settings() -> Found:
+    """What figures of one document have in common."""
     names = ("grpcio", "protobuf", "cryptography", "torch", "peft", "transformers", "llama_cpp_python", "numpy")
     return {
-        "machine": {
-            "cores": os.cpu_count(),
-            "load_before": round(os.getloadavg()[0], 2),
-            "system": platform.platform(),
-            "python": platform.python_version(),
-        },
+        "machine": {"cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()},
         "versions": {name: metadata.version(name) for name in names},
+        "clients": len(DATA),
+        "rank": 16,
     }
+
+
+def earlier(out: Path) -> Found:
+    """What was measured before, on this machine with these versions."""
+    if not out.exists():
+        return {}
+    found = dict(json.loads(out.read_text()))
+    if differs := [key for key, value in settings().items() if found.get(key) != value]:
+        sys.exit(f"{out} has another {differs[0]} than this run; leave --keep out to measure everything anew")
+    return found
 
 
 def main() -> None:
@@ -295,27 +222,29 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/wire"), help="a folder to work in; it is emptied")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "wire_cost.json")
     parser.add_argument("--base", type=Path, nargs="+", default=[*siblings, ROOT / "base"], help="folders of models")
-    parser.add_argument("--arms", nargs="+", default=list(arms(1)), choices=list(arms(1)))
+    parser.add_argument("--arms", nargs="*", default=list(arms(1)), choices=list(arms(1)))
     parser.add_argument("--rounds", type=int, default=3, help="of the chain; at least 2")
-    parser.add_argument("--seconds", type=float, default=300, help="for which a client is watched")
+    parser.add_argument("--seconds", type=float, default=300, help="for which a client is watched; 0: not at all")
+    parser.add_argument("--keep", action="store_true", help="keep what --out has and is not measured now")
     arguments = parser.parse_args()
     arguments.work, bases = arguments.work.resolve(), [base.resolve() for base in arguments.base]
     if arguments.rounds < 2:
         parser.error("--rounds: a chain has at least 2")
     shutil.rmtree(arguments.work, ignore_errors=True)
-    for name in DATA:
-        folder = arguments.work / "data" / name
-        packages.split(name, folder, train_bytes=TRAIN_BYTES, held_out_bytes=HELD_OUT_BYTES)
-
-    document: Found = {"benchmark": "wire_cost", **machine(), "clients": len(DATA), "rank": 16}
-    document["parameters"] = {base.name: parameters(base) for base in bases}
-    document["bases"], document["pulled"] = {}, {}
-    for base in bases:
-        document["bases"][base.name], document["pulled"][base.name] = of_base(base, arguments)
-    with site(arguments.work, "by_hour", bases[-1]) as here:
-        document["by_hour"] = {"base": bases[-1].name, **by_hour(here, arguments.seconds)}
-    text = json.dumps(document, indent=2)
+    prepare(arguments.work)
+    document: Found = {"benchmark": "wire_cost", **settings(), "parameters": {}, "bases": {}, "pulled": {}}
+    document |= earlier(arguments.out) if arguments.keep else {}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    for base in bases:
+        document["parameters"][base.name] = parameters(base)
+        found, pulls = (document[part].setdefault(base.name, {}) for part in ("bases", "pulled"))
+        for name in arguments.arms:
+            found[name], pulls[name] = of_arm(base, name, arms(arguments.rounds)[name], arguments.work)
+            arguments.out.write_text(json.dumps(document, indent=2) + "\n")
+    if arguments.seconds:
+        with site(arguments.work, "by_hour", bases[-1]) as here:
+            document["by_hour"] = {"base": bases[-1].name, **by_hour(here, arguments.seconds), "load": load()}
+    text = json.dumps(document, indent=2)
     arguments.out.write_text(text + "\n")
     print(text)
 

@@ -24,6 +24,14 @@ def time_to_model(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
+def round_costs(time_to_model: ModuleType) -> ModuleType:
+    """What it takes its inputs from."""
+    import round_costs
+
+    return round_costs
+
+
+@pytest.fixture
 def wire() -> dict[str, object]:
     """What wire_cost.py writes, with round figures."""
     arm = {"adapter_bytes": 1000, "initial_bytes": 2000, "other_up": 30, "other_down": 60, "publish_seconds": 5.0}
@@ -33,17 +41,17 @@ def wire() -> dict[str, object]:
     return {"bases": {"small": {"exact": arm}, "base": {"exact": large}}, "by_hour": {**hourly, "step_seconds": 0.5}}
 
 
-def test_an_adapter_of_a_shape_fits_a_base_of_that_shape(time_to_model: ModuleType, tmp_path: Path) -> None:
+def test_an_adapter_of_a_shape_fits_a_base_of_that_shape(round_costs: ModuleType, tmp_path: Path) -> None:
     shape = json.loads((BASE / "config.json").read_text())
     described = architectures.describe(BASE)
-    assert time_to_model.linears(shape) == described.linears
+    assert round_costs.linears(shape) == described.linears
     adapter.write(adapter.initial(described.linears, 16, seed=0), tmp_path / "initial.safetensors")
-    assert time_to_model.adapter_bytes(shape, "float32") == (tmp_path / "initial.safetensors").stat().st_size
+    assert round_costs.adapter_bytes(shape, "float32") == (tmp_path / "initial.safetensors").stat().st_size
 
 
-def test_what_is_sent_besides_a_file_lies_on_a_line(time_to_model: ModuleType, wire: dict[str, object]) -> None:
-    assert time_to_model.other(wire, "up", 11_000) == pytest.approx(20 + 0.01 * 11_000)
-    assert time_to_model.other(wire, "down", 0) == pytest.approx(40)
+def test_what_is_sent_besides_a_file_lies_on_a_line(round_costs: ModuleType, wire: dict[str, object]) -> None:
+    assert round_costs.other(wire, "up", 11_000) == pytest.approx(20 + 0.01 * 11_000)
+    assert round_costs.other(wire, "down", 0) == pytest.approx(40)
 
 
 def test_all_arms_train_equally_much(time_to_model: ModuleType, wire: dict[str, object]) -> None:
