@@ -52,6 +52,12 @@ def demo_model(wire: Found) -> Model:
     )
 
 
+def measured_in_peace(wire: Found) -> bool:
+    """Whether the seconds in wire_cost.json are the demo base's own: the client that trained alone, with a thread for
+    each core, had hardly anybody beside it."""
+    return bool(wire["by_hour"]["load"] <= 1.5 * wire["machine"]["cores"])
+
+
 def large_model(wire: Found, publish: Found, train: Found) -> Model:
     """One of TinyLlama-1.1B's shape; what was measured on smaller ones is scaled, and says so."""
     sent, initial = adapter_bytes(SHAPE, "bfloat16"), adapter_bytes(SHAPE, "float32")
@@ -110,9 +116,11 @@ def matrix_weights(shape: Mapping[str, Any]) -> int:
 
 
 def other(wire: Found, way: str, size: int) -> float:
-    """Bytes besides a file of this size: a line through what was measured, over bases and arms."""
+    """Bytes besides a file of this size: a line through what was measured, over bases and arms of one round (in a chain
+    the coordinator's list of jobs grows)."""
     file = {"up": "adapter_bytes", "down": "initial_bytes"}[way]
-    points = [(arm[file], arm[f"other_{way}"]) for arms in wire["bases"].values() for arm in arms.values()]
+    alone = [arm for arms in wire["bases"].values() for arm in arms.values() if "rounds" not in arm]
+    points = [(arm[file], arm[f"other_{way}"]) for arm in alone]
     sizes, others = np.array(points, dtype=float).T
     if len(set(sizes)) < 2:
         return float(others.mean() * size / sizes.mean())

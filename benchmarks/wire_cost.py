@@ -127,9 +127,11 @@ def by_hour(here: Site, seconds: float) -> Found:
     """What one client sends and gets by the hour while it trains and while it waits, and how long a step takes it."""
     here.submit("trains", Arm("exact"), epochs=1000, clients=2)
     training, steps = rate(here, here.client(DATA[0], "trains", threads=os.cpu_count() or 1), "training", seconds)
+    busy = load()
     here.submit("waits", Arm("exact"), clients=2)
     waiting, _ = rate(here, here.client(DATA[0], "waits", threads=1), "waiting", seconds)
-    return {"training": training, "waiting": waiting, "step_seconds": round(training["seconds"] / steps, 4)}
+    each = round(training["seconds"] / steps, 4)
+    return {"training": training, "waiting": waiting, "step_seconds": each, "load": busy}
 
 
 def rate(here: Site, client: Client, doing: str, seconds: float) -> tuple[Found, int]:
@@ -243,7 +245,7 @@ def main() -> None:
             arguments.out.write_text(json.dumps(document, indent=2) + "\n")
     if arguments.seconds:
         with site(arguments.work, "by_hour", bases[-1]) as here:
-            document["by_hour"] = {"base": bases[-1].name, **by_hour(here, arguments.seconds), "load": load()}
+            document["by_hour"] = {"base": bases[-1].name, **by_hour(here, arguments.seconds)}
     text = json.dumps(document, indent=2)
     arguments.out.write_text(text + "\n")
     print(text)

@@ -54,6 +54,12 @@ def test_what_is_sent_besides_a_file_lies_on_a_line(round_costs: ModuleType, wir
     assert round_costs.other(wire, "down", 0) == pytest.approx(40)
 
 
+@pytest.mark.parametrize(("load", "in_peace"), [(2.1, True), (3.0, True), (3.1, False), (13.0, False)])
+def test_seconds_of_a_busy_machine_are_not_taken(round_costs: ModuleType, load: float, in_peace: bool) -> None:
+    wire = {"machine": {"cores": 2}, "by_hour": {"load": load}}
+    assert round_costs.measured_in_peace(wire) is in_peace
+
+
 def test_all_arms_train_equally_much(time_to_model: ModuleType, wire: dict[str, object]) -> None:
     model = time_to_model.demo_model(wire)
     for rounds in time_to_model.ROUNDS:
