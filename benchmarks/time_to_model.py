@@ -1,6 +1,6 @@
 """How long a model takes, in one round and in many, under stated devices and links: a simulation with measured inputs.
 
-    python benchmarks/time_to_model.py        # a few seconds
+    python benchmarks/time_to_model.py        # half a minute
 
 Measured are bytes on the wire, seconds of a step and of a publication; where each comes from stands in `inputs`.
 Assumed is how people's machines differ and sleep: PROFILES, with a reason for each figure. The simulation is
