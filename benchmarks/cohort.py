@@ -42,8 +42,19 @@ class Client:
     """One `edge-client join`, its progress on the board, and what it said last of each kind."""
 
     def __init__(
-        self, name: str, *, server: str, job: str, backend: str, data: Path, out: Path, threads: int, board: Board
+        self,
+        name: str,
+        *,
+        server: str,
+        job: str,
+        backend: str,
+        data: Path,
+        out: Path,
+        threads: int,
+        board: Board,
+        model: Path | None = None,
     ) -> None:
+        """`model`: the base, where it is on the client's machine; otherwise the coordinator sends it."""
         self.name, self.backend = name, backend
         self.said: dict[str, dict[str, Any]] = {}
         self.log = out / f"client-{name}.log"
@@ -51,6 +62,8 @@ class Client:
         self._row = board.add(f"{name} ({backend})")
         command = [tool("edge-client"), "join", "--server", server, "--job", job, "--data", str(data), "--name", name]
         command += ["--backend", backend, "--state", str(out / "clients" / name), "--json", "--wait", "--yes"]
+        if model is not None:
+            command += ["--model", str(model)]
         self.process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
