@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
-from counting_proxy import counted
+from counted import counted
 from served import Memory, Others, say
 
 POLL = 0.1  # seconds
@@ -79,19 +79,19 @@ class Side(Protocol):
 
 def measured(opened: AbstractContextManager[Side], task: Task, kill: Kill | None = None) -> Found:
     """One run from the start of the clients to the model. Time, bytes, memory, and what the side says of the result."""
-    with opened as side, counted(side.address) as proxy:
+    with opened as side, counted(side.address) as wire:
         memory, others = Memory(side.pid), Others()
         began = time.time()
-        running = {name: side.join(name, proxy.address) for name in task.clients}
+        running = {name: side.join(name, wire.address) for name in task.clients}
         side.begin()
         killed: Found = {}
         while (finished := side.finished()) is None:
             if time.time() - began > PATIENCE:
                 sys.exit(f"no model after {PATIENCE:.0f} seconds")
             if kill:
-                _strike(kill, killed, side, running, proxy.address)
+                _strike(kill, killed, side, running, wire.address)
             time.sleep(POLL)
-        up, down = proxy.up, proxy.down
+        up, down = wire.passed
         server = memory.stop()
         steps = {name: side.steps(name) for name in task.clients}
         first = min(step.at for some in steps.values() for step in some if step.done)
