@@ -30,11 +30,12 @@ test: setup  ## the test suite
 test-all: setup  ## the test suite with the slow proofs
 	$(RUN)/python -m pytest -m "" --hypothesis-profile=new
 
-bench: setup  ## how fast publishing and training are, and how much a coordinator takes (some 90 minutes, 20 GB under build/)
+bench: setup  ## how fast publishing and training are, how much a coordinator takes, what one round is worth (some 90 minutes, 20 GB under build/)
 	$(RUN)/python -m pip install -q -c constraints.txt -e '.[bench]'
 	$(RUN)/python benchmarks/bench_publish.py --work build/bench
 	$(RUN)/python benchmarks/bench_coordinator.py --work build/bench
 	$(RUN)/python benchmarks/bench_train.py --work build/bench
+	$(RUN)/python benchmarks/one_shot_vs_multi_round.py
 
 lint: setup  ## formatting, lint, types, and known vulnerabilities in what is pinned
 	$(RUN)/ruff format --check .
