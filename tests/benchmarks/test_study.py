@@ -287,6 +287,6 @@ def test_report_says_what_was_measured(tmp_path: Path) -> None:
     assert shares["one-shot exact"] == {"share": 0.45, "sd": pytest.approx(0.0707, abs=1e-4), "seeds": 2}
     assert shares["best local"]["share"] == 0.55
     text = (tmp_path / "report.md").read_text()
-    assert "| 0.3M: shakespeare, by speaker | 28 ± 0 % | 55 ± 0 % | 45 ± 7 % |" in text
+    assert "| 0.3M: shakespeare, by speaker | 28 ± 0 % (2) | 55 ± 0 % (2) | 45 ± 7 % (2) |" in text
     assert "4 of " in text and "T = 10 |" not in text.split("## Shares")[1].split("##")[0]
     assert (tmp_path / "arrivals.png").stat().st_size > 1000 and not (tmp_path / "bound.png").exists()
