@@ -15,8 +15,11 @@ PACKAGES, SPEAKERS = "stdlib, by package", "shakespeare, by speaker"
 MAIN = "0.3M"  # the base of whatever needs many runs
 ROUNDS = (2, 3, 5, 10)
 MORE_ROUNDS = (2, 3, 4, 5, 10, 20, 60)  # the last: after every step
+Recipe = tuple[float, float]  # times the task's learning rate, times its epochs
+
 EVERY = tuple(product(ALGORITHMS, (3, 10)))
 TEN, FEDAVG = tuple(product(ALGORITHMS, (10,))), (("fedavg", 3), ("fedavg", 10))
+LONGER = (1.0, 4.0)  # tried as well where twice the epochs were chosen
 TUNED = ((1 / 3, 1.0), (1.0, 1.0), (10 / 3, 1.0), (1 / 3, 2.0), (1.0, 2.0))  # of the task's learning rate and epochs
 SERVER_LEARNING_RATES = {
     "fedavgm": (0.3,),
@@ -47,10 +50,12 @@ def algorithms(base: str, task: str, seed: int, rounds: Sequence[int] = ROUNDS) 
         yield Cell(base, task, name, seed, count)
 
 
-def tuned(base: str, task: str, seed: int, arms: Sequence[tuple[str, int]] = EVERY) -> Iterator[Cell]:
+def tuned(
+    base: str, task: str, seed: int, arms: Sequence[tuple[str, int]] = EVERY, settings: Sequence[Recipe] = TUNED
+) -> Iterator[Cell]:
     """One round, centralised, and these algorithms in so many rounds, over learning rates, epochs and what else they
     have, for each to be chosen on validation."""
-    for rate, epochs in TUNED:
+    for rate, epochs in settings:
         cell = times(Cell(base, task, ONE_SHOT, seed), rate, epochs)
         yield cell
         yield replace(cell, algorithm=CENTRALISED)
@@ -141,12 +146,12 @@ def paper() -> Iterator[Cell]:
     for sweep, seed in product((heterogeneity, clients, ranks, local_epochs), seeds):
         yield from sweep(MAIN, SPEAKERS, seed)
     for seed in seeds:
-        yield from tuned(MAIN, SPEAKERS, seed, (("fedavg", 3), *TEN))
+        yield from tuned(MAIN, SPEAKERS, seed, (("fedavg", 3), *TEN), (*TUNED, LONGER))
         yield from tuned(MAIN, PACKAGES, seed, FEDAVG)
-    for base, seed in product(("5M", "5M" + UNPRETRAINED), seeds):
-        yield from main_arms(base, SPEAKERS, seed)
     for task, seed in product((SPEAKERS, PACKAGES), seeds):
         yield from main_arms("stories260K", task, seed)
+    for base, seed in product(("5M", "5M" + UNPRETRAINED), seeds):
+        yield from main_arms(base, SPEAKERS, seed)
 
 
 def full() -> Iterator[Cell]:
@@ -159,7 +164,7 @@ def full() -> Iterator[Cell]:
             yield from frozen(base, task, seed)
             yield from algorithms(base, task, seed)
             yield from more_rounds(base, task, seed)
-        yield from tuned(size, task, seed)
+        yield from tuned(size, task, seed, settings=(*TUNED, LONGER))
         if TASKS[task].dealt == "groups":
             yield from heterogeneity(size, task, seed)
         yield from local_epochs(size, task, seed)

@@ -264,7 +264,7 @@ def tuned(results: Results, out: Path) -> Section:
     rows = []
     for task in tasks:
         candidates: dict[str, list[tuple[Cell, str]]] = {}
-        for cell in presets.tuned(MAIN, task, 0):
+        for cell in presets.tuned(MAIN, task, 0, settings=(*presets.TUNED, presets.LONGER)):
             if cell.algorithm == ONE_SHOT:
                 if results.of(cell):
                     candidates.setdefault("one round, `exact`", []).append((cell, "exact"))
@@ -272,7 +272,7 @@ def tuned(results: Results, out: Path) -> Section:
                         (cell, arm) for arm in results.arms(cell) if arm != "base"
                     )
                     candidates.setdefault("best local", []).append((cell, "best local"))
-            elif cell.algorithm == CENTRALISED:
+            elif cell.algorithm == CENTRALISED and results.of(cell):
                 candidates.setdefault("centralised", []).append((cell, "centralised"))
             elif results.of(cell):
                 candidates.setdefault(f"{cell.algorithm}, T = {cell.rounds}", []).append((cell, ""))
