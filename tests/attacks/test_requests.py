@@ -359,7 +359,7 @@ def test_crumbs(tmp_path: Path) -> None:
                     yield pb.UploadRequest(data=data[start : start + crumb])
 
             for crumb in (1, 0):
-                for _ in range(5):
+                for _ in range(25):
                     here = (await remote._stub.OpenUpload(opened)).committed_offset
                     code, details = await status_of(remote._stub.Upload(crumbs(here, crumb)))
                     if details != _BROKEN:
