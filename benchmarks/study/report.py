@@ -36,7 +36,7 @@ def write(out: Path, ledger: Ledger, wanted: Sequence[Cell], preset: str, machin
     lines = [
         "# One round against many: the report",
         "",
-        f"Preset `{preset}`: {len(done)} of {len(names)} cells, {seconds / 3600:.1f} hours of one core each in all. "
+        f"Preset `{preset}`: {len(done)} of {len(names)} cells, {seconds / 3600:.1f} hours of one core in all. "
         f"{machine['cpu']}, {machine['cores']} cores; Python {machine['python']}, "
         + ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
         + f"; {machine['when']}. Each cell's figures are a line of [cells.jsonl](cells.jsonl).",
