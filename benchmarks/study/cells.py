@@ -65,8 +65,10 @@ class Ledger:
         line = {"cell": cell.name, "setting": asdict(cell), "seconds": round(seconds, 1), "result": result}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a+b") as file:
-            if file.tell() and (file.seek(-1, os.SEEK_END) or True) and file.read(1) != b"\n":
-                file.write(b"\n")
+            if end := file.seek(0, os.SEEK_END):
+                file.seek(end - 1)
+                if file.read(1) != b"\n":  # a crash cut it short
+                    file.write(b"\n")
             file.write(json.dumps(line).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())

@@ -102,7 +102,8 @@ def sweeps(results: Results, out: Path) -> Section:
     yield from titled(
         "Sweeps",
         f"Base {MAIN}, {task}, test losses. Clients: the same examples cut finer, laid by speaker. Dirichlet: who has "
-        "how much of each speaker; ∞ is at random. Epochs: at the same learning rate.",
+        "how much of each speaker, of twenty draws the one whose smallest client has most; ∞ is at random. "
+        "Epochs: at the same learning rate.",
         rows,
         picture,
     )
