@@ -353,15 +353,16 @@ def test_crumbs(tmp_path: Path) -> None:
             data = file.read_bytes()
             opened = pb.OpenUploadRequest(lease=reply.lease, declaration=declaration)
 
-            async def crumbs(here: int, crumb: int) -> AsyncIterator[pb.UploadRequest]:
+            async def crumbs(here: int, crumb: int, pause: float) -> AsyncIterator[pb.UploadRequest]:
                 yield pb.UploadRequest(lease=reply.lease, offset=here)
                 for start in range(here, len(data)):
+                    await asyncio.sleep(pause)  # who is not sending hears the answer
                     yield pb.UploadRequest(data=data[start : start + crumb])
 
             for crumb in (1, 0):
-                for _ in range(25):
+                for attempt in range(12):
                     here = (await remote._stub.OpenUpload(opened)).committed_offset
-                    code, details = await status_of(remote._stub.Upload(crumbs(here, crumb)))
+                    code, details = await status_of(remote._stub.Upload(crumbs(here, crumb, attempt / 1000)))
                     if details != _BROKEN:
                         break
                 assert code == StatusCode.INVALID_ARGUMENT and "small pieces" in details, (code, details)
