@@ -43,8 +43,8 @@ import transfers
 from crowd import Plan, Sendable, Tally
 from served import JOB, ROOT, Daemon, Found, Memory, Others, daemon, fetched, joined, judged, make_base, rank_for, say
 
-from coordinator import control
-from edge_client.remote import Remote
+from coordinator.cli import client as control
+from edge_client.connection.remote import Remote
 from oneround.v1 import federation_pb2 as pb
 
 BEAT_SECONDS = 2.0  # as edge_client does

@@ -102,13 +102,14 @@ def usual_convert(work: Path) -> None:
 
 
 def build_base(work: Path) -> None:
-    from converters import gguf_base
+    from converters.gguf import base as gguf_base
 
     gguf_base.build(work / "base", work / "base.gguf")
 
 
 def merge(work: Path, clients: int = CLIENTS) -> None:
-    from converters import adapter, architectures, gguf_merge
+    from converters import adapter, architectures
+    from converters.gguf import merge as gguf_merge
     from coordinator import aggregate
     from coordinator.aggregate import Contribution
 
@@ -119,7 +120,8 @@ def merge(work: Path, clients: int = CLIENTS) -> None:
 
 
 def write_adapter(work: Path) -> None:
-    from converters import adapter, architectures, gguf_adapter
+    from converters import adapter, architectures
+    from converters.gguf import adapter as gguf_adapter
     from coordinator import aggregate
     from coordinator.aggregate import Contribution
 
@@ -129,7 +131,7 @@ def write_adapter(work: Path) -> None:
 
 
 def verify(work: Path) -> dict[str, float]:
-    from coordinator import verify
+    from coordinator.publication import verify
 
     against = verify.base_and_adapter(work / "base.gguf", work / "adapter.gguf")
     verdict = verify.verdict(verify.alone(work / "merged.gguf", "bf16", against.ids), against)
@@ -137,7 +139,7 @@ def verify(work: Path) -> dict[str, float]:
 
 
 def quantise(work: Path, kind: str) -> None:
-    from converters import gguf_quantize
+    from converters.gguf import quantize as gguf_quantize
 
     gguf_quantize.quantize(work / "merged.gguf", work / f"{kind}.gguf", kind)
 
@@ -151,7 +153,7 @@ def copy(work: Path) -> None:
 
 def start(work: Path) -> None:
     """Importing what a merge imports."""
-    import converters.gguf_merge  # noqa: F401
+    import converters.gguf.merge  # noqa: F401
     import coordinator.aggregate  # noqa: F401
 
 
@@ -176,7 +178,7 @@ def agreement(work: Path) -> dict[str, float]:
     """How the two paths' weights differ: the usual one rounds each product to bfloat16, ours rounds the sum once."""
     import numpy as np
 
-    from converters import gguf_file
+    from converters.gguf import file as gguf_file
 
     usual, ours = gguf_file.read(work / "usual.gguf").tensors, gguf_file.read(work / "merged.gguf").tensors
     assert usual.keys() == ours.keys()

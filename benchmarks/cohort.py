@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TaskID, TextColumn
 
-from edge_client.screen import columns_of_a_bar
+from edge_client.ui.screen import columns_of_a_bar
 
 
 @contextmanager

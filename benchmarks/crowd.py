@@ -1,8 +1,8 @@
 """Simulated clients: many in a process, each with a connection of its own, a heartbeat, and one adapter to send.
 
-They speak through `edge_client.remote`, so what is measured is the client's real side of the wire. Adapters lie on the
-disk before anything is timed, each with its own digest, and are sound: the job's layout and base, A as announced, B a
-common direction with noise of the client's own.
+They speak through `edge_client.connection.remote`, so what is measured is the client's real side of the wire. Adapters
+lie on the disk before anything is timed, each with its own digest, and are sound: the job's layout and base, A as
+announced, B a common direction with noise of the client's own.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from converters import adapter
 from converters.adapter import Adapter, LowRank
-from converters.errors import OneroundError, Unreachable
-from edge_client.identity import Me
-from edge_client.remote import Remote
+from edge_client.connection.identity import Me
+from edge_client.connection.remote import Remote
 from oneround import stream, tls
+from oneround.errors import OneroundError, Unreachable
 from oneround.v1 import federation_pb2 as pb
 
 PATIENCE = 600.0  # seconds until a client that gets no receipt gives up, and a process that waits for others

@@ -28,9 +28,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from converters import adapter, architectures, gguf_adapter, gguf_base, llama
-from converters.errors import OneroundError
-from edge_client import backends, examples, local_model, outbox
+from converters import adapter, architectures, llama
+from converters.gguf import adapter as gguf_adapter
+from converters.gguf import base as gguf_base
+from edge_client import backends, outbox
+from edge_client.data import tokenize
+from edge_client.results import llama_model
+from oneround.errors import OneroundError
 
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "benchmarks" / "base"
@@ -200,9 +204,9 @@ def measure() -> tuple[dict[str, dict[str, float]], dict[str, int]]:
     models["federated q8_0"] = (OUT / "published" / "stdlib-q8_0.gguf", None)
     models["together"] = (OUT / "together" / "together-f16.gguf", None)
 
-    tokenizer = examples.load_tokenizer(BASE)
+    tokenizer = tokenize.load_tokenizer(BASE)
     held_out = {
-        name: examples.tokenise(examples.load(OUT / "data" / name).held_out, tokenizer, SEQUENCE).examples
+        name: tokenize.tokenise(tokenize.load(OUT / "data" / name).held_out, tokenizer, SEQUENCE).examples
         for name in CLIENTS
     }
     losses: dict[str, dict[str, float]] = {}
@@ -215,7 +219,7 @@ def measure() -> tuple[dict[str, dict[str, float]], dict[str, int]]:
             loaded = llama.load(file, adapter=lora, context=SEQUENCE)
             losses[model] = {}
             for name, rows in held_out.items():
-                found = local_model.evaluate(loaded, rows)
+                found = llama_model.evaluate(loaded, rows)
                 losses[model][name], tokens[name] = found.per_token, found.tokens
                 progress.advance(task)
             loaded.close()

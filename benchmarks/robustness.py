@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 
 from converters.adapter import Adapter, LowRank, Made, initial
 from converters.architectures import Shape
+from coordinator.admission.outliers import Member, judge
 from coordinator.aggregate import METHODS, Contribution, aggregate
-from coordinator.cohort import Member, judge
 from oneround.v1 import federation_pb2 as pb
 
 SHAPES = {"q": Shape(96, 64), "v": Shape(48, 64), "down": Shape(64, 160)}

@@ -25,7 +25,7 @@ from bench_publish import SHAPE
 
 from converters import adapter, architectures, tensors
 from converters.tensors import Later
-from edge_client.remote import Remote
+from edge_client.connection.remote import Remote
 from oneround.v1 import federation_pb2 as pb
 
 ROOT = Path(__file__).parent

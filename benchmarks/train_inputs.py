@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from converters.adapter import Adapter
-    from edge_client.batches import Batches
-    from edge_client.recipe import Recipe
+    from edge_client.data.batches import Batches
+    from edge_client.training.recipe import Recipe
 
 Found = dict[str, Any]
 
@@ -106,18 +106,18 @@ def make_inputs(task: Task, datasets: list[str], count: int) -> Found:
     """The base, and of each dataset the first rows of which something is left to learn when they are cut."""
     import torch
 
-    from edge_client import examples
-    from edge_client.rows import Dialogue
+    from edge_client.data import tokenize
+    from edge_client.data.rows import Dialogue
 
     if task.shape == "1b" and not torch.cuda.is_available():
         sys.exit("--cuda needs a GPU that PyTorch can use, and there is none")
     make_base(task.base, SHAPES[task.shape], datasets)
-    tokenizer = examples.load_tokenizer(task.base)
+    tokenizer = tokenize.load_tokenizer(task.base)
     found: Found = {"threads": torch.get_num_threads(), "cuda": torch.cuda.is_available(), "datasets": {}}
     for data in datasets:
         lines, kept = [], []
         for pair in pairs(data):
-            made = examples.tokenise([Dialogue(data, (), plain=pair)], tokenizer, task.max_seq_len)
+            made = tokenize.tokenise([Dialogue(data, (), plain=pair)], tokenizer, task.max_seq_len)
             if made.examples:
                 kept += made.examples
                 lines.append(json.dumps(dict(zip(("prompt", "completion"), pair, strict=True))) + "\n")
@@ -141,13 +141,13 @@ def make_inputs(task: Task, datasets: list[str], count: int) -> Found:
 
 def prepared(task: Task) -> tuple[Batches, Adapter, Recipe]:
     from converters import adapter, architectures
-    from edge_client import examples
-    from edge_client.batches import Batches
-    from edge_client.recipe import Recipe
+    from edge_client.data import tokenize
+    from edge_client.data.batches import Batches
+    from edge_client.training.recipe import Recipe
     from oneround.v1 import federation_pb2 as pb
 
-    rows = examples.load(task.rows).train
-    made = examples.tokenise(rows, examples.load_tokenizer(task.base), task.max_seq_len)
+    rows = tokenize.load(task.rows).train
+    made = tokenize.tokenise(rows, tokenize.load_tokenizer(task.base), task.max_seq_len)
     plan = Batches(made.examples, task.batch_size, PASSES, seed=0)
     lora = pb.LoraSpec(rank=task.rank, alpha=task.alpha)
     spec = pb.JobSpec(lora=lora, train=pb.TrainSpec(learning_rate=task.learning_rate, schedule="linear"))

@@ -19,7 +19,7 @@ import psutil
 from train_inputs import PASSES, Found, Task, make_inputs, prepared
 
 if TYPE_CHECKING:
-    from edge_client.batches import Batches
+    from edge_client.data.batches import Batches
 
 NAIVE_STEPS = 20
 # What could make TRL faster than its defaults, which are gradient checkpointing and bfloat16 by autocast.

@@ -23,8 +23,8 @@ import numpy as np
 from crowd import Sendable
 from served import JOB, Daemon, Found, Others, daemon, fetched, joined, judged, make_base, rank_for, say
 
-from coordinator import identity
-from edge_client.remote import Remote
+from coordinator.auth import identity
+from edge_client.connection.remote import Remote
 from oneround import stream
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters import tensors
-from converters.errors import BadAdapter, LayoutMismatch
+from oneround.errors import BadAdapter, LayoutMismatch
 
 FORMAT = "oneround/1"
 FROZEN_A = "frozen_a"

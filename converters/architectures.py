@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from converters import checkpoint, other_families
 from converters.adapter import Shape
 from converters.checkpoint import model_files, weights
-from converters.errors import BadModel, LayoutMismatch
 from converters.families import FAMILIES, Base, Family, Linear, NotKnownHere, interleaved, names_in_gguf
 from converters.settings import Settings
+from oneround.errors import BadModel, LayoutMismatch
 
 __all__ = [
     "FAMILIES",

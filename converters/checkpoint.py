@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 from converters import settings, tensors
-from converters.errors import BadAdapter, BadModel
 from converters.settings import Settings
 from converters.tensors import Array
+from oneround.errors import BadAdapter, BadModel
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}

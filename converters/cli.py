@@ -17,13 +17,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from typer.core import TyperGroup
 
-from converters import architectures, command, experts, formats, inspection, report
+from converters import architectures, experts, formats, inspection, report
 from converters.adapter import WIRE_DTYPES
 from converters.architectures import Base, check_fits
-from converters.errors import BadAdapter, BadModel, UsageError
 from converters.families import NotKnownHere
+from converters.finite_check import watched
 from converters.formats import Found
-from converters.watched import watched
+from oneround import command
+from oneround.errors import BadAdapter, BadModel, UsageError
 
 NAME = "adapter-convert"
 _CODES = "Exit codes: 0 done, 2 usage, 5 something is wrong with the adapter or the base, 6 no room on the disk."

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from converters import settings
-from converters.errors import BadModel
+from oneround.errors import BadModel
 
 _COPY = "a copy of the model without this key can be a job's base, if it works without"
 _REFUSED = {

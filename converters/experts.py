@@ -18,7 +18,7 @@ import numpy as np
 
 from converters.adapter import Adapter, Factor, LowRank, Shape
 from converters.architectures import Base, gguf_name
-from converters.errors import LayoutMismatch
+from oneround.errors import LayoutMismatch
 
 _MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 _BACK = {theirs: ours for ours, theirs in _MIXTRAL.items()}

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.adapter import Shape
-from converters.errors import BadModel
+from oneround.errors import BadModel
 
 
 class NotKnownHere(BadModel):

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from converters import adapter, gguf_adapter, mlx, peft
+from converters import adapter, mlx, peft
 from converters.adapter import Adapter
 from converters.architectures import Base
-from converters.errors import BadData, UsageError
+from converters.gguf import adapter as gguf_adapter
+from oneround.errors import BadData, UsageError
 
 NAMES = ("canonical", "peft", "mlx", "gguf")
 _SETTINGS = "adapter_config.json"

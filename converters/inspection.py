@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from converters import experts, formats, gguf_adapter, gguf_file, salvage, settings
+from converters import experts, formats, lenient_reader, settings
 from converters.adapter import Adapter, LowRank
 from converters.architectures import Base, check_fits
-from converters.errors import BadAdapter, BadData
 from converters.formats import Found
+from converters.gguf import adapter as gguf_adapter
+from converters.gguf import file as gguf_file
+from oneround.errors import BadAdapter, BadData
 
 _NUMBER = re.compile(r"\.(\d+)(?=\.)")
 _SHOWN = {  # settings that say how an adapter was made, by format
@@ -77,7 +79,7 @@ def inspect(found: Found, base: Base | None, on_module: OnProgress) -> Inspectio
         said.metadata, known = dict(update.metadata), update.modules
     except BadData as error:
         said.problems.append(f"{error}" + (f" ({error.hint})" if error.hint else ""))
-        known, said.tensors = salvage.pairs(found)
+        known, said.tensors = lenient_reader.pairs(found)
     for n, (name, factors) in enumerate(known.items(), 1):
         said.modules.append(_module(name, factors, scaled=not said.problems))
         factors.forget()

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converters import gguf_file
-from converters.errors import BadModel, UsageError
+from converters.gguf import file as gguf_file
+from oneround.errors import BadModel, UsageError
 
 if TYPE_CHECKING:
     from llama_cpp import Llama

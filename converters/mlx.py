@@ -18,7 +18,8 @@ import numpy as np
 from converters import experts, settings, tensors
 from converters.adapter import Adapter, Factor, LowRank, pair
 from converters.architectures import Base, check_fits, within_block
-from converters.errors import BadAdapter
+from oneround import files
+from oneround.errors import BadAdapter
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapters.safetensors"
 _A, _B = ".lora_a", ".lora_b"
@@ -103,7 +104,7 @@ def write(adapter: Adapter, folder: Path, base: Base) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     tensors.write(folder / _WEIGHTS, found, {"format": "mlx"})
-    tensors.replace(folder / _CONFIG, [json.dumps(config, indent=2).encode()])
+    files.replace(folder / _CONFIG, [json.dumps(config, indent=2).encode()])
 
 
 def _lora_a(update: LowRank | None, into: int, rank: int) -> Factor:

@@ -21,13 +21,15 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from converters import checkpoint, custom_code, gguf_file, tensors
+from converters import checkpoint, custom_code
 from converters.adapter import Shape
-from converters.errors import BadModel
 from converters.families import Base, Family, Linear, NotKnownHere, interleaved, names_in_gguf
-from converters.gguf_file import FLOATS, File, Tensor
+from converters.gguf import file as gguf_file
+from converters.gguf.file import FLOATS, File, Tensor
 from converters.settings import Settings
 from converters.tensors import Array
+from oneround import files
+from oneround.errors import BadModel
 
 SCRIPT = "convert_hf_to_gguf.py"
 _BLOCK = re.compile(r"(?P<blocks>.+?)\.(?P<number>\d{1,4})\.(?P<inner>.+)\.weight")
@@ -76,7 +78,7 @@ def convert(folder: Path, path: Path, dtype: str | None = None) -> None:
         raise BadModel(f"{folder} holds no matrix")
     dtype = dtype or checkpoint.dtype(folder, matrix, first)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tensors.placed(path) as file:
+    with files.placed(path) as file:
         # It writes by the name; the file that is open here is the same one, and is synced before it is renamed.
         command = [script, str(folder.resolve()), "--outfile", str(Path(file.name).resolve()), "--outtype", dtype]
         try:

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from converters import checkpoint, experts, patterns, settings, tensors
 from converters.adapter import Adapter, LowRank, pair
-from converters.errors import BadAdapter, LayoutMismatch
 from converters.settings import Settings
+from oneround import files
+from oneround.errors import BadAdapter, LayoutMismatch
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _INDEX, _PICKLE = f"{_WEIGHTS}.index.json", "adapter_model.bin"
@@ -104,16 +105,16 @@ def read(folder: Path) -> Adapter:
 
 def _weights(folder: Path) -> Iterator[tuple[str, tensors.Array]]:
     """Every tensor by name, from one file or from those that an index names."""
-    files = [folder / _WEIGHTS]
-    if not files[0].is_file() and (folder / _INDEX).is_file():
-        files = checkpoint.parts(folder / _INDEX, BadAdapter)
-    elif not files[0].is_file() and (folder / _PICKLE).is_file():
+    parts = [folder / _WEIGHTS]
+    if not parts[0].is_file() and (folder / _INDEX).is_file():
+        parts = checkpoint.parts(folder / _INDEX, BadAdapter)
+    elif not parts[0].is_file() and (folder / _PICKLE).is_file():
         raise BadAdapter(
             f"{folder} has its weights in {_PICKLE}, a pickle, which can run code and is not read",
             hint="load it with PEFT where you trust it, and save_pretrained(..., safe_serialization=True)",
         )
     seen: set[str] = set()
-    for file in files:
+    for file in parts:
         for name, tensor in tensors.read(file)[0].items():
             if name in seen:
                 raise BadAdapter(f"{folder}: two files hold the tensor {name}")
@@ -155,7 +156,7 @@ def write(adapter: Adapter, folder: Path, *, base_model: str) -> None:
         "target_modules": sorted(ranks),
     }
     tensors.write(folder / _WEIGHTS, found, {"format": "pt"})  # transformers and PEFT look for this `format`
-    tensors.replace(folder / _CONFIG, [json.dumps(config, indent=2).encode()])
+    files.replace(folder / _CONFIG, [json.dumps(config, indent=2).encode()])
 
 
 class _Scaling:

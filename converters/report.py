@@ -11,8 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from converters.command import printable
 from converters.inspection import Inspection, Module
+from oneround.command import printable
 
 _MOST_LINES = 12
 _MOST_ITEMS = 4

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.errors import BadAdapter, BadData, BadModel
+from oneround.errors import BadAdapter, BadData, BadModel
 
 _LARGEST = 256 << 20  # bytes; the largest tokenizer.json in use is a tenth of it
 

@@ -14,23 +14,28 @@ import sqlalchemy
 import structlog
 
 from converters import llama
-from converters.errors import BadModel, Conflict, Denied, NotFound, OneroundError, Refused, UsageError
-from coordinator import evaluations, identity, opening, publisher, republishing, sweeping
-from coordinator import job as jobs
 from coordinator import round as rounds
-from coordinator.blobs import Blobs
-from coordinator.examiner import Examiner
-from coordinator.leases import Lease, Leases, judgement, public_id
-from coordinator.people import People
-from coordinator.publishing import Publishing
+from coordinator.admission.worker import Examiner
+from coordinator.auth import identity
+from coordinator.auth.signer import Signer
+from coordinator.jobs import evaluations
+from coordinator.jobs import open as open_job
+from coordinator.jobs import spec as jobs
+from coordinator.jobs.leases import Lease, Leases, judgement, public_id
+from coordinator.jobs.status import Statuses
+from coordinator.publication import request as republishing
+from coordinator.publication.scheduler import Publishing
 from coordinator.round import Round, State
-from coordinator.schema import Client, Contribution
-from coordinator.signer import Signer
-from coordinator.status import Statuses
-from coordinator.store import Store
+from coordinator.storage import gc
+from coordinator.storage.blobs import Blobs
+from coordinator.storage.people import People
+from coordinator.storage.publications import version_folder
+from coordinator.storage.schema import Client, Contribution
+from coordinator.storage.store import Store
 from coordinator.text import printable
-from coordinator.uploads import Uploads
+from coordinator.uploads.service import Uploads
 from oneround import signing
+from oneround.errors import BadModel, Conflict, Denied, NotFound, OneroundError, Refused, UsageError
 from oneround.v1 import federation_pb2 as pb
 
 TICK = 0.5  # seconds between looks at the clock
@@ -68,7 +73,7 @@ class Daemon:
         self._submitting = asyncio.Lock()
         self.people = People(self._store.database)
         self._slow = ThreadPoolExecutor(1, "slow")  # reading a large base keeps nobody else waiting
-        sweeping.sweep(state, self._store, self._blobs)
+        gc.sweep(state, self._store, self._blobs)
 
     @property
     def state(self) -> Path:
@@ -137,7 +142,7 @@ class Daemon:
             return await self.status(spec.name)
         if spec.name in await offload(self._store.deleted):
             raise Refused(f"the last job {spec.name!r} is still being deleted", hint="try again in a moment")
-        opens = partial(opening.open_round, spec, self._state, self._blobs, self._store, self._clock())
+        opens = partial(open_job.open_round, spec, self._state, self._blobs, self._store, self._clock())
         await asyncio.get_running_loop().run_in_executor(self._slow, opens)
         log.info("job_opened", job=spec.name, base=spec.model.base)
         await self.statuses.changed(spec.name)
@@ -174,7 +179,7 @@ class Daemon:
         self.leases.forget(name)
         self.uploads.forget(name)
         await self.statuses.changed(name)
-        await offload(sweeping.delete, self._state, self._store, self._blobs, name)
+        await offload(gc.delete, self._state, self._store, self._blobs, name)
         log.info("job_deleted", job=name)
 
     async def publish(self, request: pb.PublishRequest) -> pb.JobStatus:
@@ -347,7 +352,7 @@ class Daemon:
         for published in await offload(self._store.publications, name):
             for artifact in published.artifacts:
                 if artifact.digest == digest:
-                    return publisher.folder(self._state, name, published.version) / artifact.name
+                    return version_folder(self._state, name, published.version) / artifact.name
         raise NotFound(f"job {name!r} has no artifact {digest!r}")
 
     # What anyone may ask
@@ -388,7 +393,7 @@ class Daemon:
         return [self.statuses.whole(name) for name in self._store.names()]
 
     def for_whom(self, name: str) -> str:
-        """Who may take part in a job; see access.py. Raises NotFound when there is no such job."""
+        """Who may take part in a job; see auth/policy.py. Raises NotFound when there is no such job."""
         return self._store.announced(name).job.spec.access.who or "open"
 
     # The round

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from converters.errors import NotFound, Refused, UsageError
-from edge_client import disk
 from edge_client.outbox import Outbox
-from edge_client.screen import Screen
+from edge_client.preflight import disk
+from edge_client.ui.screen import Screen
 from oneround import rules, stream, tls
+from oneround.errors import NotFound, Refused, UsageError
 from oneround.v1 import federation_pb2 as pb
 
 # All of it: a test holds these against every field of the protocol's messages, and against the adapter's file.

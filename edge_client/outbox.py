@@ -21,10 +21,10 @@ from typing import TypeVar
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
-from converters import adapter, tensors
+from converters import adapter
 from converters.adapter import Adapter
-from converters.errors import BadData, NotEnough, Refused, UsageError
-from oneround import rules, stream
+from oneround import files, rules, stream
+from oneround.errors import BadData, NotEnough, Refused, UsageError
 from oneround.v1 import federation_pb2 as pb
 
 Record = TypeVar("Record", bound=Message)
@@ -82,7 +82,7 @@ class Outbox:
     def keep_joined(self, server: str, reply: pb.JoinReply) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "left").unlink(missing_ok=True)
-        tensors.replace(self.folder / "server", [server.encode()])
+        files.replace(self.folder / "server", [server.encode()])
         _write(self.folder / "joined.json", reply)
 
     def keep_left(self) -> None:
@@ -95,7 +95,7 @@ class Outbox:
 
     def keep_source(self, source: Source) -> None:
         """Remember what this job is trained on."""
-        tensors.replace(self.folder / "source.json", [json.dumps(asdict(source)).encode()])
+        files.replace(self.folder / "source.json", [json.dumps(asdict(source)).encode()])
 
     def source(self) -> Source | None:
         """What this job was trained on; None if that is not known."""
@@ -115,7 +115,7 @@ class Outbox:
 
     def keep_consent(self, digest: str) -> None:
         """The person has agreed to the terms of this digest."""
-        tensors.replace(self.folder / "consent", [digest.encode()])
+        files.replace(self.folder / "consent", [digest.encode()])
 
     def server(self) -> str:
         """The coordinator's address when this job was last joined."""
@@ -179,7 +179,7 @@ def moved(state: Path, before: str, now: str) -> None:
     """The coordinator at one address is at another now."""
     for box in all_outboxes(state):
         if box.server() == before:
-            tensors.replace(box.folder / "server", [now.encode()])
+            files.replace(box.folder / "server", [now.encode()])
 
 
 def find(state: Path, name: str) -> Outbox:
@@ -237,4 +237,4 @@ def _read(file: Path, record: Record) -> Record | None:
 
 
 def _write(file: Path, record: Message) -> None:
-    tensors.replace(file, [json_format.MessageToJson(record, preserving_proto_field_name=True).encode()])
+    files.replace(file, [json_format.MessageToJson(record, preserving_proto_field_name=True).encode()])

@@ -15,17 +15,22 @@ from pathlib import Path
 
 from converters import adapter, checkpoint
 from converters.adapter import Adapter, Shape
-from converters.errors import BadData, NotEnough, OneroundError, Refused, Unreachable
-from edge_client import announced, disk, examples, footprint, gaps, outbox, patience, receipts, snapshot
+from edge_client import outbox
 from edge_client.backends import Backend, Progress
-from edge_client.batches import Batches
-from edge_client.guest import Guest
+from edge_client.connection import job_check, retry
+from edge_client.connection.remote import Remote, local_path
+from edge_client.data import tokenize
+from edge_client.data.batches import Batches
 from edge_client.outbox import Outbox
-from edge_client.recipe import EXACT, Recipe, Setup
-from edge_client.remote import Remote, local_path
-from edge_client.screen import Screen
-from edge_client.snapshot import Snapshot
+from edge_client.pausing.controller import Guest
+from edge_client.preflight import compat, disk, memory
+from edge_client.proofs import receipts
+from edge_client.training import snapshot
+from edge_client.training.recipe import EXACT, Recipe, Setup
+from edge_client.training.snapshot import Snapshot
+from edge_client.ui.screen import Screen
 from oneround import signing, stream, tls
+from oneround.errors import BadData, NotEnough, OneroundError, Refused, Unreachable
 from oneround.v1 import federation_pb2 as pb
 
 HEARTBEAT_SECONDS = 2.0
@@ -78,7 +83,7 @@ async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen,
         BadData: the data, or what the coordinator sent, is not sound; a receipt that is none too.
     """
     reply = await _let_in(remote, taker.request(job_name), screen, waits=waits)
-    announced.check(reply.job)
+    job_check.check(reply.job)
     if reply.job.spec.name != job_name or (taker.agreed is not None and reply.job != taker.agreed):
         raise Refused(
             f"{job_name} is not the job any more that it was: the coordinator announces another one now",
@@ -151,18 +156,18 @@ class Pulse:
 
     async def beat(self, remote: Remote) -> None:
         """Tell until cancelled. A coordinator that does not answer, or has troubles, is no reason to stop training."""
-        pause, waits, misses = HEARTBEAT_SECONDS, patience.pauses(), 0
+        pause, waits, misses = HEARTBEAT_SECONDS, retry.pauses(), 0
         while True:
             place = remote.server
             try:
                 answer = await remote.heartbeat(self.now)
-                pause = min(max(HEARTBEAT_SECONDS, answer.next_seconds), patience.LONGEST_PAUSE)
-                waits, misses = patience.pauses(), 0
+                pause = min(max(HEARTBEAT_SECONDS, answer.next_seconds), retry.LONGEST_PAUSE)
+                waits, misses = retry.pauses(), 0
                 if answer.directive == pb.DIRECTIVE_STOP:
                     self.stop = stream.one_line(answer.reason) or "it gives no reason"
             except Unreachable:
                 pause, misses = max(HEARTBEAT_SECONDS, next(waits)), misses + 1
-                if misses >= patience.LOST_AFTER and await remote.find_again(place):
+                if misses >= retry.LOST_AFTER and await remote.find_again(place):
                     continue
             except OneroundError:
                 pass
@@ -201,7 +206,7 @@ async def fetch_base(remote: Remote, job: pb.Job, state: Path, model: Path | Non
 
             for file, artifact in missing:
                 fetch = partial(remote.download, job.spec.name, artifact, file)
-                await patience.through(remote, job.deadline_unix, screen, fetch, on_bytes)
+                await retry.through(remote, job.deadline_unix, screen, fetch, on_bytes)
                 before += artifact.size
     return folder
 
@@ -212,25 +217,25 @@ async def _train(
     job, guest = reply.job, taker.guest
     await guest.ready(lambda: pulse.stop)
     pulse.check()
-    rows = await asyncio.to_thread(examples.load, taker.data, skip_bad_rows=taker.skip_bad_rows)
+    rows = await asyncio.to_thread(tokenize.load, taker.data, skip_bad_rows=taker.skip_bad_rows)
     base = await fetch_base(remote, job, taker.state, taker.model, screen)
     if not box.initial.exists():
         with screen.bar("adapter", job.initial.size) as advance:
             fetch = partial(remote.download, job.spec.name, job.initial, box.initial)
-            await patience.through(remote, job.deadline_unix, screen, fetch, advance)
+            await retry.through(remote, job.deadline_unix, screen, fetch, advance)
     initial = adapter.read(box.initial)
     if set(initial.ranks.values()) != {job.spec.lora.rank}:
         raise BadData(f"the coordinator's initial adapter is not of rank {job.spec.lora.rank}, as its job says")
     adapter.check(initial, {module.name: Shape(module.out_features, module.in_features) for module in job.modules})
 
-    tokenizer = await asyncio.to_thread(examples.load_tokenizer, base)
+    tokenizer = await asyncio.to_thread(tokenize.load_tokenizer, base)
     prepared = await asyncio.to_thread(
-        examples.tokenise, rows.train, tokenizer, job.spec.train.max_seq_len, skip_bad_rows=taker.skip_bad_rows
+        tokenize.tokenise, rows.train, tokenizer, job.spec.train.max_seq_len, skip_bad_rows=taker.skip_bad_rows
     )
     train = job.spec.train
     room = train.batch_size * train.max_seq_len if train.packing else 0
     plan = Batches(prepared.examples, train.batch_size, train.epochs, train.seed, room=room)
-    gaps.check(taker.backend.name, base, (len(example.ids) for example in prepared.examples))
+    compat.check(taker.backend.name, base, (len(example.ids) for example in prepared.examples))
     recipe = Recipe.from_spec(job.spec, plan.total_steps)
     if skipped := rows.skipped + prepared.skipped:
         screen.say("skipped", skipped=skipped)
@@ -266,7 +271,7 @@ async def _train(
         screen.say("continued", step=kept.step, steps=plan.total_steps)
     elif box.snapshot.exists():
         screen.say("anew")
-    outlook = footprint.outlook(base, job, taker.backend, prepared.longest, setup)
+    outlook = memory.outlook(base, job, taker.backend, prepared.longest, setup)
     if outlook is not None and kept is None:
         setup = outlook.setup
         if setup != taker.setup:
@@ -358,7 +363,7 @@ async def _send(
     """Upload until there is a receipt; breaks are resumed, and only the deadline ends the trying."""
     with screen.bar("sending", declaration.size) as advance:
         upload = partial(remote.upload, reply.lease, declaration, box.adapter)
-        return await patience.through(remote, reply.job.deadline_unix, screen, upload, advance)
+        return await retry.through(remote, reply.job.deadline_unix, screen, upload, advance)
 
 
 def _safe(receipt: pb.Receipt, remote: Remote, screen: Screen) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from edge_client import remote as remotes
-from edge_client.identity import Me, Pins
-from edge_client.remote import Remote
+from edge_client.connection import remote as remotes
+from edge_client.connection.identity import Me, Pins
+from edge_client.connection.remote import Remote
 from oneround import signing, tls
 from oneround.v1 import federation_pb2 as pb
 

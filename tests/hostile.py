@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from converters import adapter, architectures
-from coordinator import job
+from coordinator.jobs import spec as job
 from oneround import stream
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc

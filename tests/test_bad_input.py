@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_client import discovery
+from edge_client.connection import discovery
 from tests import commands
 
 BASE = Path(__file__).parents[1] / "benchmarks" / "base"

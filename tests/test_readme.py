@@ -9,17 +9,17 @@ import typer
 from google.protobuf.descriptor import Descriptor
 
 import converters.cli
-import coordinator.cli
-import edge_client.cli
-from coordinator import job
+import coordinator.cli.app
+import edge_client.cli.app
+from coordinator.jobs import spec
 from oneround.v1 import federation_pb2 as pb
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 APPS = {
     "adapter-convert": converters.cli.app,
-    "coordinator": coordinator.cli.app,
-    "edge-client": edge_client.cli.app,
+    "coordinator": coordinator.cli.app.app,
+    "edge-client": edge_client.cli.app.app,
 }
 
 
@@ -39,7 +39,7 @@ def test_every_key_and_default_is_in_the_table() -> None:
     rows = dict(re.findall(r"^\| `([\w.]+)` \| (?:`([^`]*)`)? \|", table, flags=re.M))
     expected = keys(pb.JobSpec.DESCRIPTOR)
     assert rows.keys() == expected.keys()
-    filled = job.parse({"name": "x", "model": {"base": "org/model"}})
+    filled = spec.parse({"name": "x", "model": {"base": "org/model"}})
     for key, shown in rows.items():
         value = expected[key]
         if key == "lora.target_modules":

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from converters import adapter
 from converters.adapter import Adapter
 from coordinator.aggregate import Contribution, aggregate
-from edge_client import examples, outbox
-from edge_client.batches import padded
+from edge_client import outbox
+from edge_client.data import tokenize
+from edge_client.data.batches import padded
 
 from .both_sides import Found, Kill, Side, Task, measured
 
@@ -28,9 +29,9 @@ class Judge:
 
     def __init__(self, task: Task, work: Path) -> None:
         self._task, self._work, self._count = task, work, 0
-        tokenizer = examples.load_tokenizer(task.base)
-        rows = [row for name in task.clients for row in examples.load(task.data / name).held_out]
-        self._rows = examples.tokenise(rows, tokenizer, task.sequence).examples
+        tokenizer = tokenize.load_tokenizer(task.base)
+        rows = [row for name in task.clients for row in tokenize.load(task.data / name).held_out]
+        self._rows = tokenize.tokenise(rows, tokenizer, task.sequence).examples
         self.tokens = sum(row.num_targets for row in self._rows)
         self._sent: dict[int, Adapter] = {}  # FedAvg of what our clients sent, by seed
         self._base = AutoModelForCausalLM.from_pretrained(str(task.base), dtype=torch.float32).eval()

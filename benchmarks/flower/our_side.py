@@ -15,7 +15,8 @@ from pathlib import Path
 from cohort import run, tool
 from served import JOB, Daemon, daemon
 
-from converters import architectures, gguf_adapter
+from converters import architectures
+from converters.gguf import adapter as gguf_adapter
 
 from .both_sides import Found, Step, Task, end
 

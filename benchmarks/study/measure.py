@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from converters.adapter import Adapter
-from converters.errors import LayoutMismatch
 from coordinator.aggregate import METHODS, Contribution, aggregate
-from edge_client.batches import Batches
-from edge_client.examples import load_tokenizer
-from edge_client.recipe import Recipe
+from edge_client.data.batches import Batches
+from edge_client.data.tokenize import load_tokenizer
+from edge_client.training.recipe import Recipe
+from oneround.errors import LayoutMismatch
 from oneround.v1 import federation_pb2 as pb
 
 from . import tasks

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from coordinator.aggregate import Contribution, aggregate
-from edge_client.batches import Batches
-from edge_client.examples import Example
-from edge_client.recipe import Recipe
+from edge_client.data.batches import Batches
+from edge_client.data.tokenize import Example
+from edge_client.training.recipe import Recipe
 
 from .llama import Llama
 from .training import Space, train

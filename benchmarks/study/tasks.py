@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import stdlib_packages
 
-from edge_client.examples import Example, tokenise
-from edge_client.rows import Dialogue, Row, Text
+from edge_client.data.rows import Dialogue, Row, Text
+from edge_client.data.tokenize import Example, tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

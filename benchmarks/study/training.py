@@ -1,7 +1,8 @@
 """Local training of a whole cohort at once: every client by its own batches, schedule, clipping and AdamW.
 
-The recipe is the product's (edge_client/recipe.py), in float32. What the product's clients do not have, and multi-round
-methods ask of them, is an argument here: FedProx's pull to where the round began, and SCAFFOLD's correction.
+The recipe is the product's (edge_client/training/recipe.py), in float32. What the product's clients do not have, and
+multi-round methods ask of them, is an argument here: FedProx's pull to where the round began, and SCAFFOLD's
+correction.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from converters.adapter import Adapter, LowRank, initial
 from converters.architectures import Shape
-from edge_client.batches import Batch, Batches, padded
-from edge_client.examples import Example
-from edge_client.recipe import Recipe
+from edge_client.data.batches import Batch, Batches, padded
+from edge_client.data.tokenize import Example
+from edge_client.training.recipe import Recipe
 
 from .llama import Llama
 

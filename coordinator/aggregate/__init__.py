@@ -15,12 +15,12 @@ import numpy as np
 
 from converters import adapter as layout
 from converters.adapter import Adapter, Factor, LowRank, Made
-from converters.errors import LayoutMismatch
 from coordinator.aggregate import coordinatewise, mean, robust, sparse
+from coordinator.aggregate.delta import changes, clipped, joined
+from coordinator.aggregate.gram import inner, pieces
 from coordinator.aggregate.method import PARAMETERS, Cohort, Method, Outcome
-from coordinator.aggregate.start import changes, clipped, joined
 from coordinator.aggregate.truncate import Truncated, low_rank, truncate
-from coordinator.cohort import inner, pieces
+from oneround.errors import LayoutMismatch
 from oneround.v1 import federation_pb2 as pb
 
 __all__ = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from converters.adapter import Factor, LowRank
+from coordinator.aggregate.delta import joined
 from coordinator.aggregate.method import Cohort, Outcome, Weights
-from coordinator.aggregate.start import joined
 
 
 def exact(cohort: Cohort) -> Outcome:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters.adapter import Adapter, Factor, LowRank
-from coordinator.aggregate.start import changes
+from coordinator.aggregate.delta import changes
 from oneround.v1 import federation_pb2 as pb
 
 Weights = NDArray[np.float64]

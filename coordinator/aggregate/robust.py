@@ -1,6 +1,6 @@
 """Methods that hold against some bad clients by how much they let each whole contribution count.
 
-They choose by ‖ΔW‖ and by distances over all modules together, from inner products that form no ΔW (cohort.inner), and
+They choose by ‖ΔW‖ and by distances over all modules together, from inner products that form no ΔW (gram.inner), and
 give the sum with these weights, stacked as `exact` stacks it: a (Σrᵢ, in), b (out, Σrᵢ), any ranks. All clients have
 the same say, since num_examples is only declared. All pairs of clients are compared: a hundred adapters of rank 16
 for a model of 1.1B parameters take minutes, a thousand hours. Distances are the same with a start in both adapters as
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from coordinator import cohort as comparing
+from coordinator.admission import outliers as comparing
 from coordinator.aggregate.mean import stacked
 from coordinator.aggregate.method import Cohort, Outcome, Weights
 from oneround.v1 import federation_pb2 as pb

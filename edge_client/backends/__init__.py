@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from converters.adapter import Adapter
-from converters.errors import BadData, NotEnough, UsageError
-from edge_client.batches import Batches
-from edge_client.recipe import EXACT, Recipe, Setup
-from edge_client.snapshot import Arrays, Snapshot
+from edge_client.data.batches import Batches
+from edge_client.training.recipe import EXACT, Recipe, Setup
+from edge_client.training.snapshot import Arrays, Snapshot
+from oneround.errors import BadData, NotEnough, UsageError
 
 # OpenMP threads that wait should sleep, not spin: on a machine that does other work as well, which is what a person's
 # laptop does, spinning made training 10 to 30 times slower. Read when the first framework loads OpenMP.

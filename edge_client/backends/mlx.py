@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from converters import checkpoint, custom_code, settings
 from converters.adapter import Adapter, LowRank, Shape
-from converters.errors import BadModel, LayoutMismatch
 from converters.settings import Settings
 from edge_client.backends import EXACT, Progress, Setup, too_little_memory
-from edge_client.batches import Batch, Batches
-from edge_client.recipe import Recipe
-from edge_client.snapshot import Snapshot
+from edge_client.data.batches import Batch, Batches
+from edge_client.training.recipe import Recipe
+from edge_client.training.snapshot import Snapshot
+from oneround.errors import BadModel, LayoutMismatch
 
 
 def _open_fast_blas() -> bool:

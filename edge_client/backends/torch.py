@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from converters import checkpoint, custom_code
 from converters.adapter import Adapter
-from converters.errors import BadModel, UsageError
 from edge_client.backends import EXACT, Progress, Setup, too_little_memory
-from edge_client.batches import Batches
-from edge_client.recipe import Recipe
-from edge_client.snapshot import Snapshot
+from edge_client.data.batches import Batches
+from edge_client.training.recipe import Recipe
+from edge_client.training.snapshot import Snapshot
+from oneround.errors import BadModel, UsageError
 
 name = "torch"
 _missing: str | None = None

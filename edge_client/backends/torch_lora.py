@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from converters.adapter import Adapter, LowRank, Shape
-from converters.errors import LayoutMismatch
-from edge_client.recipe import Recipe
+from edge_client.training.recipe import Recipe
+from oneround.errors import LayoutMismatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from converters.errors import BadModel
-from edge_client.batches import Batch
-from edge_client.recipe import LOGITS_AT_ONCE
+from edge_client.data.batches import Batch
+from edge_client.training.recipe import LOGITS_AT_ONCE
+from oneround.errors import BadModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,7 +1,7 @@
 """What a job may ask for: the rules that both ends hold a JobSpec to, from a file or from the wire.
 
 What a coordinator does with contributions, and whom it takes them from, is its own business, and its rules are
-in coordinator/job.py. Everything here becomes a path, a loop's bound or a size on somebody else's machine.
+in coordinator/jobs/spec.py. Everything here becomes a path, a loop's bound or a size on somebody else's machine.
 """
 
 from __future__ import annotations

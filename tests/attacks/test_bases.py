@@ -19,13 +19,17 @@ from typing import Any
 
 import pytest
 
-from converters import adapter, architectures, custom_code, gguf_base, peft
-from converters.errors import BadAdapter, BadData, BadModel
-from coordinator import base as bases
-from coordinator import job, modelfile
-from edge_client import apart, backends, examples
-from edge_client.batches import Batches
-from edge_client.recipe import Recipe
+from converters import adapter, architectures, custom_code, peft
+from converters.gguf import base as gguf_base
+from coordinator.jobs import base_model as bases
+from coordinator.jobs import spec as job
+from coordinator.publication import modelfile
+from edge_client import backends
+from edge_client.data import tokenize
+from edge_client.data.batches import Batches
+from edge_client.results import llama_process
+from edge_client.training.recipe import Recipe
+from oneround.errors import BadAdapter, BadData, BadModel
 from tests import commands, hostile
 from tests.hostile import BASE, base_with
 
@@ -62,7 +66,7 @@ def train(backend: str, folder: Path) -> None:
     """One step of a job over the base in a folder."""
     spec = job.parse(hostile.SPEC)
     shapes = architectures.adapted(architectures.describe(BASE), spec.lora.target_modules)
-    plan = Batches(examples.windows(range(2, 40), 8), 2, 0.1, 0)
+    plan = Batches(tokenize.windows(range(2, 40), 8), 2, 0.1, 0)
     backends.load(backend).train(
         folder, adapter.initial(shapes, 2, 0), Recipe.from_spec(spec, plan.total_steps), plan, lambda _: None
     )
@@ -85,7 +89,7 @@ def test_code_of_the_models_own_is_not_run(tmp_path: Path, mark: Path, name: str
         train("torch", folder)
     assert f"{name} names code of the model's own" in raised.value.hint and "True" not in str(raised.value)
     try:
-        examples.load_tokenizer(folder)
+        tokenize.load_tokenizer(folder)
     except BadModel as refused:
         assert f"{name} names code of the model's own" in refused.hint
     assert not mark.exists()
@@ -102,7 +106,7 @@ def test_a_known_model_that_has_code_too_is_loaded_without_it(tmp_path: Path, ma
     folder = armed(base_with(tmp_path / "base", auto_map=OWN), mark)
     base_with(folder, "tokenizer_config.json", auto_map=OWN)
     train("torch", folder)
-    assert examples.load_tokenizer(folder)("a b")["input_ids"]
+    assert tokenize.load_tokenizer(folder)("a b")["input_ids"]
     assert not mark.exists()
 
 
@@ -141,7 +145,7 @@ def test_settings_that_ask_for_more_than_settings_may(
 ) -> None:
     folder = base_with(tmp_path / "base", file, **keys)
     with pytest.raises(BadModel, match=says.replace(".", r"\.")):
-        examples.load_tokenizer(folder)
+        tokenize.load_tokenizer(folder)
     for backend in usable:
         with pytest.raises(BadModel, match=says.replace(".", r"\.")):
             train(backend, folder)
@@ -225,9 +229,9 @@ def test_chat_templates_reach_nothing(tmp_path: Path, mark: Path, number: int) -
     (template,) = templates(mark)[number : number + 1]
     folder = base_with(tmp_path / "base", "tokenizer_config.json", chat_template=template)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "completion": "c"}\n{"prompt": "q", "completion": "d"}\n')
-    rows = examples.load(tmp_path / "rows.jsonl").train
+    rows = tokenize.load(tmp_path / "rows.jsonl").train
     with pytest.raises(BadData, match="the model's chat template refuses this conversation"):
-        examples.tokenise(rows, examples.load_tokenizer(folder), 64)
+        tokenize.tokenise(rows, tokenize.load_tokenizer(folder), 64)
     assert 'TEMPLATE """{{ .Prompt }}"""' in modelfile.text("x.gguf", template=template), "none is made of it"
     assert not mark.exists()
 
@@ -235,8 +239,8 @@ def test_chat_templates_reach_nothing(tmp_path: Path, mark: Path, number: int) -
 def test_llama_cpp_renders_templates_that_reach_nothing(tmp_path: Path, mark: Path) -> None:
     folder = base_with(tmp_path / "base", "tokenizer_config.json", chat_template=templates(mark)[0])
     gguf_base.build(folder, tmp_path / "x.gguf")
-    with apart.Child("edge_client.apart", tmp_path / "x.gguf") as child:
-        talker = apart.Talker(child, tmp_path / "x.gguf", 0)
+    with llama_process.Child("edge_client.results.llama_process", tmp_path / "x.gguf") as child:
+        talker = llama_process.Talker(child, tmp_path / "x.gguf", 0)
         assert talker.has_chat_template
         with pytest.raises(BadData):
             list(talker.reply([{"role": "user", "content": "hello"}], max_tokens=4, temperature=0.0))

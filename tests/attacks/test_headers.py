@@ -14,8 +14,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from converters import adapter, architectures, gguf_base, gguf_file, mlx, peft, sentencepiece_model, tensors
-from converters.errors import BadData, BadModel
+from converters import adapter, architectures, mlx, peft, tensors
+from converters.gguf import base as gguf_base
+from converters.gguf import file as gguf_file
+from converters.gguf import sentencepiece
+from oneround.errors import BadData, BadModel
 from tests.attacks.test_mutations import mutations
 
 CODES = sorted(tensors.DTYPES)
@@ -191,7 +194,7 @@ def test_mutated_sentencepiece_model(stories: Path, tmp_path: Path) -> None:
     raw = (stories / "tokenizer.model").read_bytes()
     for changed in mutations(raw, len(raw), 400):
         (tmp_path / "tokenizer.model").write_bytes(changed)
-        survives(lambda: list(sentencepiece_model.pieces(tmp_path / "tokenizer.model")))
+        survives(lambda: list(sentencepiece.pieces(tmp_path / "tokenizer.model")))
 
 
 def test_settings_files(tmp_path: Path) -> None:

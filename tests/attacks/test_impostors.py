@@ -10,16 +10,19 @@ from pathlib import Path
 import grpc
 import pytest
 
-from converters.errors import Refused, Unreachable, UsageError
-from coordinator import certificate as certificates
-from coordinator import control, discovery, identity, job, transport
-from coordinator.identity import Identity, OwnFiles
-from edge_client import reach
-from edge_client.identity import Pin, Pins
-from edge_client.probe import Own
-from edge_client.remote import Remote, connect
-from edge_client.way import Way
+from coordinator import discovery
+from coordinator.auth import certificates, identity
+from coordinator.auth.identity import Identity, OwnFiles
+from coordinator.cli import client as control
+from coordinator.jobs import spec
+from coordinator.rpc import transport
+from edge_client.connection import connect as reach
+from edge_client.connection.identity import Pin, Pins
+from edge_client.connection.remote import Remote, connect
+from edge_client.connection.target import Way
+from edge_client.connection.tls_probe import Own
 from oneround import signing, tls
+from oneround.errors import Refused, Unreachable, UsageError
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
 from tests import authorities, commands
@@ -293,7 +296,7 @@ def test_mutual_tls(tmp_path: Path) -> None:
             for broken, says in ((Own(good[0], ended[1]), "no certificate and its key"), (Own(*2 * [state]), "read")):
                 with pytest.raises(UsageError, match=says):
                     await met(address, tmp_path, own=broken)
-            assert (await control.submit(state, job.parse(SPEC))).spec.name == "notes"
+            assert (await control.submit(state, spec.parse(SPEC))).spec.name == "notes"
             assert await control.jobs(state)
         async with running(state) as (_, address):
             assert await met(address, tmp_path, own=Own(*good)) == who.fingerprint, "one that nobody asked for"

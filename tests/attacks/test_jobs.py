@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 
 from converters.adapter import WIRE_DTYPES, Shape, initial, write
-from converters.errors import BadData, Refused, UsageError
-from coordinator import job
-from edge_client import announced, disk, session
-from edge_client import remote as remotes
-from edge_client.identity import Pins
-from edge_client.recipe import SCHEDULES
-from edge_client.screen import Screen
+from coordinator.jobs import spec as job
+from edge_client import session
+from edge_client.connection import job_check
+from edge_client.connection import remote as remotes
+from edge_client.connection.identity import Pins
+from edge_client.preflight import disk
+from edge_client.training.recipe import SCHEDULES
+from edge_client.ui.screen import Screen
 from oneround import rules, stream
+from oneround.errors import BadData, Refused, UsageError
 from oneround.v1 import federation_pb2 as pb
 from tests import commands, hostile, terminal
 from tests.edge_client.test_session import Quick, taker
@@ -78,13 +80,13 @@ def put(spec: pb.JobSpec, key: str, value: Any) -> None:
 @pytest.mark.parametrize(("key", "value"), SPECS, ids=[f"{key}-{n}" for n, (key, _) in enumerate(SPECS)])
 def test_the_same_rules_for_a_file_and_for_the_wire(sound: tuple[pb.Job, Any], key: str, value: Any) -> None:
     offered = copy(sound[0])
-    announced.check(offered)
+    job_check.check(offered)
     job.check(offered.spec)
     put(offered.spec, key, value)
     with pytest.raises(UsageError) as at_the_daemon:
         job.check(offered.spec)
     with pytest.raises(BadData, match="makes no sense") as at_the_client:
-        announced.check(offered)
+        job_check.check(offered)
     assert str(at_the_daemon.value).startswith(f"{key} is ") and len(str(at_the_daemon.value)) < 300
     assert str(at_the_client.value).endswith(str(at_the_daemon.value))
 
@@ -156,7 +158,7 @@ def test_what_a_job_resolves_to(sound: tuple[pb.Job, Any], says: str) -> None:
     offered = copy(sound[0])
     RESOLVED[says](offered)
     with pytest.raises(BadData, match="makes no sense") as raised:
-        announced.check(offered)
+        job_check.check(offered)
     assert says in str(raised.value)
 
 
@@ -215,7 +217,7 @@ def test_room_for_a_terabyte_is_asked_for_before_anything_comes(tmp_path: Path, 
     offered.spec.lora.rank = 1024
     for module in offered.modules:
         module.in_features = module.out_features = 1 << 24
-    announced.check(offered)
+    job_check.check(offered)
     assert disk.room(offered, tmp_path, None).needed > 10**12
     with pytest.raises(Exception, match="not enough room on the disk"):
         take_part(tmp_path, hostile.Hostile(offered, sound[1]))

@@ -12,9 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters import architectures, gguf_base, gguf_file, sentencepiece_model, tensors
-from converters.errors import BadData, BadModel
+from converters import architectures, tensors
 from converters.families import FAMILIES
+from converters.gguf import base as gguf_base
+from converters.gguf import file as gguf_file
+from converters.gguf import sentencepiece
+from oneround.errors import BadData, BadModel
 from tests.attacks.test_headers import JUNK, survives
 from tests.attacks.test_mutations import mutations
 from tests.converters import tiny_families
@@ -168,11 +171,11 @@ def test_sentencepiece_models(tmp_path: Path) -> None:
     for raw in (b"\xff" * 20, b"\x1a\xff\xff\xff\x0f", b"\x1a\x02\x18", b"\x0b"):
         path.write_bytes(raw)
         with pytest.raises(BadModel):
-            sentencepiece_model.prepends_space(path)
+            sentencepiece.prepends_space(path)
     path.write_bytes(tiny_families.sentencepiece_model([("<unk>", 0.0, 2)], prefix=False))
-    assert not sentencepiece_model.prepends_space(path)
+    assert not sentencepiece.prepends_space(path)
     path.write_bytes(b"")
-    assert sentencepiece_model.prepends_space(path)
+    assert sentencepiece.prepends_space(path)
 
 
 def test_every_familys_defaults_can_be_read(folders: list[Path]) -> None:

@@ -17,23 +17,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from converters import (
-    adapter,
-    architectures,
-    gguf_adapter,
-    gguf_base,
-    gguf_file,
-    inspection,
-    mlx,
-    peft,
-    report,
-    sentencepiece_model,
-    tensors,
-)
+from converters import adapter, architectures, inspection, mlx, peft, report, tensors
 from converters.adapter import Adapter, LowRank
-from converters.errors import OneroundError
 from converters.formats import recognise
-from converters.gguf_file import FLOATS
+from converters.gguf import adapter as gguf_adapter
+from converters.gguf import base as gguf_base
+from converters.gguf import file as gguf_file
+from converters.gguf import sentencepiece
+from converters.gguf.file import FLOATS
+from oneround.errors import OneroundError
 
 FEW, MANY = 300, 10_000
 EXTREMES = [0, 1, 2**7, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
@@ -172,7 +164,7 @@ def formats(bases: dict[str, Path], stories: Path, tmp_path_factory: pytest.Temp
             stories,
             "tokenizer.model",
             whole(stories, "tokenizer.model"),
-            lambda at: collections.deque(sentencepiece_model.pieces(at / "tokenizer.model"), 0) and None,
+            lambda at: collections.deque(sentencepiece.pieces(at / "tokenizer.model"), 0) and None,
         ),
         "checkpoint": Format(tied, weights, safetensors_header(tied / weights), builder),
         "config.json": Format(tied, "config.json", whole(tied, "config.json"), builder),

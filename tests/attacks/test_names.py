@@ -10,12 +10,13 @@ from typing import Any
 import grpc
 import pytest
 
-from converters.errors import BadData, NotFound, Refused
-from edge_client import consent, pulling
-from edge_client import remote as remotes
-from edge_client.identity import Pins
-from edge_client.screen import Screen
+from edge_client import consent
+from edge_client.connection import remote as remotes
+from edge_client.connection.identity import Pins
+from edge_client.results import pull as pulling
+from edge_client.ui.screen import Screen
 from oneround import stream
+from oneround.errors import BadData, NotFound, Refused
 from oneround.v1 import federation_pb2 as pb
 from tests import hostile
 

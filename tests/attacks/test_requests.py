@@ -31,10 +31,14 @@ from grpc import StatusCode
 from rich.console import Console
 from structlog.testing import capture_logs
 
-from coordinator import control, identity, job, tables, transport
+from coordinator.auth import identity
+from coordinator.cli import client as control
+from coordinator.cli import tables
 from coordinator.daemon import Daemon
-from coordinator.leases import public_id
-from edge_client.remote import Remote
+from coordinator.jobs import spec as job
+from coordinator.jobs.leases import public_id
+from coordinator.rpc import transport
+from edge_client.connection.remote import Remote
 from oneround import tls
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
@@ -508,13 +512,13 @@ def test_a_job_that_is_submitted_twice_at_once(tmp_path: Path) -> None:
 
 # Time in which a stream may be silent goes by twenty times faster, so that a test need not wait for minutes.
 _HASTY = """
-import coordinator.uploads
-from coordinator import cli, turns
-real = turns.Turns
-coordinator.uploads.Turns = lambda n=turns.TURNS, patience=turns.PATIENCE, idle=turns.IDLE: real(
+from coordinator.cli import app
+from coordinator.uploads import flow_control, service
+real = flow_control.Turns
+service.Turns = lambda n=flow_control.TURNS, patience=flow_control.PATIENCE, idle=flow_control.IDLE: real(
     n, patience / 20, idle / 20
 )
-cli.main()
+app.main()
 """
 GROWTH = 200 << 20  # bytes of memory that a crowd may cost; what it sends and asks for is many times that
 

@@ -19,13 +19,15 @@ from google.protobuf.message import Message
 from grpc import StatusCode
 from structlog.testing import capture_logs
 
-from converters.errors import Refused
-from coordinator import control, identity, job
+from coordinator.auth import identity
+from coordinator.cli import client as control
 from coordinator.daemon import Daemon
-from coordinator.leases import public_id
-from edge_client import remote as remotes
-from edge_client.identity import Pins
-from edge_client.remote import Remote
+from coordinator.jobs import spec as job
+from coordinator.jobs.leases import public_id
+from edge_client.connection import remote as remotes
+from edge_client.connection.identity import Pins
+from edge_client.connection.remote import Remote
+from oneround.errors import Refused
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
 from tests import commands
@@ -522,9 +524,9 @@ def test_the_operator_is_no_client(tmp_path: Path) -> None:
 _FAR = """
 import asyncio, json, sys
 from pathlib import Path
-from converters.errors import OneroundError
-from edge_client import remote
-from edge_client.identity import Pins
+from oneround.errors import OneroundError
+from edge_client.connection import remote
+from edge_client.connection.identity import Pins
 from oneround.v1 import federation_pb2 as pb
 
 async def main(state, *addresses):

@@ -24,9 +24,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from converters.adapter import Adapter
 from coordinator.aggregate import Contribution, aggregate
 from edge_client.backends import load
-from edge_client.batches import padded
-from edge_client.examples import Example
-from edge_client.recipe import Recipe
+from edge_client.data.batches import padded
+from edge_client.data.tokenize import Example
+from edge_client.training.recipe import Recipe
 
 RANK, SCALING = 4, 2.0
 PLAN = Plan(epochs=2, batch_size=3, seed=5)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from converters import architectures
 from converters.architectures import adapted, describe, model_files
-from converters.errors import BadData, BadModel, LayoutMismatch
+from oneround.errors import BadData, BadModel, LayoutMismatch
 
 
 def test_linears_are_those_of_the_torch_model(base: Path) -> None:

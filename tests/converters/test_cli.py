@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
-from converters import adapter, architectures, gguf_adapter, mlx, peft, tensors
+from converters import adapter, architectures, mlx, peft, tensors
 from converters.adapter import Adapter, LowRank
 from converters.cli import app
-from converters.errors import BadData, LayoutMismatch, UsageError
+from converters.gguf import adapter as gguf_adapter
+from oneround.errors import BadData, LayoutMismatch, UsageError
 from tests import commands
 from tests.converters import tiny, tiny_families
 

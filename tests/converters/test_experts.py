@@ -13,23 +13,15 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 from transformers import MixtralConfig
 
-from converters import (
-    adapter,
-    architectures,
-    experts,
-    gguf_adapter,
-    gguf_base,
-    gguf_file,
-    gguf_write,
-    llama,
-    mlx,
-    peft,
-    tensors,
-)
+from converters import adapter, architectures, experts, llama, mlx, peft, tensors
 from converters.adapter import Adapter, LowRank
 from converters.architectures import Base
-from converters.errors import LayoutMismatch
-from converters.gguf_file import Info
+from converters.gguf import adapter as gguf_adapter
+from converters.gguf import base as gguf_base
+from converters.gguf import file as gguf_file
+from converters.gguf import write as gguf_write
+from converters.gguf.file import Info
+from oneround.errors import LayoutMismatch
 from tests.converters import tiny
 from tests.converters.test_cli import call
 

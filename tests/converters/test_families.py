@@ -11,9 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from converters import architectures, gguf_adapter, gguf_base, gguf_merge, hyperparameters, llama, peft
-from converters.errors import BadModel
+from converters import architectures, llama, peft
 from converters.families import FAMILIES
+from converters.gguf import adapter as gguf_adapter
+from converters.gguf import base as gguf_base
+from converters.gguf import hyperparameters
+from converters.gguf import merge as gguf_merge
+from oneround.errors import BadModel
 from tests.converters import tiny, tiny_families
 
 

@@ -14,18 +14,12 @@ from safetensors.torch import load_file
 from safetensors.torch import save_file as torch_save_file
 from transformers import AutoModelForCausalLM
 
-from converters import (
-    adapter,
-    architectures,
-    gguf_adapter,
-    gguf_base,
-    gguf_file,
-    gguf_merge,
-    gguf_quantize,
-    llama,
-    mlx,
-    peft,
-)
+from converters import adapter, architectures, llama, mlx, peft
+from converters.gguf import adapter as gguf_adapter
+from converters.gguf import base as gguf_base
+from converters.gguf import file as gguf_file
+from converters.gguf import merge as gguf_merge
+from converters.gguf import quantize as gguf_quantize
 from tests.converters import tiny
 
 BOUND = 1e-4  # of logits of about ±4; measured: at most 1e-5 in torch, MLX and llama.cpp

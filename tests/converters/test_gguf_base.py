@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from converters import gguf_base, gguf_file, llama
-from converters.errors import BadModel
+from converters import llama
+from converters.gguf import base as gguf_base
+from converters.gguf import file as gguf_file
+from oneround.errors import BadModel
 from tests.converters import tiny
 
 

@@ -19,7 +19,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from converters import adapter, architectures, experts, mlx, peft
 from converters.adapter import Adapter, LowRank
-from converters.errors import LayoutMismatch
+from oneround.errors import LayoutMismatch
 
 BASE = Path(__file__).parents[2] / "benchmarks" / "base"
 

@@ -30,9 +30,12 @@ from transformers import (
 )
 
 from benchmarks import llama_source
-from converters import architectures, gguf_adapter, gguf_base, gguf_merge, llama, other_families, peft
-from coordinator import base as bases
-from coordinator import job
+from converters import architectures, llama, other_families, peft
+from converters.gguf import adapter as gguf_adapter
+from converters.gguf import base as gguf_base
+from converters.gguf import merge as gguf_merge
+from coordinator.jobs import base_model as bases
+from coordinator.jobs import spec as job
 from tests.converters import tiny, tiny_families
 
 pytestmark = pytest.mark.slow

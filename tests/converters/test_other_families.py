@@ -20,22 +20,17 @@ import pytest
 from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
-from converters import (
-    architectures,
-    gguf_adapter,
-    gguf_base,
-    gguf_file,
-    gguf_merge,
-    gguf_write,
-    mlx,
-    other_families,
-    peft,
-)
+from converters import architectures, mlx, other_families, peft
 from converters.architectures import Base
-from converters.errors import BadModel
-from converters.gguf_file import Info, Tensor
-from coordinator import base as bases
-from coordinator import job
+from converters.gguf import adapter as gguf_adapter
+from converters.gguf import base as gguf_base
+from converters.gguf import file as gguf_file
+from converters.gguf import merge as gguf_merge
+from converters.gguf import write as gguf_write
+from converters.gguf.file import Info, Tensor
+from coordinator.jobs import base_model as bases
+from coordinator.jobs import spec as job
+from oneround.errors import BadModel
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import connected
 from tests.converters import tiny, tiny_families
@@ -201,8 +196,8 @@ parser.add_argument("--outtype", choices=["f32", "f16", "bf16"])
 given = parser.parse_args()
 assert given.outtype == "f32"
 sys.path.insert(0, {root!r})
-from converters import gguf_base
-gguf_base.build(Path({llama!r}), given.outfile)
+from converters.gguf import base
+base.build(Path({llama!r}), given.outfile)
 """
 
 

@@ -12,10 +12,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from converters import adapter, architectures, gguf_adapter, gguf_base, gguf_merge, gguf_quantize, mlx, patterns, peft
+from converters import adapter, architectures, mlx, patterns, peft
 from converters.adapter import Adapter, LowRank
-from converters.errors import BadAdapter, BadModel, LayoutMismatch, UsageError
+from converters.gguf import adapter as gguf_adapter
+from converters.gguf import base as gguf_base
+from converters.gguf import merge as gguf_merge
+from converters.gguf import quantize as gguf_quantize
 from converters.settings import Settings
+from oneround.errors import BadAdapter, BadModel, LayoutMismatch, UsageError
 from tests.converters import tiny
 
 NAME = "model.layers.0.self_attn.q_proj"

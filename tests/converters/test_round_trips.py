@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from converters import adapter, architectures, gguf_adapter, mlx, peft
+from converters import adapter, architectures, mlx, peft
 from converters.adapter import Adapter, LowRank
 from converters.architectures import Base
+from converters.gguf import adapter as gguf_adapter
 from tests.converters import tiny
 
 Step = Callable[[Adapter, Path, Base], Adapter]

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from converters import tokenizer as ours
+from converters.gguf import tokenizer as ours
 
 VOCAB = 384
 CORPUS = ["The patient had 12 visits in 2024.", "One round of averaging, and it's done.", "naïve Σ 🦙  two  spaces\n\n"]

@@ -30,7 +30,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from converters import tokenizer as ours
+from converters.gguf import tokenizer as ours
 from tests.converters import tiny
 
 VOCAB = 448

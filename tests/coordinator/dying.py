@@ -207,7 +207,7 @@ def arm_publisher() -> None:
 # What `sitecustomize` holds on the path of the daemon's children; Python imports it as it starts.
 HOOK = f"""
 import os, sys
-if "coordinator.publish" in sys.orig_argv and {PLAN!r} in os.environ:
+if "coordinator.publication.build" in sys.orig_argv and {PLAN!r} in os.environ:
     from tests.coordinator import dying
     dying.arm_publisher()
 """
@@ -215,7 +215,7 @@ if "coordinator.publish" in sys.orig_argv and {PLAN!r} in os.environ:
 
 def serve_all() -> None:
     """Lines in: a plan each. Lines out: `{"pid": …}` for each, and `{"pid": …, "code": …}` when one has ended."""
-    import coordinator.cli  # noqa: F401  what every fork begins with
+    import coordinator.cli.app  # noqa: F401  what every fork begins with
 
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
@@ -263,10 +263,10 @@ def _become(plan: Plan) -> None:
         os.dup2(source, target)
     code = 1
     try:
-        from coordinator import cli
+        from coordinator.cli import app
 
         arm(plan, publisher=False)
-        cli.app(["serve", "--listen", "127.0.0.1:0", "--state", plan.state], standalone_mode=False)
+        app.app(["serve", "--listen", "127.0.0.1:0", "--state", plan.state], standalone_mode=False)
         code = 0
     except BaseException:
         import traceback

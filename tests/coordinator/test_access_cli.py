@@ -13,12 +13,12 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-import coordinator.cli
-import edge_client.cli
-from converters.errors import OneroundError
-from coordinator import identity
-from edge_client.identity import Pins, me
+import coordinator.cli.app
+import edge_client.cli.app
+from coordinator.auth import identity
+from edge_client.connection.identity import Pins, me
 from oneround import invitation
+from oneround.errors import OneroundError
 from tests import authorities, commands
 from tests.coordinator.test_server import BASE
 
@@ -60,11 +60,11 @@ def ran(app: typer.Typer, *arguments: object, code: int = 0) -> str:
 
 
 def operator(served: tuple[Path, str], *arguments: object, code: int = 0) -> str:
-    return ran(coordinator.cli.app, *arguments, "--state", served[0], code=code)
+    return ran(coordinator.cli.app.app, *arguments, "--state", served[0], code=code)
 
 
 def client(*arguments: object, code: int = 0) -> str:
-    return ran(edge_client.cli.app, *arguments, code=code)
+    return ran(edge_client.cli.app.app, *arguments, code=code)
 
 
 def listed(served: tuple[Path, str], *arguments: object) -> list[dict[str, Any]]:
@@ -185,7 +185,7 @@ def test_an_invitation_to_a_coordinator_with_its_operators_certificate(tmp_path:
     (tmp_path / "data.txt").write_text("a line\n" * 100)
     (tmp_path / "job.toml").write_text(JOB.format(who="token", base=BASE))
     with commands.coordinator(state, *files, "--job", tmp_path / "job.toml"):
-        out = ran(coordinator.cli.app, "token", "create", "--state", state)
+        out = ran(coordinator.cli.app.app, "token", "create", "--state", state)
         words = (*pasted(out), "--data", tmp_path / "data.txt", "--state", tmp_path / "client")
         err = client(*words, code=2)
         assert "add --yes" in err

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.adapter import Adapter, LowRank
-from converters.errors import LayoutMismatch
 from coordinator.aggregate import Contribution, aggregate
 from coordinator.aggregate.truncate import truncate
+from oneround.errors import LayoutMismatch
 from oneround.v1 import federation_pb2 as pb
 
 SHAPES = {"q": (6, 4), "v": (3, 4), "down": (4, 9)}

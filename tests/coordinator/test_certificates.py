@@ -8,11 +8,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from converters.errors import UsageError
-from coordinator import certificate as certificates
-from coordinator import identity, transport
-from coordinator.identity import OwnFiles
+from coordinator.auth import certificates, identity
+from coordinator.auth.identity import OwnFiles
+from coordinator.rpc import transport
 from oneround import signing, tls
+from oneround.errors import UsageError
 from tests import authorities, commands
 
 DAY = datetime.timedelta(days=1)

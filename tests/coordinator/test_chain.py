@@ -14,10 +14,12 @@ import pytest
 
 from converters import adapter, peft
 from converters.adapter import Adapter, LowRank
-from converters.errors import BadData, OneroundError, UsageError
-from coordinator import base, job, starting, tables
+from coordinator.cli import tables
 from coordinator.daemon import Daemon
+from coordinator.jobs import base_model, warm_start
+from coordinator.jobs import spec as job
 from oneround import stream
+from oneround.errors import BadData, OneroundError, UsageError
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd
 from tests.coordinator.test_methods import deltas
@@ -101,13 +103,13 @@ def test_three_rounds(tmp_path: Path) -> None:
         start = adapter.read(await daemon.file("second", described_.initial.digest))
         assert_same(deltas(start), published(one))
         spec = after("./published")
-        prepared = base.prepare(spec.model, tmp_path / "bases")
+        prepared = base_model.prepare(spec.model, tmp_path / "bases")
         for name in ("peft", "mlx", "adapter.gguf"):
-            source = starting.Source(folder / name, pb.Start())
-            assert_same(deltas(starting.read(source, spec, prepared, start.shapes)), published(one))
+            source = warm_start.Source(folder / name, pb.Start())
+            assert_same(deltas(warm_start.read(source, spec, prepared, start.shapes)), published(one))
         elsewhere = replace(source, base_fingerprint="0" * 64)
         with pytest.raises(UsageError, match="has another base model"):
-            starting.read(elsewhere, spec, prepared, start.shapes)
+            warm_start.read(elsewhere, spec, prepared, start.shapes)
         digest = stream.digest(folder / "manifest.json")
         expected = pb.Start(job="first", job_id=(await daemon.describe("first")).id, version=2, digest=digest)
         assert described_.started_from == status.started_from == expected

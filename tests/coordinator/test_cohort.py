@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from converters import adapter
 from converters.adapter import Adapter, LowRank, Shape
-from coordinator import cohort
-from coordinator.cohort import Finding, Member, inner, judge
+from coordinator.admission import outliers
+from coordinator.admission.outliers import Finding, Member, judge
+from coordinator.aggregate.gram import inner
 from oneround.v1 import federation_pb2 as pb
 
 SHAPES = {"q": Shape(24, 16), "v": Shape(12, 16), "down": Shape(16, 40)}
@@ -275,7 +276,7 @@ def test_what_the_operator_admits_stays_in_unscaled_and_what_was_found_is_told()
 
 
 def test_with_many_clients_those_drawn_by_lot_are_the_yardstick() -> None:
-    members = honest(6, cohort._JURORS + 60)
+    members = honest(6, outliers._JURORS + 60)
     bad = [3, 17, 30, 150]
     for n in bad:
         members = put(members, n, times(members[n].adapter, -1))
@@ -318,4 +319,4 @@ def test_memory_is_flat_in_the_number_of_clients(tmp_path: Path) -> None:
     peak(4)  # imports
     few, many = peak(10), peak(60)
     assert many < 1.6 * few, (few, many)
-    assert many < 0.5 * cohort._WORKERS * 60 * 32 * (512 + 512) * 4, "half of one layer of all of them, for each core"
+    assert many < 0.5 * outliers._WORKERS * 60 * 32 * (512 + 512) * 4, "half of one layer of all of them, for each core"

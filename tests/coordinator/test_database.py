@@ -14,15 +14,16 @@ from alembic.runtime.migration import MigrationContext
 from sqlalchemy import text
 
 from converters.adapter import Adapter, LowRank
-from converters.errors import BadData, Unreachable, UsageError
-from coordinator import backup, job, migrations
 from coordinator.daemon import Daemon
-from coordinator.database import engine
-from coordinator.schema import Base
-from coordinator.store import Store
-from edge_client import pulling
-from edge_client.identity import Pins
-from edge_client.screen import Screen
+from coordinator.jobs import spec
+from coordinator.storage import backup, migrations
+from coordinator.storage.database import engine
+from coordinator.storage.schema import Base
+from coordinator.storage.store import Store
+from edge_client.connection.identity import Pins
+from edge_client.results import pull
+from edge_client.ui.screen import Screen
+from oneround.errors import BadData, Unreachable, UsageError
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd
 from tests.coordinator.test_server import ALICE, BOB, SPEC, join, judged, nothing, trained, with_server, written
@@ -90,7 +91,7 @@ def test_a_backup_of_a_running_daemon_comes_back(tmp_path: Path) -> None:
         assert publication.folder == str(again / "publications" / "notes" / "v1")
         for artifact in publication.artifacts:
             await remote.download("notes", artifact, tmp_path / "pulled" / artifact.name, nothing)
-        await pulling.check(remote, "notes", publication, tmp_path / "pulled", Pins(again), Screen())
+        await pull.check(remote, "notes", publication, tmp_path / "pulled", Pins(again), Screen())
         await daemon.publish(pb.PublishRequest(job="notes"))  # the contributions are there too
         await version(daemon, 2, "notes")
 
@@ -164,7 +165,7 @@ def test_postgresql(tmp_path: Path, postgres: str) -> None:
 
     async def before(daemon: Daemon, remote: Crowd) -> None:
         await two_contribute(remote, tmp_path)
-        await daemon.submit(job.parse(SPEC))  # again, which changes nothing
+        await daemon.submit(spec.parse(SPEC))  # again, which changes nothing
         await daemon.close("notes")
         await version(daemon, 1, "notes")
         await asyncio.to_thread(backup.backup, state, kept, postgres)

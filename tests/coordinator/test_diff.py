@@ -14,10 +14,10 @@ from rich.console import Console
 
 from converters import adapter, architectures, mlx, peft
 from converters.adapter import Adapter, LowRank
-from converters.errors import BadData, LayoutMismatch
-from coordinator import diff
 from coordinator.aggregate import Contribution, aggregate
+from coordinator.publication import diff
 from oneround import stream
+from oneround.errors import BadData, LayoutMismatch
 from oneround.v1 import federation_pb2 as pb
 
 BASE = Path(__file__).parents[2] / "benchmarks" / "base"

@@ -20,10 +20,12 @@ import pytest
 from grpc import StatusCode
 from structlog.testing import capture_logs
 
-from converters.errors import NotEnough, Unreachable
-from coordinator import control, job, publishing
+from coordinator.cli import client as control
 from coordinator.daemon import Daemon
+from coordinator.jobs import spec
+from coordinator.publication import scheduler
 from oneround import stream
+from oneround.errors import NotEnough, Unreachable
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.clients import Crowd, connected
@@ -95,7 +97,7 @@ async def at_work(state: Path, **options: object) -> AsyncIterator[tuple[Daemon,
             running(state, **options) as (daemon, address),  # type: ignore[arg-type]
             connected(address, state.parent) as remote,
         ):
-            await daemon.submit(job.parse(SPEC))
+            await daemon.submit(spec.parse(SPEC))
             yield daemon, remote
     assert not [entry for entry in said if entry["event"] in ("fault", "publishing_failed")], said
 
@@ -154,7 +156,7 @@ def test_a_full_disk_and_room_again(tmp_path: Path) -> None:
                     said = pb.HeartbeatRequest(lease=reply.lease, step=step, total_steps=20, loss=1.0)
                     assert (await remote.heartbeat(said)).directive == pb.DIRECTIVE_CONTINUE
                 with pytest.raises(NotEnough, match="no room"):
-                    await control.submit(state, job.parse({**SPEC, "name": "other"}))
+                    await control.submit(state, spec.parse({**SPEC, "name": "other"}))
                 assert await daemon.names() == ["notes"]
                 assert intact(state, earlier)
                 assert (await daemon.status("notes")).contributed == 1
@@ -224,7 +226,7 @@ def test_no_room_for_another_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("of", ["bytes", "files"])
 def test_a_publication_waits_for_room(tmp_path: Path, of: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publishing, "RETRY", 0.2)
+    monkeypatch.setattr(scheduler, "RETRY", 0.2)
 
     async def test(state: Path) -> None:
         async with at_work(state) as (daemon, remote):

@@ -14,15 +14,15 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converters.errors import Denied, NotEnough, NotFound, NotSignedIn, Refused, UsageError
-from coordinator import access
-from coordinator.access import Caller
-from coordinator.doors import Doors
-from coordinator.leases import public_id
-from coordinator.people import EVERY, MOST_WAITING, People
-from coordinator.sessions import CHALLENGE_SECONDS, SCHEME, SESSION_SECONDS, Sessions
-from coordinator.store import Store
+from coordinator.auth import policy
+from coordinator.auth.gate import Doors
+from coordinator.auth.policy import Caller
+from coordinator.auth.sessions import CHALLENGE_SECONDS, SCHEME, SESSION_SECONDS, Sessions
+from coordinator.jobs.leases import public_id
+from coordinator.storage.people import EVERY, MOST_WAITING, People
+from coordinator.storage.store import Store
 from oneround import signing
+from oneround.errors import Denied, NotEnough, NotFound, NotSignedIn, Refused, UsageError
 from oneround.lan import Interface
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import me
@@ -223,7 +223,7 @@ def test_texts_that_are_no_session(text: str) -> None:
     ],
 )
 def test_where_one_stands(who: str, local: bool, passed: bool, standing: str) -> None:
-    assert access.standing(who, local=local, passed=passed) == standing
+    assert policy.standing(who, local=local, passed=passed) == standing
 
 
 OWN = [
@@ -274,12 +274,12 @@ OWN = [
     ],
 )
 def test_what_is_local(peer: str, local: bool) -> None:
-    assert access.is_local(peer, OWN) is local
+    assert policy.is_local(peer, OWN) is local
 
 
 @given(st.text(max_size=60))
 def test_no_name_of_a_peer_is_too_odd(text: str) -> None:
-    assert access.is_local(f"ipv4:{text}", OWN) in (True, False)
+    assert policy.is_local(f"ipv4:{text}", OWN) in (True, False)
 
 
 # ---- tokens ----

@@ -9,9 +9,10 @@ import pytest
 from google.protobuf import json_format
 from rich.console import Console
 
-from converters.errors import Refused
-from coordinator import evaluations, tables
+from coordinator.cli import tables
 from coordinator.daemon import Daemon
+from coordinator.jobs import evaluations
+from oneround.errors import Refused
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd
 from tests.coordinator.test_database import two_contribute

@@ -11,10 +11,10 @@ import pytest
 
 from converters import adapter, peft, tensors
 from converters.adapter import Adapter, LowRank, Shape
-from converters.errors import BadAdapter, UsageError
-from coordinator import job
 from coordinator.daemon import Daemon
+from coordinator.jobs import spec
 from oneround import stream
+from oneround.errors import BadAdapter, UsageError
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd
 from tests.coordinator.test_server import SPEC, described, judged, nothing, trained, with_server, written
@@ -31,7 +31,7 @@ MODULES = {"q": Shape(6, 4), "v": Shape(3, 4)}
 
 
 def parsed(method: str, lora: dict[str, object] | None = None, **aggregate: object) -> pb.JobSpec:
-    return job.parse({**SPEC, "lora": lora or {"rank": 2}, "aggregate": {"method": method, **aggregate}})
+    return spec.parse({**SPEC, "lora": lora or {"rank": 2}, "aggregate": {"method": method, **aggregate}})
 
 
 def test_what_a_job_cannot_do_it_says_before_anybody_trains() -> None:
@@ -107,7 +107,7 @@ async def contribute(remote: Crowd, folder: Path, client: str, frozen_a: str | N
 
 def test_a_round_with_a_frozen(tmp_path: Path) -> None:
     async def test(daemon: Daemon, remote: Crowd) -> None:
-        await daemon.submit(job.parse(FROZEN))
+        await daemon.submit(spec.parse(FROZEN))
         whole = await contribute(remote, tmp_path, "d" * 32, frozen_a="")
         assert whole.verdict == pb.VERDICT_QUARANTINED and "only B is taken" in whole.reason
         other = await contribute(remote, tmp_path, "e" * 32, frozen_a="0" * 64)

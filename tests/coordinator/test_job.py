@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from converters.errors import UsageError
-from coordinator import job
+from coordinator.jobs import spec as job
+from oneround.errors import UsageError
 
 MINIMAL = 'name = "notes"\n[model]\nbase = "org/model"\n'
 

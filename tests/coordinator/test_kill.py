@@ -28,10 +28,11 @@ import pytest
 from google.protobuf import json_format
 from grpc import StatusCode
 
-from converters.errors import Refused, Unreachable
-from coordinator import control, job
-from coordinator.leases import public_id
+from coordinator.cli import client as control
+from coordinator.jobs import spec as job
+from coordinator.jobs.leases import public_id
 from oneround import statements, stream
+from oneround.errors import Refused, Unreachable
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd, connected, me
 from tests.coordinator.dying import HOOK, ROOT, Plan

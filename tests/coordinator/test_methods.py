@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from converters import adapter
 from converters.adapter import Adapter, LowRank, Shape
-from converters.errors import LayoutMismatch
 from coordinator.aggregate import METHODS, PARAMETERS, Contribution, aggregate, described
 from coordinator.aggregate.truncate import low_rank
+from oneround.errors import LayoutMismatch
 from oneround.v1 import federation_pb2 as pb
 
 ROOT = Path(__file__).parents[2]

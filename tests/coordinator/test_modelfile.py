@@ -7,7 +7,7 @@ import re
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from coordinator import modelfile
+from coordinator.publication import modelfile
 
 BOS, EOS = "<s>", "</s>"
 CHATML = (

@@ -21,13 +21,13 @@ import typer
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
-import coordinator.cli
+import coordinator.cli.app
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.clients import Crowd, connected
 from tests.coordinator.test_server import ALICE, BASE, judged, nothing, trained, written
 
-DEPLOY = Path(coordinator.cli.__file__).parent / "deploy"
+DEPLOY = Path(coordinator.__file__).parent / "deploy"
 JOB = f"""
 name = "notes"
 [model]
@@ -163,7 +163,7 @@ def test_the_systemd_unit(tmp_path: Path) -> None:
 def test_the_launchd_agent() -> None:
     agent = plistlib.loads((DEPLOY / "org.oneround.coordinator.plist").read_bytes())
     shell, _, line = agent["ProgramArguments"]
-    assert shell == "/bin/zsh" and agent["RunAtLoad"] and agent["ExitTimeOut"] > coordinator.cli.DRAIN_SECONDS
+    assert shell == "/bin/zsh" and agent["RunAtLoad"] and agent["ExitTimeOut"] > coordinator.cli.app.DRAIN_SECONDS
     _parses(line.split(" exec ")[1])
 
 
@@ -179,6 +179,6 @@ def _parses(line: str) -> None:
     """A command line that our parser takes."""
     name, sub, *arguments = shlex.split(line)
     assert name == "coordinator"
-    command = typer.main.get_command(coordinator.cli.app).get_command(None, sub)  # type: ignore[attr-defined]
+    command = typer.main.get_command(coordinator.cli.app.app).get_command(None, sub)  # type: ignore[attr-defined]
     assert command is not None
     command.make_context(sub, arguments, resilient_parsing=False)

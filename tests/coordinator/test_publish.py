@@ -15,11 +15,15 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from converters import adapter, architectures, gguf_base, gguf_file, gguf_quantize, llama
+from converters import adapter, architectures, llama
 from converters.adapter import Adapter, LowRank
-from converters.errors import BadModel
-from coordinator import job, verify
-from coordinator.publish import Given, Order, judged, publish
+from converters.gguf import base as gguf_base
+from converters.gguf import file as gguf_file
+from converters.gguf import quantize as gguf_quantize
+from coordinator.jobs import spec as job
+from coordinator.publication import verify
+from coordinator.publication.build import Given, Order, judged, publish
+from oneround.errors import BadModel
 from tests.converters import tiny
 
 BASE = Path(__file__).parents[2] / "benchmarks" / "base"

@@ -8,8 +8,8 @@ import numpy as np
 
 from converters import adapter, llama
 from converters.adapter import LowRank
-from coordinator import job
 from coordinator.daemon import Daemon
+from coordinator.jobs import spec
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd, connected
 from tests.coordinator.test_server import (
@@ -58,7 +58,7 @@ def test_an_interrupted_publication_is_made_again(tmp_path: Path) -> None:
             running(state) as (daemon, address),
             connected(address, state) as remote,
         ):
-            await daemon.submit(job.parse(SPEC))
+            await daemon.submit(spec.parse(SPEC))
             await contribute(remote, tmp_path)
             await daemon.close("notes")
             assert (await until(daemon, stage=True)).state == pb.STATE_PUBLISHING

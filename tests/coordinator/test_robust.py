@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from converters.adapter import Adapter, LowRank
+from coordinator.admission.outliers import Member, judge
 from coordinator.aggregate import METHODS, Contribution, aggregate
-from coordinator.cohort import Member, judge
 from oneround.v1 import federation_pb2 as pb
 from tests.coordinator.test_cohort import dense, honest
 

@@ -13,13 +13,17 @@ import pytest
 
 from converters import adapter
 from converters.adapter import Adapter, LowRank, Shape
-from converters.errors import BadData, Refused, Unreachable
-from coordinator import control, database, identity, job, server, transport
+from coordinator.auth import identity
+from coordinator.cli import client as control
 from coordinator.daemon import Daemon
-from coordinator.schema import Job
-from edge_client import remote as remotes
-from edge_client.identity import Pins
+from coordinator.jobs import spec
+from coordinator.rpc import server, transport
+from coordinator.storage import database
+from coordinator.storage.schema import Job
+from edge_client.connection import remote as remotes
+from edge_client.connection.identity import Pins
 from oneround import stream, tls
+from oneround.errors import BadData, Refused, Unreachable
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
 from tests.clients import Crowd, connected, me
@@ -68,7 +72,7 @@ def with_server(state: Path, test: Callable[[Daemon, Crowd], Awaitable[None]], *
             running(state, **options) as (daemon, address),
             connected(address, state) as remote,
         ):
-            await daemon.submit(job.parse(SPEC))
+            await daemon.submit(spec.parse(SPEC))
             await test(daemon, remote)
 
     asyncio.run(run())
@@ -323,7 +327,7 @@ def test_only_the_operator_administers(tmp_path: Path) -> None:
 
     async def test() -> None:
         async with running(state):
-            await control.submit(state, job.parse(SPEC))
+            await control.submit(state, spec.parse(SPEC))
             assert [found.spec.name for found in await control.jobs(state)] == ["notes"]
             async with control.channel(state) as (channel, _):
                 for metadata in ((), (("authorization", "Bearer wrong"),)):
@@ -341,12 +345,12 @@ def test_only_the_operator_administers(tmp_path: Path) -> None:
 
 def test_submitting_again_is_idempotent_and_another_job_of_the_name_is_refused(tmp_path: Path) -> None:
     async def test(daemon: Daemon, _: Crowd) -> None:
-        again = await daemon.submit(job.parse(SPEC))
+        again = await daemon.submit(spec.parse(SPEC))
         assert again.spec.name == "notes" and len(await daemon.names()) == 1
         with pytest.raises(Refused, match="different job"):
-            await daemon.submit(job.parse({**SPEC, "train": {"epochs": 1}}))
+            await daemon.submit(spec.parse({**SPEC, "train": {"epochs": 1}}))
         with pytest.raises(BadData, match="is not there"):
-            await daemon.submit(job.parse({**SPEC, "name": "other", "model": {"base": "/no/such/base"}}))
+            await daemon.submit(spec.parse({**SPEC, "name": "other", "model": {"base": "/no/such/base"}}))
 
     with_server(tmp_path / "state", test)
 

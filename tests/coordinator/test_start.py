@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.adapter import Adapter, LowRank
-from coordinator import cohort as judging
+from coordinator.admission import outliers as judging
+from coordinator.admission.outliers import Member
 from coordinator.aggregate import METHODS, Contribution, aggregate, changes, clipped
-from coordinator.cohort import Member
 from oneround.v1 import federation_pb2 as pb
 from tests.coordinator.test_methods import FULL, REFERENCES, SHAPES, assert_close, cohort, deltas, each_method, how
 

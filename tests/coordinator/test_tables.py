@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from coordinator import tables
+from coordinator.cli import tables
 from oneround.v1 import federation_pb2 as pb
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from converters.adapter import Adapter, LowRank
-from converters.errors import Conflict, NotFound, Refused, UsageError
-from coordinator import diff, job
 from coordinator.daemon import Daemon
+from coordinator.jobs import spec
+from coordinator.publication import diff
+from oneround.errors import Conflict, NotFound, Refused, UsageError
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd
 from tests.coordinator.test_server import (
@@ -68,7 +69,7 @@ def decide(client: str, decision: pb.Decision, why: str = "", job: str = "late")
 
 def test_versions_of_a_job(tmp_path: Path) -> None:
     async def test(daemon: Daemon, remote: Crowd) -> None:
-        await daemon.submit(job.parse(LATE))
+        await daemon.submit(spec.parse(LATE))
         for seed, client in enumerate(CLIENTS[:3]):
             await contribute(remote, tmp_path, client, seed)
         await contribute(remote, tmp_path, CLIENTS[3], 3, times=-1)  # as many as the target, one of them turned round
@@ -162,7 +163,7 @@ def test_a_method_that_needs_more_than_came_leaves_the_way_to_another(tmp_path: 
     few = {**SPEC, "name": "few", "round": {"min_clients": 5, "target_clients": 0}, "aggregate": {"method": "krum"}}
 
     async def test(daemon: Daemon, remote: Crowd) -> None:
-        await daemon.submit(job.parse(few))
+        await daemon.submit(spec.parse(few))
         for seed, client in enumerate(CLIENTS[:2]):
             await contribute(remote, tmp_path, client, seed, "few")
         await daemon.close("few")
@@ -231,7 +232,7 @@ def test_a_cancelled_job_tells_its_clients(tmp_path: Path) -> None:
         with pytest.raises(Refused, match="takes no more"):
             await join(remote, BOB)
         await daemon.delete("notes")
-        assert (await daemon.submit(job.parse(SPEC))).state == pb.STATE_OPEN, "the name is free again"
+        assert (await daemon.submit(spec.parse(SPEC))).state == pb.STATE_OPEN, "the name is free again"
         assert (await join(remote, ALICE)).lease != reply.lease
 
     with_server(tmp_path / "state", test)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from converters import adapter
-from coordinator import job
 from coordinator.daemon import Daemon
-from coordinator.leases import ASLEEP_AFTER
+from coordinator.jobs import spec
+from coordinator.jobs.leases import ASLEEP_AFTER
 from edge_client import outbox
 from oneround.v1 import federation_pb2 as pb
 from tests.coordinator.test_server import SPEC, running
@@ -165,7 +165,7 @@ def test_a_client_that_slept_finishes(tmp_path: Path, during: str, cut: bool) ->
     async def test() -> None:
         before = 0
         async with running(tmp_path / "one", clock) as (daemon, address):
-            await daemon.submit(job.parse(SLEEPY))
+            await daemon.submit(spec.parse(SLEEPY))
             line = Line(address)
             async with line.open() as server:
                 client = await Client.join(server, tmp_path, "client")

@@ -11,12 +11,13 @@ import pytest
 
 from converters import adapter
 from converters.adapter import Adapter, LowRank, Shape
-from converters.errors import BadData, BadModel, LayoutMismatch, UsageError
-from edge_client import backends, examples
+from edge_client import backends
 from edge_client.backends import BACKENDS, Backend, Progress, Setup
-from edge_client.batches import Batches
-from edge_client.recipe import Recipe
-from edge_client.snapshot import Snapshot
+from edge_client.data import tokenize
+from edge_client.data.batches import Batches
+from edge_client.training.recipe import Recipe
+from edge_client.training.snapshot import Snapshot
+from oneround.errors import BadData, BadModel, LayoutMismatch, UsageError
 from oneround.v1 import federation_pb2 as pb
 from tests.edge_client import tiny
 
@@ -76,8 +77,8 @@ def test_parity_on_a_tiny_grouped_query_llama(tmp_path: Path, tied: bool) -> Non
 
 def fifty_steps(base: Path, texts: list[str]) -> tuple[Adapter, Batches]:
     """Where training over a base begins, and batches of texts."""
-    rows = [examples.Text("text", text) for text in texts]
-    tokenised = examples.tokenise(rows, examples.load_tokenizer(base), 64)
+    rows = [tokenize.Text("text", text) for text in texts]
+    tokenised = tokenize.tokenise(rows, tokenize.load_tokenizer(base), 64)
     plan = Batches(tokenised.examples[:200], batch_size=8, epochs=2, seed=0)
     assert plan.total_steps == 50
     return adapter.initial(tiny.modules_of(base), rank=8, seed=0), plan
@@ -264,7 +265,7 @@ def in_python(code: str) -> str:
 
 def test_the_package_imports_no_framework() -> None:
     frameworks = "{'torch', 'mlx', 'mlx.core', 'mlx_lm', 'peft', 'transformers'}"
-    modules = "edge_client.backends, edge_client.batches, edge_client.examples, edge_client.recipe"
+    modules = "edge_client.backends, edge_client.data.batches, edge_client.data.tokenize, edge_client.training.recipe"
     assert in_python(f"import sys, {modules}; print({frameworks} & set(sys.modules))") == "set()\n"
 
 

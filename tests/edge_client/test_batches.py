@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converters.errors import BadData
-from edge_client.batches import Batch, Batches
-from edge_client.examples import Example, windows
+from edge_client.data.batches import Batch, Batches
+from edge_client.data.tokenize import Example, windows
+from oneround.errors import BadData
 
 
 @st.composite

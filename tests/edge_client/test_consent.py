@@ -9,9 +9,9 @@ import pytest
 from google.protobuf.descriptor import Descriptor
 
 from converters import tensors
-from converters.errors import NotFound, Refused
-from coordinator import job
+from coordinator.jobs import spec as job
 from edge_client import consent, outbox
+from oneround.errors import NotFound, Refused
 from oneround.v1 import federation_pb2 as pb
 from tests import commands, terminal
 from tests.coordinator.test_server import SPEC, running

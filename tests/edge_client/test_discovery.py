@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from zeroconf.asyncio import AsyncServiceInfo
 
-from converters.errors import Unreachable, UsageError
 from coordinator import discovery as advertising
-from coordinator import identity
-from edge_client import discovery
-from edge_client.discovery import Found
-from edge_client.identity import Pins
+from coordinator.auth import identity
+from edge_client.connection import discovery
+from edge_client.connection.discovery import Found
+from edge_client.connection.identity import Pins
 from oneround import lan, tls
+from oneround.errors import Unreachable, UsageError
 from tests import commands, terminal
 
 ROOT = Path(__file__).parents[2]

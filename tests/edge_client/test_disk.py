@@ -9,19 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from converters import adapter, tensors
+from converters import adapter
 from converters.adapter import Adapter, LowRank
-from converters.errors import NotEnough
-from coordinator import job
-from edge_client import disk as disks
-from edge_client import outbox, session, snapshot
-from edge_client import remote as remotes
+from coordinator.jobs import spec as job
+from edge_client import outbox, session
 from edge_client.backends import Progress
-from edge_client.batches import Batches
-from edge_client.identity import Pins
-from edge_client.recipe import EXACT, Recipe, Setup
-from edge_client.screen import Screen
-from edge_client.snapshot import Snapshot
+from edge_client.connection import remote as remotes
+from edge_client.connection.identity import Pins
+from edge_client.data.batches import Batches
+from edge_client.preflight import disk as disks
+from edge_client.training import snapshot
+from edge_client.training.recipe import EXACT, Recipe, Setup
+from edge_client.training.snapshot import Snapshot
+from edge_client.ui.screen import Screen
+from oneround import files
+from oneround.errors import NotEnough
 from oneround.v1 import federation_pb2 as pb
 from tests.coordinator.test_disk import disk, full
 from tests.coordinator.test_server import BASE, SPEC, running
@@ -106,12 +108,12 @@ def test_too_little_room_says_how_much_and_where(tmp_path: Path) -> None:
 
 def test_reserved_room_is_written_over(tmp_path: Path) -> None:
     file = tmp_path / "result"
-    tensors.reserve(file, MB)
-    kept = tensors.reserved(file).stat()
+    files.reserve(file, MB)
+    kept = files.reserved(file).stat()
     assert kept.st_blocks * 512 >= MB and not file.exists()
-    tensors.reserve(file, MB)  # once more, after an interruption
-    tensors.replace(file, [b"short"])
-    assert file.read_bytes() == b"short" and file.stat().st_ino == kept.st_ino and not tensors.reserved(file).exists()
+    files.reserve(file, MB)  # once more, after an interruption
+    files.replace(file, [b"short"])
+    assert file.read_bytes() == b"short" and file.stat().st_ino == kept.st_ino and not files.reserved(file).exists()
 
 
 class Fills:

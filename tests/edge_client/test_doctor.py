@@ -17,15 +17,18 @@ from cryptography.x509.oid import NameOID
 
 from converters import adapter
 from converters.adapter import Shape
-from converters.errors import Unreachable
-from coordinator import identity as identities
-from coordinator import job
-from edge_client import backends, doctor, examine_job, examine_machine, identity, outbox
+from coordinator.auth import identity as identities
+from coordinator.jobs import spec as job
+from edge_client import backends, outbox
 from edge_client.backends import BACKENDS
-from edge_client.finding import Case, Finding
-from edge_client.footprint import Outlook
-from edge_client.screen import Screen
-from edge_client.way import Way
+from edge_client.connection import identity
+from edge_client.connection.target import Way
+from edge_client.doctor import job_checks, machine_checks
+from edge_client.doctor import run as doctor
+from edge_client.doctor.finding import Case, Finding
+from edge_client.preflight.memory import Outlook
+from edge_client.ui.screen import Screen
+from oneround.errors import Unreachable
 from oneround.lan import Interface
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
@@ -165,13 +168,13 @@ def pem(begins: datetime.datetime, ends: datetime.datetime) -> bytes:
 
 def test_the_dates_of_a_certificate() -> None:
     day = datetime.timedelta(days=1)
-    assert examine_job.validity(pem(NOW - day, NOW + 365 * day), False, NOW).level == "ok"
-    soon = examine_job.validity(pem(NOW - day, NOW + 7 * day), False, NOW)
+    assert job_checks.validity(pem(NOW - day, NOW + 365 * day), False, NOW).level == "ok"
+    soon = job_checks.validity(pem(NOW - day, NOW + 7 * day), False, NOW)
     assert soon.level == "note" and "2026-11-28" in soon.says and "same key" in soon.hint
     with pytest.raises(Unreachable, match="ended on 2026-11-20"):
-        examine_job.validity(pem(NOW - 9 * day, NOW - day), False, NOW)
+        job_checks.validity(pem(NOW - 9 * day, NOW - day), False, NOW)
     with pytest.raises(Unreachable, match="does not hold before 2026-11-22") as caught:
-        examine_job.validity(pem(NOW + day, NOW + 9 * day), False, NOW)
+        job_checks.validity(pem(NOW + day, NOW + 9 * day), False, NOW)
     assert "set this machine's clock" in caught.value.hint
 
 
@@ -231,11 +234,11 @@ def test_a_disk_without_room(tmp_path: Path) -> None:
 
 def test_memory_that_is_short() -> None:
     spec = pb.Job(spec=pb.JobSpec(train=pb.TrainSpec(batch_size=8, max_seq_len=512)))
-    short = examine_job.outlook(Outlook(3 * 10**9, 10**9), spec)
+    short = job_checks.outlook(Outlook(3 * 10**9, 10**9), spec)
     assert short.level == "note" and "3.0 GB, and 1.0 GB are free" in short.says and "batch_size (8)" in short.hint
-    assert examine_job.outlook(Outlook(10**9, 3 * 10**9), spec).level == "ok"
-    assert "the device's own" in examine_job.outlook(Outlook(10**9, None), spec).says
-    assert "cannot be told" in examine_job.outlook(None, spec).says
+    assert job_checks.outlook(Outlook(10**9, 3 * 10**9), spec).level == "ok"
+    assert "the device's own" in job_checks.outlook(Outlook(10**9, None), spec).says
+    assert "cannot be told" in job_checks.outlook(None, spec).says
 
 
 def test_a_backend_that_is_none(tmp_path: Path) -> None:
@@ -249,17 +252,17 @@ def test_a_backend_that_is_none(tmp_path: Path) -> None:
 def test_packages_that_do_not_fit() -> None:
     wanted = ["numpy>=2.0", 'torch>=2.6; extra == "torch"', 'mlx>=0.29; extra == "mlx"', "absent>=1"]
     here = {"numpy": "1.26.4", "torch": "2.13.0+cpu", "absent": "1.0"}.get
-    assert examine_machine.unmet(wanted, "torch", here) == ["numpy 1.26.4 is here, >=2.0 is needed"]
-    assert examine_machine.unmet(wanted, "mlx", {"numpy": "2.1", "absent": "1.5"}.get) == ["mlx is not installed"]
+    assert machine_checks.unmet(wanted, "torch", here) == ["numpy 1.26.4 is here, >=2.0 is needed"]
+    assert machine_checks.unmet(wanted, "mlx", {"numpy": "2.1", "absent": "1.5"}.get) == ["mlx is not installed"]
 
 
 def test_networks_that_count_and_those_that_do_not() -> None:
     loopback, wifi = Interface("lo", UP, ("127.0.0.1",)), Interface("wlan0", UP, ("192.0.2.7", "fe80::1%wlan0"))
     docker, down = Interface("docker0", UP, ("172.17.0.1",)), Interface("eth1", frozenset(), ())
-    found = examine_machine.networks([loopback, wifi, docker, down])
+    found = machine_checks.networks([loopback, wifi, docker, down])
     assert found.level == "ok" and "through wlan0 (192.0.2.7); not through lo (this machine alone)" in found.says
     assert "docker0 (for containers" in found.says and "eth1 (down)" in found.says
-    alone = examine_machine.networks([loopback, docker])
+    alone = machine_checks.networks([loopback, docker])
     assert alone.level == "note" and "on no local network" in alone.says and "--server" in alone.hint
 
 
@@ -274,7 +277,7 @@ def test_networks_that_count_and_those_that_do_not() -> None:
     ],
 )
 def test_the_local_network_of_macos(system: str, release: str, unreached: str, told: bool) -> None:
-    found = examine_machine.local_network_guard(system, release, unreached)
+    found = machine_checks.local_network_guard(system, release, unreached)
     assert (found is not None) == told
     if found is not None:
         assert found.level == "note" and "Privacy & Security > Local Network" in found.hint

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converters.errors import BadData, BadModel
-from edge_client import examples
-from edge_client.examples import Example, windows
-from edge_client.rows import Dialogue, Text, load
+from edge_client.data import tokenize
+from edge_client.data.rows import Dialogue, Text, load
+from edge_client.data.tokenize import Example, windows
+from oneround.errors import BadData, BadModel
 
 TEXT = {"text": "Once upon a time."}
 EXCHANGE = {"prompt": "2 + 2?", "completion": "4"}
@@ -291,7 +291,7 @@ def test_a_tenth_is_held_out(tmp_path: Path) -> None:
 def in_another_process(path: Path) -> tuple[set[str], set[str]]:
     """(train, held out) there, with other hashes of strings."""
     program = (
-        "import json, sys\nfrom pathlib import Path\nfrom edge_client.rows import load\n"
+        "import json, sys\nfrom pathlib import Path\nfrom edge_client.data.rows import load\n"
         "rows = load(Path(sys.argv[1]))\n"
         "print(json.dumps([[row.text for row in side] for side in (rows.train, rows.held_out)]))"
     )
@@ -391,7 +391,7 @@ def learnt(tokenizer: Any, example: Example) -> str:
 
 
 def test_text_is_learnt_whole_and_ended(tokenizer: Any) -> None:
-    (example,) = examples.tokenise([Text("a:1", "Hello.")], tokenizer, 512).examples
+    (example,) = tokenize.tokenise([Text("a:1", "Hello.")], tokenizer, 512).examples
     assert tokenizer.decode(example.ids) == "Hello.<eos>"
     assert learnt(tokenizer, example) == "ello.<eos>"
 
@@ -400,9 +400,9 @@ def test_every_assistant_turn_is_learnt_and_nothing_else(tokenizer: Any) -> None
     system = {"role": "system", "content": "Add."}
     more = ({"role": "user", "content": "3 + 3?"}, {"role": "assistant", "content": "six"})
     thanks = {"role": "user", "content": "thanks"}
-    (example,) = examples.tokenise([Dialogue("a:1", (system, *TURNS, *more, thanks))], tokenizer, 512).examples
+    (example,) = tokenize.tokenise([Dialogue("a:1", (system, *TURNS, *more, thanks))], tokenizer, 512).examples
     assert learnt(tokenizer, example) == "4<|im_end|>\nsix<|im_end|>\n"
-    (example,) = examples.tokenise([Dialogue("a:1", (*TURNS, *more), learn_from=3)], tokenizer, 512).examples
+    (example,) = tokenize.tokenise([Dialogue("a:1", (*TURNS, *more), learn_from=3)], tokenizer, 512).examples
     assert learnt(tokenizer, example) == "six<|im_end|>\n"
 
 
@@ -416,7 +416,7 @@ def test_turns_of_a_template_that_writes_the_last_one_otherwise(tokenizer: Any) 
         "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}",
     )
     more = ({"role": "user", "content": "3 + 3?"}, {"role": "assistant", "content": "six"})
-    (example,) = examples.tokenise([Dialogue("a:1", (*TURNS, *more))], thinking, 512).examples
+    (example,) = tokenize.tokenise([Dialogue("a:1", (*TURNS, *more))], thinking, 512).examples
     assert learnt(thinking, example) == "4<|im_end|>\n<think>\n\n</think>\n\nsix<|im_end|>\n"
 
 
@@ -428,32 +428,32 @@ def test_a_conversations_tools_reach_the_template(tokenizer: Any, tmp_path: Path
     tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
     (tmp_path / "a.jsonl").write_text(lines([{**CHAT, "tools": [tool]}, {**CHAT, "tools": [tool, tool]}]))
     rows = load(tmp_path / "a.jsonl")
-    made = examples.tokenise(rows.train + rows.held_out, knowing, 512).examples
+    made = tokenize.tokenise(rows.train + rows.held_out, knowing, 512).examples
     assert sorted(str(knowing.decode(example.ids)).split("<")[0] for example in made) == ["[add]", "[add][add]"]
     assert {learnt(knowing, example) for example in made} == {"4<|im_end|>\n"}
 
 
 def test_an_exchange_with_and_without_a_chat_template(tokenizer: Any, plain: Any) -> None:
     row = Dialogue("a:1", TURNS, learn_from=1, plain=("2 + 2?", " 4"))
-    (example,) = examples.tokenise([row], tokenizer, 512).examples
+    (example,) = tokenize.tokenise([row], tokenizer, 512).examples
     assert tokenizer.decode(example.ids).startswith("<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n4")
     assert learnt(tokenizer, example) == "4<|im_end|>\n"
-    (example,) = examples.tokenise([row], plain, 512).examples
+    (example,) = tokenize.tokenise([row], plain, 512).examples
     assert plain.decode(example.ids) == "2 + 2? 4<eos>"
     assert learnt(plain, example) == " 4<eos>"
 
 
 def test_messages_need_a_chat_template(plain: Any) -> None:
     with pytest.raises(BadData, match="a:1: the model has no chat template") as caught:
-        examples.tokenise([Dialogue("a:1", TURNS)], plain, 512, skip_bad_rows=True)
+        tokenize.tokenise([Dialogue("a:1", TURNS)], plain, 512, skip_bad_rows=True)
     assert "`completion`" in caught.value.hint
 
 
 def test_a_conversation_that_the_template_refuses(tokenizer: Any) -> None:
     rows = [Dialogue("a:7", ({"role": "tool", "content": "x"}, *TURNS)), Dialogue("a:8", TURNS)]
     with pytest.raises(BadData, match=r"a:7: the model's chat template refuses this conversation: no tools"):
-        examples.tokenise(rows, tokenizer, 512)
-    got = examples.tokenise(rows, tokenizer, 512, skip_bad_rows=True)
+        tokenize.tokenise(rows, tokenizer, 512)
+    got = tokenize.tokenise(rows, tokenizer, 512, skip_bad_rows=True)
     assert (len(got.examples), got.skipped) == (1, 1)
 
 
@@ -464,7 +464,7 @@ def test_truncation_is_counted(plain: Any, recwarn: pytest.WarningsRecorder, cap
         Dialogue("a:3", TURNS, 1, plain=("ab" * 50, "c")),
         Text("a:4", "abcdefghijkl"),
     ]
-    got = examples.tokenise(rows, plain, 8)
+    got = tokenize.tokenise(rows, plain, 8)
     assert (len(got.examples), got.truncated, got.dropped, got.skipped) == (4, 1, 1, 0)
     assert max(len(example.ids) for example in got.examples) == 8
     assert capfd.readouterr() == ("", "")  # transformers does not warn of long sequences either
@@ -483,8 +483,8 @@ def test_windows_lose_nothing(ids: list[int], max_seq_len: int) -> None:
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(BadModel, match="holds no tokenizer"):
-        examples.load_tokenizer(tmp_path)
+        tokenize.load_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(BadModel, match="holds no tokenizer"):
-        examples.load_tokenizer(tmp_path)
+        tokenize.load_tokenizer(tmp_path)

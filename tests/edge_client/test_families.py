@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 
 from converters import architectures
-from converters.errors import UsageError
-from edge_client import backends, gaps
+from edge_client import backends
 from edge_client.backends import EXACT
-from edge_client.batches import Batches
-from edge_client.examples import Example
+from edge_client.data.batches import Batches
+from edge_client.data.tokenize import Example
+from edge_client.preflight import compat
+from oneround.errors import UsageError
 from tests.converters import tiny_families
 from tests.edge_client import tiny
 from tests.edge_client.test_backends import both, difference, recipe_for, trained
 
 needs_mlx = pytest.mark.skipif(backends.load("mlx").available() is not None, reason="needs mlx")
 
-# Where mlx-lm computes something else; see edge_client/gaps.py. With this the model is outside of the gap.
+# Where mlx-lm computes something else; see edge_client/preflight/compat.py. With this the model is outside of the gap.
 OUTSIDE: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 64},
     "gemma3-untied": {"final_logit_softcapping": None},
@@ -83,7 +84,7 @@ def test_logits(folder: Path) -> None:
     found = np.array(backend._model(folder, EXACT)(mx.array([tiny_families.PROMPT])))[0]
     expected = tiny_families.torch_logits(folder)
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
-    gaps.check("mlx", folder, [len(tiny_families.PROMPT)])
+    compat.check("mlx", folder, [len(tiny_families.PROMPT)])
 
 
 @both
@@ -98,19 +99,19 @@ def test_what_mlx_lm_computes_otherwise_is_refused(tmp_path: Path, kind: str, mo
     expected = tiny_families.torch_logits(folder)
     assert np.abs(found - expected).max() > 0.05 * np.abs(expected).max(), "mlx-lm has closed the gap: take it out"
     with pytest.raises(UsageError, match="mlx-lm computes something else") as caught:
-        gaps.check("mlx", folder, [3, len(tiny_families.PROMPT)])
+        compat.check("mlx", folder, [3, len(tiny_families.PROMPT)])
     assert "--backend torch" in caught.value.hint
-    gaps.check("torch", folder, [3, len(tiny_families.PROMPT)])
+    compat.check("torch", folder, [3, len(tiny_families.PROMPT)])
 
 
 def test_a_window_that_is_null_is_none(tmp_path: Path) -> None:
     """As in Mistral 7B since v0.2; where the key is missing, it is transformers' default."""
     (tmp_path / "config.json").write_text('{"model_type": "mistral", "sliding_window": null}')
-    gaps.check("mlx", tmp_path, [5000])
+    compat.check("mlx", tmp_path, [5000])
     (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
-    gaps.check("mlx", tmp_path, [4097])
+    compat.check("mlx", tmp_path, [4097])
     with pytest.raises(UsageError, match="more than 4096 tokens"):
-        gaps.check("mlx", tmp_path, [4098])
+        compat.check("mlx", tmp_path, [4098])
 
 
 @both
@@ -118,7 +119,7 @@ def test_training(folder: Path) -> None:
     """Five steps in float32: the same losses, the same update."""
     examples = [Example(each.ids * 5 + 3, each.is_target) for each in tiny.examples(20, seed=4)]  # beyond tiny's 61 ids
     plan = Batches(examples, batch_size=4, epochs=1, seed=3)
-    gaps.check("mlx", folder, (len(example.ids) for example in examples))
+    compat.check("mlx", folder, (len(example.ids) for example in examples))
     initial = tiny.nonzero(dict(architectures.describe(folder).linears), ranks=(4, 2, 3))
     recipe = recipe_for(plan)
     (torch_losses, by_torch), (mlx_losses, by_mlx) = (

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from converters import architectures, checkpoint
-from converters.errors import BadModel
 from converters.settings import Settings
-from edge_client import backends, disk, footprint
-from edge_client.recipe import EXACT, Setup
+from edge_client import backends
+from edge_client.preflight import disk, memory
+from edge_client.training.recipe import EXACT, Setup
+from oneround.errors import BadModel
 from oneround.v1 import federation_pb2 as pb
 from tests.edge_client.test_session import Quick
 
@@ -27,8 +28,8 @@ def job_over(base: Path, **train: int) -> pb.Job:
 
 
 def needed(job: pb.Job, **options: object) -> int:
-    base = footprint.model(checkpoint.config(BASE), footprint.parameters(BASE))
-    return footprint.memory_needed(base, job, **options)  # type: ignore[arg-type]
+    base = memory.model(checkpoint.config(BASE), memory.parameters(BASE))
+    return memory.memory_needed(base, job, **options)  # type: ignore[arg-type]
 
 
 def test_it_grows_with_what_it_follows_from() -> None:
@@ -48,25 +49,25 @@ def test_it_grows_with_what_it_follows_from() -> None:
     with_dropout.CopyFrom(job)
     with_dropout.spec.lora.dropout = 0.1
     assert needed(with_dropout) > whole
-    assert needed(job, longest=2) > 4 * footprint.parameters(BASE) + 28 * disk.elements(job)
+    assert needed(job, longest=2) > 4 * memory.parameters(BASE) + 28 * disk.elements(job)
 
 
 def test_parameters_are_counted_or_inferred() -> None:
     job, config = job_over(BASE), checkpoint.config(BASE)
-    counted = footprint.parameters(BASE)
+    counted = memory.parameters(BASE)
     assert counted == sum(tensor.size for tensor in checkpoint.weights(BASE).values()) > 4_000_000
-    assert footprint.parameters_announced(job.base_files, config) == pytest.approx(counted, rel=0.01)
+    assert memory.parameters_announced(job.base_files, config) == pytest.approx(counted, rel=0.01)
     single = Settings({**config.values, "torch_dtype": "float32"}, "config", BadModel)
-    assert footprint.parameters_announced(job.base_files, single) == pytest.approx(counted / 2, rel=0.01)
+    assert memory.parameters_announced(job.base_files, single) == pytest.approx(counted / 2, rel=0.01)
 
 
 def test_a_model_whose_config_says_something_else_has_no_estimate(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"n_embd": 768, "n_layer": 12}))
-    assert footprint.outlook(tmp_path, job_over(BASE), Quick()) is None
+    assert memory.outlook(tmp_path, job_over(BASE), Quick()) is None
 
 
 def test_what_is_short_is_said() -> None:
-    seen = footprint.outlook(BASE, job_over(BASE), Quick(), longest=64)
+    seen = memory.outlook(BASE, job_over(BASE), Quick(), longest=64)
     assert seen is not None and seen.available and not seen.short
     assert replace(seen, available=seen.needed - 1).short
     assert not replace(seen, available=None).short, "a device of its own has memory that is not known here"
@@ -78,9 +79,9 @@ from pathlib import Path
 import numpy as np
 from converters import adapter, architectures
 from edge_client import backends
-from edge_client.batches import Batches
-from edge_client.examples import Example
-from edge_client.recipe import Recipe
+from edge_client.data.batches import Batches
+from edge_client.data.tokenize import Example
+from edge_client.training.recipe import Recipe
 from oneround.v1 import federation_pb2 as pb
 base, backend = Path(sys.argv[1]), backends.load("torch")
 described = architectures.describe(base)

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from converters import adapter, tensors
-from coordinator import job
-from edge_client import disk, outbox
+from coordinator.jobs import spec as job
+from edge_client import outbox
+from edge_client.preflight import disk
 from tests.coordinator.test_server import SPEC, running
 from tests.edge_client.test_session import Quick, take_part, taker
 

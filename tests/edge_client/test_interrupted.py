@@ -12,14 +12,15 @@ import pytest
 
 from converters import tensors
 from converters.adapter import Adapter, LowRank
-from converters.errors import Refused
-from edge_client import backends, session, snapshot
+from edge_client import backends, session
 from edge_client.backends import BACKENDS, Progress, Setup
-from edge_client.batches import Batches
+from edge_client.data.batches import Batches
 from edge_client.outbox import Outbox
-from edge_client.recipe import Recipe
-from edge_client.screen import Screen
-from edge_client.snapshot import Snapshot
+from edge_client.training import snapshot
+from edge_client.training.recipe import Recipe
+from edge_client.training.snapshot import Snapshot
+from edge_client.ui.screen import Screen
+from oneround.errors import Refused
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.edge_client import tiny

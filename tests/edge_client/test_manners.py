@@ -17,13 +17,14 @@ import psutil
 import pytest
 
 from converters import adapter, tensors
-from coordinator import job
-from edge_client import backends, machine, outbox, session
-from edge_client import remote as remotes
-from edge_client.guest import Guest
-from edge_client.identity import Pins
-from edge_client.manners import IDLE_SECONDS, Heat, Manners, Pause, Readings, decide, why_pause
-from edge_client.screen import Screen
+from coordinator.jobs import spec as job
+from edge_client import backends, outbox, session
+from edge_client.connection import remote as remotes
+from edge_client.connection.identity import Pins
+from edge_client.pausing import sensors as machine
+from edge_client.pausing.controller import Guest
+from edge_client.pausing.policy import IDLE_SECONDS, Heat, Manners, Pause, Readings, decide, why_pause
+from edge_client.ui.screen import Screen
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.coordinator.test_server import SPEC, running
@@ -203,7 +204,7 @@ def test_this_machine_can_be_read() -> None:
 def test_a_lower_priority_is_had_by_threads_that_start_later() -> None:
     program = """
 import os, threading
-from edge_client import machine
+from edge_client.pausing import sensors as machine
 machine.lower_priority(); machine.lower_priority()
 found = []
 thread = threading.Thread(target=lambda: found.append(os.nice(0)))
@@ -230,7 +231,7 @@ def test_the_machine_is_kept_awake_for_as_long_as_it_is_asked_to(tmp_path: Path)
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     program = """
 import sys, time
-from edge_client import machine
+from edge_client.pausing import sensors as machine
 release = machine.keep_awake()
 time.sleep(0.5)
 if sys.argv[1] == "release":
@@ -271,7 +272,7 @@ def eventually(true: Callable[[], object], seconds: float = 10.0) -> bool:
 
 
 class Laptop:
-    """A machine whose plug a test pulls: `read` and `keep_awake` as machine.py has them."""
+    """A machine whose plug a test pulls: `read` and `keep_awake` as sensors.py has them."""
 
     def __init__(self) -> None:
         self.readings = FINE

@@ -14,17 +14,19 @@ from typing import Any
 import pytest
 
 from converters.adapter import Adapter
-from converters.errors import Unreachable
 from coordinator import discovery as advertising
-from coordinator import identity, job
-from edge_client import outbox, patience, reach, session
+from coordinator.auth import identity
+from coordinator.jobs import spec
+from edge_client import outbox, session
 from edge_client.backends import Progress
-from edge_client.batches import Batches
-from edge_client.recipe import EXACT, Recipe, Setup
-from edge_client.remote import Remote
-from edge_client.screen import Screen
-from edge_client.snapshot import Snapshot
-from edge_client.way import Way
+from edge_client.connection import connect, retry
+from edge_client.connection.remote import Remote
+from edge_client.connection.target import Way
+from edge_client.data.batches import Batches
+from edge_client.training.recipe import EXACT, Recipe, Setup
+from edge_client.training.snapshot import Snapshot
+from edge_client.ui.screen import Screen
+from oneround.errors import Unreachable
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.coordinator.test_server import SPEC, running
@@ -76,7 +78,7 @@ class Waits(Quick):
 
 
 async def take_part(address: str, who: session.Taker, screen: Screen) -> pb.Receipt:
-    async with reach.connected(Way(address), who.state, screen) as remote:
+    async with connect.connected(Way(address), who.state, screen) as remote:
         return await session.take_part(remote, "notes", who, screen)
 
 
@@ -87,7 +89,7 @@ def test_a_network_that_breaks_costs_what_was_on_its_way(tmp_path: Path) -> None
         who, screen = taker(tmp_path, Quick()), Watched()
         async with Relay() as wire:
             async with running(tmp_path / "one") as (daemon, wire.target):
-                await daemon.submit(job.parse(LARGE))
+                await daemon.submit(spec.parse(LARGE))
                 wire.cut_at_down = [2_000_000, 4_000_000]
                 receiving = asyncio.create_task(take_part(wire.address, who, screen))
                 await screen.until("trained")
@@ -115,7 +117,7 @@ def test_a_coordinator_that_moves_meanwhile_is_found_by_its_key(tmp_path: Path, 
     async def test() -> None:
         who, screen = taker(tmp_path, backend := Waits()), Watched()
         async with running(tmp_path / "one") as (daemon, before):
-            await daemon.submit(job.parse(SPEC))
+            await daemon.submit(spec.parse(SPEC))
             receiving = asyncio.create_task(take_part(before, who, screen))
             await screen.until("plan")
         if during == "sending":
@@ -147,9 +149,9 @@ def test_a_coordinator_is_found_where_it_was_before(tmp_path: Path) -> None:
         async with Relay() as cable, Relay() as wifi, running(tmp_path / "one") as (_, there):
             for wire in (cable, wifi):
                 wire.target = there
-                async with reach.connected(Way(wire.address), tmp_path, screen):
+                async with connect.connected(Way(wire.address), tmp_path, screen):
                     pass
-            async with reach.connected(Way(cable.address), tmp_path, screen) as remote:
+            async with connect.connected(Way(cable.address), tmp_path, screen) as remote:
                 assert not await remote.find_again(cable.address), "it answers there, so there it stays"
                 cable.target = ""
                 cable.cut()
@@ -182,7 +184,7 @@ def test_only_the_deadline_ends_the_trying() -> None:
 
         now = asyncio.get_running_loop().time()
         with pytest.raises(Unreachable, match="nobody answers"):
-            await patience.through(remote, time.time() + 2.5, screen, never)
+            await retry.through(remote, time.time() + 2.5, screen, never)
         assert asyncio.get_running_loop().time() - now > 2.4
         assert 3 <= tries <= 6 and remote.looked == tries - 2
         assert screen.times("retry") == 1, "the same trouble is told once"
@@ -191,7 +193,7 @@ def test_only_the_deadline_ends_the_trying() -> None:
 
 
 def test_pauses_grow_and_differ() -> None:
-    many = [[next(waits) for _ in range(12)] for waits in (patience.pauses() for _ in range(20))]
+    many = [[next(waits) for _ in range(12)] for waits in (retry.pauses() for _ in range(20))]
     assert all(0.5 <= row[0] <= 1.5 and 2 <= row[2] <= 6 and 30 <= row[9] <= 60 for row in many)
     assert len({row[0] for row in many}) > 1
 

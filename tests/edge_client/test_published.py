@@ -21,21 +21,23 @@ from google.protobuf import json_format
 
 from converters import adapter, peft
 from converters.adapter import Adapter, LowRank
-from converters.errors import BadData, BadModel
-from coordinator import job
 from coordinator.daemon import Daemon
-from edge_client import apart, examples, fitting, outbox, scores, session
-from edge_client import remote as remotes
+from coordinator.jobs import spec as job
+from edge_client import outbox, session
 from edge_client.backends import Progress
-from edge_client.batches import Batches
-from edge_client.examples import Example
-from edge_client.fitting import Fit, Memory
-from edge_client.identity import Pins
+from edge_client.connection import remote as remotes
+from edge_client.connection.identity import Pins
+from edge_client.data import tokenize
+from edge_client.data.batches import Batches
+from edge_client.data.tokenize import Example
 from edge_client.outbox import Source
-from edge_client.recipe import EXACT, Recipe, Setup
-from edge_client.scores import Scores
-from edge_client.screen import SENTENCES, Screen
-from edge_client.snapshot import Snapshot
+from edge_client.results import choose, evaluate, llama_process
+from edge_client.results.choose import Fit, Memory
+from edge_client.results.evaluate import Scores
+from edge_client.training.recipe import EXACT, Recipe, Setup
+from edge_client.training.snapshot import Snapshot
+from edge_client.ui.screen import SENTENCES, Screen
+from oneround.errors import BadData, BadModel
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.converters import tiny
@@ -70,7 +72,7 @@ def merged(*kinds: str) -> list[pb.Artifact]:
     ],
 )
 def test_the_best_fit(total: int, free: int, kinds: tuple[str, ...], chosen: str, fit: Fit) -> None:
-    choice = fitting.choose(merged(*kinds), Memory(total * GB, free * GB))
+    choice = choose.choose(merged(*kinds), Memory(total * GB, free * GB))
     assert (choice.artifact.name, choice.fit) == (f"notes-{chosen}.gguf", fit)
     alone, comfortable = len(kinds) == 1, fit in (Fit.COMFORTABLE, Fit.FULL)
     says = "the only" if alone else "the most precise" if comfortable else "the smallest"
@@ -83,8 +85,8 @@ def test_what_does_not_fit_comfortably_is_said() -> None:
 
 def test_only_whole_models_are_looked_at() -> None:
     files = [pb.Artifact(name=name) for name in ("manifest.json", "adapter.gguf", "peft/x.safetensors", "n-f16.gguf")]
-    assert [file.name for file in fitting.merged(files)] == ["n-f16.gguf"]
-    memory = fitting.this_machine()
+    assert [file.name for file in choose.merged(files)] == ["n-f16.gguf"]
+    memory = choose.this_machine()
     assert 0 < memory.available <= memory.total
 
 
@@ -120,7 +122,7 @@ def test_chance_is_not_taken_for_help() -> None:
     clear = 0
     for _ in range(500):
         tokens = rng.integers(5, 50, 40)
-        nats = {name: tokens * 3.0 + rng.normal(0, 1, 40) * np.sqrt(tokens) for name in scores.MODELS}
+        nats = {name: tokens * 3.0 + rng.normal(0, 1, 40) * np.sqrt(tokens) for name in evaluate.MODELS}
         clear += Scores(nats, tokens).difference("published", "own").sign != 0
     assert 5 <= clear <= 50
     lone = measured([3.0], [2.0], [1.0])
@@ -130,17 +132,17 @@ def test_chance_is_not_taken_for_help() -> None:
 def test_some_of_many_examples_are_the_same_some() -> None:
     tokens = [7, 0, 9, 8] * 50
     whole = [index for index, count in enumerate(tokens) if count]
-    assert scores.drawn(tokens, 0) == scores.drawn(tokens, 1200) == whole
-    some = scores.drawn(tokens, 100)
-    assert some == scores.drawn(tokens, 100) == sorted(set(some)) and set(some) <= set(whole)
+    assert evaluate.drawn(tokens, 0) == evaluate.drawn(tokens, 1200) == whole
+    some = evaluate.drawn(tokens, 100)
+    assert some == evaluate.drawn(tokens, 100) == sorted(set(some)) and set(some) <= set(whole)
     assert 100 <= sum(tokens[index] for index in some) < 109
 
 
 _HELD_OUT = """
 import sys
 from pathlib import Path
-from edge_client import examples
-for row in examples.load(Path(sys.argv[1])).held_out:
+from edge_client.data import tokenize
+for row in tokenize.load(Path(sys.argv[1])).held_out:
     print(row.text)
 """
 
@@ -159,19 +161,19 @@ def test_the_rows_that_training_holds_out(tmp_path: Path) -> None:
         ).stdout
         for seed in ("1", "2")
     ]
-    before = examples.load(data)
+    before = tokenize.load(data)
     assert runs[0] == runs[1] == "".join(f"{row.text}\n" for row in before.held_out) and len(before.held_out) > 5
-    whole, again, some = (scores.held_out(Source(str(data)), BASE, 32, most) for most in (0, 0, 100))
+    whole, again, some = (evaluate.held_out(Source(str(data)), BASE, 32, most) for most in (0, 0, 100))
     assert [one.ids.tolist() for one in whole] == [one.ids.tolist() for one in again]
     assert len(whole) == len(before.held_out) > len(some)
     assert not set(before.train) & set(before.held_out)
     with data.open("a") as more:
         more.write("".join(json.dumps({"text": f"later {n}"}) + "\n" for n in range(100)))
-    after = examples.load(data)
+    after = tokenize.load(data)
     assert set(before.held_out) <= set(after.held_out) and set(before.train) <= set(after.train)
     with pytest.raises(BadData, match="nothing is held out"):
         (tmp_path / "x.jsonl").write_text('{"text": "a"}\n' * 2)  # one token each, and none to predict
-        scores.held_out(Source(str(tmp_path / "x.jsonl")), _without_end(tmp_path / "base"), 32, 0)
+        evaluate.held_out(Source(str(tmp_path / "x.jsonl")), _without_end(tmp_path / "base"), 32, 0)
 
 
 def _without_end(folder: Path) -> Path:
@@ -190,7 +192,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a chat template, its GGUF beside it."""
     folder = tiny.save_model(tmp_path_factory.mktemp("small") / "small", tiny.config(tied=True))
     tiny.save_tokenizer(folder)
-    scores.as_gguf(folder, folder.with_suffix(".gguf"), None)
+    evaluate.as_gguf(folder, folder.with_suffix(".gguf"), None)
     return folder
 
 
@@ -202,8 +204,8 @@ def test_losses_are_those_of_torch(small: Path, tmp_path: Path) -> None:
     whole = small.with_suffix(".gguf")
     adapter.write(peft.read(trained), tmp_path / "b.safetensors", "float32", frozen_a="0" * 64)  # as where A is frozen
     alone = (tmp_path / "b.safetensors", small, whole, tmp_path / "completed.gguf", tmp_path / "trained.safetensors")
-    own = scores.own_adapter(tmp_path / "trained.safetensors", small, whole, tmp_path / "adapter.gguf")
-    assert scores.own_adapter(*alone).read_bytes() == own.read_bytes(), "B alone, with the A of another file"
+    own = evaluate.own_adapter(tmp_path / "trained.safetensors", small, whole, tmp_path / "adapter.gguf")
+    assert evaluate.own_adapter(*alone).read_bytes() == own.read_bytes(), "B alone, with the A of another file"
     rng = np.random.default_rng(0)
     found = [
         Example(rng.integers(2, 300, length).astype(np.int32), np.arange(length) > rng.integers(0, length - 1))
@@ -211,7 +213,7 @@ def test_losses_are_those_of_torch(small: Path, tmp_path: Path) -> None:
     ]
     done: list[int] = []
     for file, expected in ((None, tiny.torch_model(small)), (own, tiny.torch_model(small, trained))):
-        losses = apart.losses(whole, file, found, done.append)
+        losses = llama_process.losses(whole, file, found, done.append)
         for example, loss in zip(found, losses, strict=True):
             ids = torch.from_numpy(example.ids).long()
             with torch.no_grad():
@@ -222,20 +224,23 @@ def test_losses_are_those_of_torch(small: Path, tmp_path: Path) -> None:
 
 
 def test_the_base_becomes_a_gguf_once(small: Path, tmp_path: Path) -> None:
-    kept = scores.as_gguf(small, tmp_path / "base.gguf", None)
+    kept = evaluate.as_gguf(small, tmp_path / "base.gguf", None)
     made = kept.stat().st_mtime_ns
-    assert scores.as_gguf(small, kept, None) == kept and kept.stat().st_mtime_ns == made
-    assert scores.as_gguf(small, tmp_path / "other.gguf", kept) == kept
+    assert evaluate.as_gguf(small, kept, None) == kept and kept.stat().st_mtime_ns == made
+    assert evaluate.as_gguf(small, tmp_path / "other.gguf", kept) == kept
 
 
 def test_what_ends_llama_cpp_ends_nothing_else(small: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(small.with_suffix(".gguf").read_bytes()[:2000])
-    with apart.Child("edge_client.apart", bad) as child, pytest.raises(BadData, match="not a sound GGUF"):
-        apart.Talker(child, bad, 0)
+    with (
+        llama_process.Child("edge_client.results.llama_process", bad) as child,
+        pytest.raises(BadData, match="not a sound GGUF"),
+    ):
+        llama_process.Talker(child, bad, 0)
     file = small.with_suffix(".gguf")
-    with apart.Child("edge_client.apart", file) as child:
-        talker = apart.Talker(child, file, 0)
+    with llama_process.Child("edge_client.results.llama_process", file) as child:
+        talker = llama_process.Talker(child, file, 0)
         assert talker.has_chat_template
         child._process.send_signal(signal.SIGABRT)
         with pytest.raises(BadModel, match=r"llama\.cpp ended over small\.gguf \(SIGABRT\)"):
@@ -322,7 +327,7 @@ def test_pull_evaluate_report_and_chat(tmp_path: Path) -> None:
 
     said = asyncio.run(test())["evaluated"]
     assert said["version"] == 1 and said["examples"] > 1
-    for model in scores.MODELS:
+    for model in evaluate.MODELS:
         assert said[model]["perplexity"] == pytest.approx(math.exp(said[model]["loss"]))
     # A cohort of one: its mean is its own adapter, but for f16's rounding.
     effect = abs(said["own"]["loss"] - said["base"]["loss"])

@@ -17,17 +17,22 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from google.protobuf import json_format
 
 from converters.adapter import Adapter, LowRank
-from converters.errors import BadData, Refused, UsageError
-from coordinator import identity, job, server
+from coordinator.auth import identity
 from coordinator.daemon import Daemon
-from edge_client import cli, manifests, outbox, receipt_cli, receipts, session
-from edge_client import identity as clients
-from edge_client import remote as remotes
-from edge_client.identity import Pins
-from edge_client.manifests import Given, Manifest
-from edge_client.remote import OnBytes, Remote
-from edge_client.screen import Screen
+from coordinator.jobs import spec
+from coordinator.rpc import server
+from edge_client import outbox, session
+from edge_client.cli import app
+from edge_client.cli import receipts as receipt_cli
+from edge_client.connection import identity as clients
+from edge_client.connection import remote as remotes
+from edge_client.connection.identity import Pins
+from edge_client.connection.remote import OnBytes, Remote
+from edge_client.proofs import manifests, receipts
+from edge_client.proofs.manifests import Given, Manifest
+from edge_client.ui.screen import Screen
 from oneround import signing, statements, stream, tls
+from oneround.errors import BadData, Refused, UsageError
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.clients import Crowd, connected, me
@@ -83,7 +88,7 @@ def past(tmp_path_factory: pytest.TempPathFactory) -> Past:
             running(folder / "coordinator") as (daemon, address),
             connected(address, folder) as remote,
         ):
-            await daemon.submit(job.parse(SPEC))
+            await daemon.submit(spec.parse(SPEC))
             await contributed(address, folder)
             kept["bob"] = await contribute(remote, folder, BOB)
             kept["eve"] = await contribute(remote, folder, EVE, sound=False)
@@ -341,7 +346,7 @@ def test_a_wrong_receipt_is_none_and_the_adapter_stays(tmp_path: Path) -> None:
 
     async def test() -> None:
         async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(job.parse(SPEC))
+            await daemon.submit(spec.parse(SPEC))
             key = signing.private(identity.load_or_create(tmp_path / "one").key)
             wrong = {
                 "does not fit": lambda receipt: setattr(receipt, "size", 7),
@@ -406,7 +411,7 @@ def pulled(state: Path, folder: Path, *options: str) -> None:
                 "--json",
                 *options,
             ]
-            command = typer.main.get_command(cli.app)
+            command = typer.main.get_command(app.app)
             await asyncio.to_thread(command.main, list(map(str, given)), standalone_mode=False)
         finally:
             await grpc_server.stop(None)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from edge_client.recipe import SCHEDULES, Recipe
+from edge_client.training.recipe import SCHEDULES, Recipe
 from oneround.v1 import federation_pb2 as pb
 
 

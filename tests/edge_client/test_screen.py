@@ -5,7 +5,7 @@ import string
 
 import pytest
 
-from edge_client.screen import SENTENCES, Screen
+from edge_client.ui.screen import SENTENCES, Screen
 
 
 def fields(event: str) -> dict[str, object]:

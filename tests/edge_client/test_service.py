@@ -19,16 +19,17 @@ from typing import Any
 import pytest
 import typer
 
-import edge_client.cli
-from converters.errors import BadData, NotEnough, Refused, Unreachable
-from coordinator import job
+import edge_client.cli.app
 from coordinator.daemon import Daemon
-from edge_client import outbox, service, staying
-from edge_client import remote as remotes
-from edge_client.identity import Pins
-from edge_client.remote import Remote
-from edge_client.screen import Screen
-from edge_client.staying import Failed, Staying
+from coordinator.jobs import spec as job
+from edge_client import outbox
+from edge_client.connection import remote as remotes
+from edge_client.connection.identity import Pins
+from edge_client.connection.remote import Remote
+from edge_client.ui.screen import Screen
+from edge_client.unattended import service, watch
+from edge_client.unattended.watch import Failed, Staying
+from oneround.errors import BadData, NotEnough, Refused, Unreachable
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.coordinator.test_server import SPEC, running
@@ -55,7 +56,7 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_accepted_names(patterns: list[str], name: str, accepted: bool) -> None:
-    assert staying.accepts(patterns, name) == accepted
+    assert watch.accepts(patterns, name) == accepted
 
 
 def test_what_failed_is_tried_again_ever_more_rarely() -> None:
@@ -365,7 +366,7 @@ def test_installing_and_uninstalling(tmp_path: Path, home: dict[str, str]) -> No
         words = unquoted(file.read_text())
     assert words[0] == sys.executable
     arguments = words[words.index("edge_client.cli") + 1 :]
-    sub = typer.main.get_command(edge_client.cli.app).get_command(None, arguments[0])  # type: ignore[attr-defined,arg-type]
+    sub = typer.main.get_command(edge_client.cli.app.app).get_command(None, arguments[0])  # type: ignore[attr-defined,arg-type]
     context = sub.make_context(arguments[0], arguments[1:])
     assert context.params["accept"] == ["clinic-*", "ward"] and context.params["server"] == address
     assert context.params["nice"] is False and context.params["name"] == "a b"

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 
 from converters.adapter import Adapter, LowRank
-from converters.errors import BadData, Refused, Unreachable
-from coordinator import job
-from edge_client import remote as remotes
+from coordinator.jobs import spec
 from edge_client import session
 from edge_client.backends import EXACT, Progress, Setup
-from edge_client.batches import Batches
-from edge_client.identity import Pins
-from edge_client.recipe import Recipe
-from edge_client.remote import OnBytes, Remote
-from edge_client.screen import Screen
-from edge_client.snapshot import Snapshot
+from edge_client.connection import remote as remotes
+from edge_client.connection.identity import Pins
+from edge_client.connection.remote import OnBytes, Remote
+from edge_client.data.batches import Batches
+from edge_client.training.recipe import Recipe
+from edge_client.training.snapshot import Snapshot
+from edge_client.ui.screen import Screen
+from oneround.errors import BadData, Refused, Unreachable
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.coordinator.test_server import BASE, SPEC, running
@@ -95,7 +95,7 @@ def test_running_it_again_gives_the_same_receipt_and_trains_once(tmp_path: Path)
     async def test() -> None:
         who = taker(tmp_path, backend := Quick())
         async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(job.parse(SPEC))
+            await daemon.submit(spec.parse(SPEC))
             receipt = await take_part(address, who)
             assert receipt.digest and await take_part(address, who) == receipt
         assert backend.runs == 1
@@ -108,7 +108,7 @@ def test_a_job_of_the_same_name_elsewhere_is_another_job(tmp_path: Path) -> None
         who = taker(tmp_path, backend := Quick())
         for coordinator in ("one", "two"):
             async with running(tmp_path / coordinator) as (daemon, address):
-                await daemon.submit(job.parse(SPEC))
+                await daemon.submit(spec.parse(SPEC))
                 assert (await take_part(address, who)).digest
         assert backend.runs == 2, "an adapter of one job is never sent to another"
 
@@ -119,7 +119,7 @@ def test_a_trained_adapter_waits_for_its_receipt(tmp_path: Path) -> None:
     async def test() -> None:
         who = taker(tmp_path, backend := Quick())
         async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(job.parse(SPEC))
+            await daemon.submit(spec.parse(SPEC))
             with pytest.raises(RuntimeError):
                 await take_part(address, who, RuntimeError("the machine goes down"))
             assert (await take_part(address, who, Unreachable("the coordinator is away for a moment"))).digest
@@ -132,7 +132,7 @@ def test_a_closed_round_stops_training(tmp_path: Path) -> None:
     async def test() -> None:
         who = taker(tmp_path, Quick(seconds_a_step=0.2), rows=2000)
         async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(job.parse(SPEC))
+            await daemon.submit(spec.parse(SPEC))
 
             async def close() -> None:
                 async for status in daemon.statuses.watch("notes"):
@@ -152,7 +152,7 @@ def test_a_model_of_ones_own_has_to_be_the_jobs(tmp_path: Path) -> None:
     async def test() -> None:
         who = taker(tmp_path, backend := Quick())
         async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(job.parse(SPEC))
+            await daemon.submit(spec.parse(SPEC))
             async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
                 announced = (await remote.join(pb.JoinRequest(job="notes"))).job
                 found = await session.fetch_base(remote, announced, who.state, BASE, Screen())
@@ -170,7 +170,7 @@ def test_a_batch_that_is_too_large_is_taken_in_parts(tmp_path: Path, capsys: pyt
     async def test() -> None:
         who = taker(tmp_path, quick)
         async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(job.parse({**SPEC, "train": {"batch_size": 65536}}))
+            await daemon.submit(spec.parse({**SPEC, "train": {"batch_size": 65536}}))
             assert (await take_part(address, who)).digest
 
     asyncio.run(test())
@@ -187,7 +187,7 @@ def test_packing_takes_fewer_steps(tmp_path: Path, capsys: pytest.CaptureFixture
             where = tmp_path / str(packing)
             where.mkdir()
             async with running(where / "one") as (daemon, address):
-                await daemon.submit(job.parse({**SPEC, "train": {"batch_size": 2, "packing": packing}}))
+                await daemon.submit(spec.parse({**SPEC, "train": {"batch_size": 2, "packing": packing}}))
                 assert (await take_part(address, taker(where, quick))).digest
 
         asyncio.run(test())
@@ -205,7 +205,7 @@ def test_what_is_cut_dropped_or_skipped_is_told(tmp_path: Path, capsys: pytest.C
         who.data.rename(tmp_path / "train.jsonl")
         who = replace(who, data=tmp_path / "train.jsonl", skip_bad_rows=True)
         async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(job.parse({**SPEC, "train": {"max_seq_len": 64}}))
+            await daemon.submit(spec.parse({**SPEC, "train": {"max_seq_len": 64}}))
             async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
                 await session.take_part(remote, "notes", who, Screen(as_json=True))
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from converters.adapter import Adapter
-from converters.errors import NotEnough
 from edge_client import backends
 from edge_client.backends import EXACT, Progress, Setup
-from edge_client.batches import Batches
-from edge_client.recipe import Recipe
+from edge_client.data.batches import Batches
+from edge_client.training.recipe import Recipe
+from oneround.errors import NotEnough
 from tests.edge_client import tiny
 from tests.edge_client.test_backends import difference, each, recipe_for, usable
 
@@ -147,7 +147,7 @@ def test_quantising_without_what_it_takes(tmp_path: Path) -> None:
     base = tiny.llama(tmp_path / "base", tied=False)
     code = (
         "import sys; sys.modules['bitsandbytes'] = None\n"
-        "from pathlib import Path\nfrom converters.errors import UsageError\n"
+        "from pathlib import Path\nfrom oneround.errors import UsageError\n"
         "from edge_client.backends import torch, Setup\n"
         f"try: torch._model(Path({str(base)!r}), Setup(bits=4))\nexcept UsageError as e: print(e, '|', e.hint)"
     )
@@ -159,9 +159,9 @@ OUT_OF_MEMORY = """
 import json, resource, sys
 from pathlib import Path
 import psutil, torch
-from converters.errors import NotEnough
+from oneround.errors import NotEnough
 from edge_client import backends
-from edge_client.batches import Batches
+from edge_client.data.batches import Batches
 from tests.edge_client import tiny
 from tests.edge_client.test_backends import recipe_for
 

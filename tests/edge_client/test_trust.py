@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from converters.errors import BadData, Refused, UsageError
-from coordinator import certificate as certificates
-from coordinator import identity as identities
-from edge_client import trust
-from edge_client.identity import Pin, Pins
-from edge_client.screen import Screen
-from edge_client.trust import Shown, Standing
-from edge_client.way import Way
+from coordinator.auth import certificates
+from coordinator.auth import identity as identities
+from edge_client.connection import trust
+from edge_client.connection.identity import Pin, Pins
+from edge_client.connection.target import Way
+from edge_client.connection.trust import Shown, Standing
+from edge_client.ui.screen import Screen
 from oneround import signing, tls
+from oneround.errors import BadData, Refused, UsageError
 from tests import authorities, commands, terminal
 
 HERE, THERE = "192.0.2.1:50051", "192.0.2.2:50051"

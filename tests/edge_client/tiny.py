@@ -7,7 +7,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from converters.adapter import Adapter, LowRank, Shape
-from edge_client.examples import Example
+from edge_client.data.tokenize import Example
 
 VOCAB, HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 61, 24, 40, 2, 4, 2, 8
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from edge_client import examples
 from edge_client.backends import Setup, torch
-from edge_client.batches import Batch, Batches
-from edge_client.recipe import Recipe
+from edge_client.data import tokenize
+from edge_client.data.batches import Batch, Batches
+from edge_client.training.recipe import Recipe
 from lora_fedavg import records
 
 app = ClientApp()
@@ -45,8 +45,8 @@ class Later(Recipe):
 def train(message: Message, context: Context) -> Message:
     run, node = context.run_config, context.node_config
     base, number = Path(str(run["base"])), int(message.content["config"]["server-round"])
-    rows = examples.load(Path(str(node["data"])))
-    tokenised = examples.tokenise(rows.train, examples.load_tokenizer(base), int(run["sequence"]))
+    rows = tokenize.load(Path(str(node["data"])))
+    tokenised = tokenize.tokenise(rows.train, tokenize.load_tokenizer(base), int(run["sequence"]))
     whole = Batches(tokenised.examples, int(run["batch-size"]), float(run["epochs"]), int(run["seed"]))
     share = Share(whole, number, int(run["rounds"]))
     recipe = Later(

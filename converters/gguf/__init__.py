@@ -1,0 +1,1 @@
+"""GGUF files: base models, adapters, merging and quantising."""

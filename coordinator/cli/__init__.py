@@ -1,0 +1,1 @@
+"""`coordinator`: the operator's command line."""

@@ -1,9 +1,0 @@
-"""What Alembic runs for every command; `connection` is given by `coordinator.migrations.upgrade`."""
-
-from alembic import context
-
-from coordinator.schema import Base
-
-context.configure(connection=context.config.attributes["connection"], target_metadata=Base.metadata)
-with context.begin_transaction():
-    context.run_migrations()

@@ -1,0 +1,45 @@
+"""A version that the operator asks for: the job's spec with what is asked in its place, held against what is in."""
+
+from __future__ import annotations
+
+from converters import adapter
+from coordinator import aggregate
+from coordinator.jobs import spec as jobs
+from coordinator.storage.blobs import Blobs
+from coordinator.storage.store import Store
+from oneround.errors import UsageError
+from oneround.v1 import federation_pb2 as pb
+
+
+def asked(known: pb.JobSpec, request: pb.PublishRequest) -> pb.JobSpec:
+    """The job's spec as this version is to have it. Parameters of the job's own method that another does not use go.
+
+    Raises:
+        UsageError: the method or a parameter is not one.
+    """
+    spec = pb.JobSpec()
+    spec.CopyFrom(known)
+    spec.aggregate.MergeFrom(request.aggregate)
+    if request.HasField("adapter_rank"):
+        spec.publish.adapter_rank = request.adapter_rank
+    method = aggregate.METHODS.get(spec.aggregate.method)
+    for name in aggregate.PARAMETERS.keys() - {"server_learning_rate", *(method.parameters if method else ())}:
+        if not request.aggregate.HasField(name):  # type: ignore[arg-type]
+            spec.aggregate.ClearField(name)  # type: ignore[arg-type]
+    return spec
+
+
+def check(spec: pb.JobSpec, known: Store, blobs: Blobs) -> pb.JobSpec:
+    """The spec with every default filled in, if its method can take the contributions that are in; blocks.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    taking = [given for given in known.contributions(spec.name) if given.verdict in ("admitted", "clipped")]
+    spec = jobs.check(spec, clients=len(taking) or None)
+    if aggregate.METHODS[spec.aggregate.method].one_rank and not spec.lora.freeze_a:
+        ranks = [adapter.read(blobs.path(given.digest)).ranks for given in taking]
+        one_rank = all(one == ranks[0] for one in ranks)
+        if why := aggregate.unfit(spec.aggregate, clients=len(taking), one_rank=one_rank, frozen_a=False):
+            raise UsageError(why, hint="--method exact takes any")
+    return spec

@@ -1,0 +1,1 @@
+"""gRPC: the server that clients and operators call, and how it is reached."""

@@ -1,0 +1,1 @@
+"""What the coordinator keeps: rows in a database, blobs by digest, folders of publications."""

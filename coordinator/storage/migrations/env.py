@@ -1,0 +1,9 @@
+"""What Alembic runs for every command; `connection` is given by `coordinator.storage.migrations.upgrade`."""
+
+from alembic import context
+
+from coordinator.storage.schema import Base
+
+context.configure(connection=context.config.attributes["connection"], target_metadata=Base.metadata)
+with context.begin_transaction():
+    context.run_migrations()

@@ -1,0 +1,1 @@
+"""The one upload of each client: declared, resumed, checked, committed, acknowledged."""

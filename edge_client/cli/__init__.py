@@ -1,0 +1,1 @@
+"""`edge-client`: the participant's command line."""

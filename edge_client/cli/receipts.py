@@ -1,0 +1,118 @@
+"""The commands `edge-client receipt show` and `receipt verify`; neither needs a coordinator."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edge_client import outbox
+from edge_client.cli.options import DEFAULT_STATE, Json, State
+from edge_client.connection.identity import Pins
+from edge_client.proofs import manifests, receipts, signers
+from edge_client.ui.screen import Screen
+from oneround import stream, tls
+from oneround.errors import BadData, Refused
+from oneround.v1 import federation_pb2 as pb
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.command(epilog="Example: edge-client receipt show clinic-notes")
+def show(
+    job: Annotated[str, typer.Argument(metavar="[JOB]", help="The job's name. Left out: all of them.")] = "",
+    state: State = DEFAULT_STATE,
+    as_json: Json = False,
+) -> None:
+    """The receipts that this machine has, and their files. They hold no secret, and can be given to anybody."""
+    screen = Screen(as_json)
+    boxes = [outbox.find(state, job)] if job else outbox.all_outboxes(state)
+    kept = [(box, receipt) for box in boxes if (receipt := box.receipt()) is not None]
+    for box, receipt in kept:
+        screen.say("receipt_kept", **_described(receipt), by=_by(receipt, state), file=str(box.receipt_file))
+    if not kept:
+        screen.say("no_receipt", of=f" for {job}" if job else "")
+
+
+@app.command(epilog="Example: edge-client receipt verify receipt.json --manifest clinic-notes/manifest.json")
+def verify(
+    receipt: Annotated[str, typer.Argument(metavar="FILE|JOB", help="A receipt's file, or a job of this machine.")],
+    adapter: Annotated[
+        Path | None, typer.Option(help="The adapter that should have been received.", show_default=False)
+    ] = None,
+    manifest: Annotated[
+        Path | None,
+        typer.Option(help="The manifest.json of a publication, from `pull`: is it part of that?", show_default=False),
+    ] = None,
+    fingerprint: Annotated[
+        str,
+        typer.Option(help="The coordinator's key, where this machine has not pinned it.", show_default=False),
+    ] = "",
+    state: State = DEFAULT_STATE,
+    as_json: Json = False,
+) -> None:
+    """Check a receipt, without a coordinator: who signed it, for which adapter, and whether a publication has it.
+
+    That a contribution is part of a publication and that it is none are both answers, and exit with 0.
+    """
+    screen = Screen(as_json)
+    keys = signers.trusted(Pins(state), fingerprint)
+    checked = receipts.read(_file(receipt, state))
+    key = receipts.signer(checked)
+    by = signers.whose(key, keys, "this receipt")
+    screen.say("receipt_holds", **_described(checked), by=" and ".join(by), fingerprint=tls.grouped(key))
+    if adapter is not None:
+        if not adapter.is_file():
+            raise BadData(f"there is no adapter at {adapter}")
+        if (found := stream.digest(adapter)) != checked.digest:
+            raise BadData(f"the receipt is for another adapter than {adapter}, whose SHA-256 is {found}")
+        screen.say("adapter_fits", file=str(adapter))
+    if manifest is not None:
+        signed = manifests.open_signed(manifest)
+        if not set(by) & set(signers.whose(signed.signer, keys, str(manifest))):
+            raise BadData(f"{manifest} is signed by another coordinator than the receipt: {tls.grouped(signed.signer)}")
+        part = manifests.part(signed, checked)
+        said = "takes_part" if part.weight > 0 else "takes_no_part"
+        screen.say(said, version=signed.version, job=signed.job, weight=part.weight, why=part.why)
+
+
+def _file(named: str, state: Path) -> Path:
+    """A file, or that of a job's receipt here.
+
+    Raises:
+        Refused: it is neither.
+    """
+    if Path(named).is_file():
+        return Path(named)
+    try:
+        file = outbox.find(state, named).receipt_file
+    except Refused:
+        raise Refused(
+            f"{named} is neither a receipt's file nor a job of this machine", hint="edge-client receipt show"
+        ) from None
+    if not file.exists():
+        raise Refused(f"this machine has no receipt for {named!r} yet", hint="edge-client status")
+    return file
+
+
+def _described(receipt: pb.Receipt) -> dict[str, object]:
+    received = time.strftime("%a %d %b %Y, %H:%M", time.localtime(receipt.received_unix))
+    return {
+        "job": receipt.job,
+        "job_id": receipt.job_id,
+        "client": receipt.client_id,
+        "digest": receipt.digest,
+        "size": receipt.size,
+        "received": received,
+        "received_unix": receipt.received_unix,
+    }
+
+
+def _by(receipt: pb.Receipt, state: Path) -> str:
+    """Who signed a receipt that is kept here, for a person to read."""
+    try:
+        return " and ".join(signers.whose(receipts.signer(receipt), signers.trusted(Pins(state), ""), "it"))
+    except BadData as error:
+        return f"nobody known: {error}"

@@ -1,0 +1,1 @@
+"""A person's files as rows, examples and batches."""

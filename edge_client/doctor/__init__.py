@@ -1,0 +1,1 @@
+"""`edge-client doctor`: what would stop this machine from taking part."""

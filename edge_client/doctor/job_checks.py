@@ -1,0 +1,243 @@
+"""Checks of one job on this machine: its coordinator, its base, the person's data, and whether there is room for it."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from converters import checkpoint
+from edge_client import outbox, session
+from edge_client.connection import connect, job_check, trust
+from edge_client.connection.remote import local_path
+from edge_client.data import tokenize
+from edge_client.data.batches import Batches
+from edge_client.doctor.finding import Case, Finding, note, ok
+from edge_client.preflight import disk
+from edge_client.preflight import memory as footprint
+from edge_client.training.recipe import Setup
+from edge_client.ui.screen import Screen
+from oneround import tls
+from oneround.errors import BadData, NotEnough, OneroundError, Refused, UsageError
+from oneround.v1 import federation_pb2 as pb
+
+SKEW_NOTED, SKEW_STOPS = 60.0, 3600.0  # seconds
+EXPIRY_NOTED = datetime.timedelta(days=30)
+SMALL_BYTES = 64 << 20  # the largest of a base's files that is fetched for a look
+LITTLE_BYTES = 2 * 10**9  # free on a disk of which a job's need is not known
+
+_SET_CLOCK = {
+    "darwin": "System Settings > General > Date & Time: set time and date automatically",
+    "linux": "timedatectl set-ntp true",
+}
+
+
+class _Heard(Screen):
+    """Keeps what finding a coordinator reports, and prints nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: dict[str, dict[str, object]] = {}
+
+    def say(self, event: str, **fields: object) -> None:
+        self.events[event] = fields
+
+
+async def coordinator(case: Case) -> Finding | None:
+    heard = _Heard()
+    finding = connect.connected(case.way, case.state, heard, case.job_name, pin=False)
+    try:
+        case.remote = await case.open_now.enter_async_context(finding)
+        case.first_use = "pinned" in heard.events
+        asked = time.time()
+        case.jobs = await case.remote.jobs()
+        case.skew = (asked + time.time()) / 2 - case.jobs.now_unix
+    except Refused as error:
+        case.key_changed = error  # which is for the certificate's line
+        return None
+    except OneroundError as error:
+        case.unreached = str(error)
+        raise
+    if "moved" in heard.events:
+        return ok("coordinator", f"at {case.remote.server} now, and no more at {heard.events['moved']['before']}")
+    found = ", found on this network" if "found" in heard.events else ""
+    return ok("coordinator", f"answers at {case.remote.server}{found}")
+
+
+async def certificate(case: Case) -> Finding | None:
+    if case.key_changed is not None:
+        raise case.key_changed
+    if case.remote is None:
+        return None
+    if not case.remote.certificate:
+        return note("certificate", "no TLS, as --insecure asks", "leave --insecure out, but for a test on this machine")
+    return validity(case.remote.certificate, case.first_use, datetime.datetime.now(datetime.UTC))
+
+
+def validity(pem: bytes, first_use: bool, now: datetime.datetime) -> Finding:
+    """What a coordinator's certificate is worth at a time.
+
+    Raises:
+        Unreachable: it does not hold then, so that nobody can connect.
+    """
+    fingerprint, ends = tls.grouped(tls.fingerprint(pem)), trust.require_dates(pem, now)
+    if ends - now < EXPIRY_NOTED:
+        return note(
+            "certificate",
+            f"ends on {ends:%Y-%m-%d}",
+            "ask the operator to renew the certificate that the coordinator was given, with the same key",
+        )
+    if first_use:
+        return note(
+            "certificate",
+            f"never seen before; join will pin its key: {fingerprint}",
+            "compare that with the fingerprint that `coordinator serve` prints",
+        )
+    return ok("certificate", f"its key is the one that is pinned: {fingerprint}; holds until {ends:%Y-%m-%d}")
+
+
+async def clock(case: Case) -> Finding | None:
+    return None if case.jobs is None or not case.jobs.now_unix else skew(case.skew)
+
+
+def skew(seconds: float) -> Finding:
+    """Whether a clock that is so far ahead of the coordinator's (behind, if negative) does harm.
+
+    Raises:
+        UsageError: deadlines would pass unseen, or before they have.
+    """
+    if abs(seconds) < SKEW_NOTED:
+        return ok("clock", f"within {abs(seconds):.1f} s of the coordinator's")
+    apart = f"{datetime.timedelta(seconds=round(abs(seconds)))} {'ahead of' if seconds > 0 else 'behind'}"
+    if abs(seconds) < SKEW_STOPS:
+        return note("clock", f"this machine's clock is {apart} the coordinator's", _set_clock())
+    raise UsageError(
+        f"this machine's clock is {apart} the coordinator's, so that deadlines are missed",
+        hint=f"{_set_clock()}; or tell the operator, if the other one is wrong",
+    )
+
+
+def _set_clock() -> str:
+    return _SET_CLOCK.get(sys.platform, "set the time by the network")
+
+
+async def job(case: Case) -> Finding | None:
+    if case.remote is None or case.jobs is None:
+        return None
+    try:
+        offered = await case.remote.describe(case.job_name)
+    except Refused as error:
+        names = ", ".join(each.spec.name for each in case.jobs.jobs if each.takes_contributions)
+        error.hint = f"--job with one of: {names}" if names else error.hint or "ask the operator for a job"
+        raise
+    job_check.check(offered)
+    name = offered.spec.name
+    case.job, box = offered, outbox.outbox(case.state, offered)
+    case.done = box.trained() is not None or box.receipt() is not None
+    if box.receipt() is not None:
+        return ok("job", f"{name}: this machine's contribution is in")
+    taking = any(each.takes_contributions for each in case.jobs.jobs if each.spec.name == name)
+    if not taking:
+        raise Refused(f"{name} takes no more contributions", hint=f"edge-client pull {name}")
+    until = datetime.datetime.fromtimestamp(offered.deadline_unix + case.skew).astimezone()
+    stands = "; trained here already, join only sends it" if case.done else ""
+    return ok("job", f"{name}: takes contributions until {until:%Y-%m-%d %H:%M}{stands}")
+
+
+async def base(case: Case) -> Finding | None:
+    if case.done or (case.remote is None and case.model is None):
+        return None
+    if case.model is not None:
+        files = checkpoint.model_files(case.model)
+        if case.remote is None or case.job is None:
+            return ok("base model", f"{case.model} holds one, of {len(files)} files; which, a job will say")
+        case.base = await session.fetch_base(case.remote, case.job, case.state, case.model, Screen())
+        return ok("base model", f"{case.model} is the job's")
+    if case.remote is None or case.job is None:
+        return None
+    missing, called = disk.room(case.job, case.state, None).base, case.job.spec.model.base
+    if not missing:
+        case.base = outbox.model_folder(case.state, case.job)
+        return ok("base model", f"{called} is here")
+    case.base = Path(case.open_now.enter_context(tempfile.TemporaryDirectory(prefix="oneround-")))
+    for artifact in case.job.base_files:
+        if not artifact.name.endswith(".safetensors") and artifact.size <= SMALL_BYTES:
+            await case.remote.download(case.job.spec.name, artifact, local_path(case.base, artifact), lambda _: None)
+    return ok("base model", f"{called}: {disk.size(missing)} will come from the coordinator")
+
+
+async def data(case: Case) -> Finding | None:
+    if case.done:
+        return None
+    if not case.data.exists():
+        raise BadData(f"there is no data at {case.data}", hint="--data FILE_OR_FOLDER")
+    rows = await asyncio.to_thread(tokenize.load, case.data, skip_bad_rows=case.skip_bad_rows)
+    says = f"{len(rows.train):,} rows to train on and {len(rows.held_out):,} held out, from {_files(len(rows.files))}"
+    skipped, cut, dropped = rows.skipped, 0, 0
+    if case.job is not None and case.base is not None and case.backend is not None:
+        train, tokenizer = case.job.spec.train, await asyncio.to_thread(tokenize.load_tokenizer, case.base)
+        made = await asyncio.to_thread(
+            tokenize.tokenise, rows.train, tokenizer, train.max_seq_len, skip_bad_rows=case.skip_bad_rows
+        )
+        plan = Batches(made.examples, train.batch_size, train.epochs, train.seed)
+        case.longest, skipped, cut, dropped = made.longest, skipped + made.skipped, made.truncated, made.dropped
+        says += (
+            f"; {plan.num_targets:,} target tokens, {plan.total_steps:,} steps; the longest row has {made.longest:,}"
+        )
+        if cut:
+            says += f"; {cut:,} are cut at {train.max_seq_len} tokens"
+        if dropped:
+            says += f"; {dropped:,} have no answer left within {train.max_seq_len} tokens and are dropped"
+    if skipped:
+        says += f"; {skipped:,} bad rows are skipped"
+    if cut or dropped or skipped:
+        return note("data", says, "shorten or mend these rows, if they matter")
+    return ok("data", says)
+
+
+def _files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count} files"
+
+
+async def room(case: Case) -> Finding:
+    above = disk.existing(case.state)
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise NotEnough(f"{above} cannot be written to", hint="give --state FOLDER")
+    if case.job is not None:
+        needed = disk.room(case.job, case.state, case.model)
+        needed.require()
+        return ok("disk", f"this job still needs {needed}, in {case.state}" if needed.needed else "nothing is needed")
+    free = shutil.disk_usage(above).free
+    if free < LITTLE_BYTES:
+        return note("disk", f"only {disk.size(free)} are free in {case.state}", "make room, or give --state FOLDER")
+    return ok("disk", f"{disk.size(free)} are free in {case.state}; how much is needed, a job will say")
+
+
+async def memory(case: Case) -> Finding | None:
+    if case.job is None or case.base is None or case.backend is None:
+        return None
+    setup = Setup(case.backend.precision())
+    return outlook(footprint.outlook(case.base, case.job, case.backend, case.longest, setup), case.job)
+
+
+def outlook(expected: footprint.Outlook | None, job: pb.Job) -> Finding:
+    """Whether training fits into memory, by an estimate that is rather too high."""
+    if expected is None:
+        return ok("memory", "how much this model needs cannot be told from its config.json")
+    needed = f"training may take about {disk.size(expected.needed)}"
+    if expected.available is None:
+        return ok("memory", f"{needed} of the device's own")
+    if expected.short:
+        return note(
+            "memory",
+            f"{needed}, and {disk.size(expected.available)} are free",
+            "close other programs; or ask the operator for a smaller train.batch_size "
+            f"({job.spec.train.batch_size}) or train.max_seq_len ({job.spec.train.max_seq_len})",
+        )
+    parts = f" (a batch in {expected.setup.parts} parts)" if expected.setup.parts > 1 else ""
+    return ok("memory", f"{needed}{parts}, and {disk.size(expected.available)} are free")

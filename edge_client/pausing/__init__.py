@@ -1,0 +1,1 @@
+"""When training pauses for the machine's person: the policy, the sensors, the controller."""

@@ -1,0 +1,1 @@
+"""Whether a job fits this machine: disk, memory, compatibility."""

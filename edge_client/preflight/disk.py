@@ -1,0 +1,125 @@
+"""Room on the disk: how much a job still needs, whether it is there, and keeping some of it for the result."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from converters import adapter
+from edge_client import outbox
+from edge_client.connection.remote import local_path, partial_path
+from edge_client.outbox import Outbox
+from oneround import files
+from oneround.errors import NotEnough
+from oneround.v1 import federation_pb2 as pb
+
+MARGIN_BYTES = 64 << 20  # for records, file systems' own needs, and what else goes on
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a job still needs on the disk of a folder, and what is free there; in bytes."""
+
+    folder: Path
+    base: int  # the base model's files that are not here yet
+    training: int  # the initial adapter, two snapshots, the finished adapter, and a margin
+    free: int
+
+    @property
+    def needed(self) -> int:
+        return self.base + self.training
+
+    def require(self) -> None:
+        """Raises NotEnough when more is needed than there is."""
+        if self.needed > self.free:
+            raise NotEnough(
+                f"not enough room on the disk of {self.folder}: this job still needs {self}",
+                hint=f"free {size(self.needed - self.free)} there, or give --state FOLDER on another disk"
+                + (", or --model FOLDER if the base model is on this machine" if self.base else ""),
+            )
+
+    def __str__(self) -> str:
+        parts = f" ({size(self.base)} of them for the base model)" if self.base else ""
+        return f"{size(self.needed)}{parts}, and {size(self.free)} are free"
+
+
+def room(job: pb.Job, state: Path, model: Path | None) -> Room:
+    """What a job still needs on the disk of the state folder, by what is there already. Nothing once it is trained.
+
+    The snapshots are two because a new one is written beside the old one. `model` is the base model's folder, if the
+    person has it.
+    """
+    box = outbox.outbox(state, job)
+    free = shutil.disk_usage(existing(state)).free
+    if box.trained() is not None:
+        return Room(state, 0, 0, free)
+    folder = outbox.model_folder(state, job)
+    base = 0 if model else sum(_missing(local_path(folder, artifact), artifact) for artifact in job.base_files)
+    snapshots = 2 * snapshot_bytes(job) - _allocated(box.snapshot)
+    finished = finished_bytes(job) - _allocated(files.reserved(box.adapter))
+    training = _missing(box.initial, job.initial) + max(snapshots, 0) + max(finished, 0) + MARGIN_BYTES
+    return Room(state, base, training, free)
+
+
+def keep_room(job: pb.Job, box: Outbox) -> None:
+    """Take room for the finished adapter now, so that hours of training never end at a disk that has filled up.
+
+    Raises:
+        NotEnough: there is none.
+    """
+    files.reserve(box.adapter, finished_bytes(job))
+    files.reserve(box.record, _RECORD_BYTES)
+
+
+_RECORD_BYTES = 4096
+
+
+def snapshot_bytes(job: pb.Job) -> int:
+    """Size of a snapshot: the factors that are trained and two moments of each, in float32."""
+    return 3 * 4 * elements(job) + _header_bytes(job, 6)
+
+
+def finished_bytes(job: pb.Job) -> int:
+    """Size of the finished adapter, in the dtype that it travels in; a little more, never less."""
+    return sent_bytes(job) + _header_bytes(job, 2)
+
+
+def sent_bytes(job: pb.Job) -> int:
+    """Size of the finished adapter without its header."""
+    return adapter.WIRE_DTYPES[job.spec.upload.dtype].itemsize * elements(job)
+
+
+def elements(job: pb.Job) -> int:
+    """Numbers that are trained and sent: of A (r, in), unless it is frozen, and B (out, r) of every module."""
+    return job.spec.lora.rank * sum(
+        module.out_features + (0 if job.spec.lora.freeze_a else module.in_features) for module in job.modules
+    )
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+
+
+def size(count: int) -> str:
+    """Bytes for a person: `2.1 GB`."""
+    for unit, bytes_ in (("GB", 10**9), ("MB", 10**6)):
+        if abs(count) >= bytes_:
+            return f"{count / bytes_:.1f} {unit}"
+    return f"{count / 1000:.0f} kB"
+
+
+def _header_bytes(job: pb.Job, tensors_each: int) -> int:
+    """At most what safetensors needs to name the tensors."""
+    return 16_384 + sum(tensors_each * (len(module.name) + 160) for module in job.modules)
+
+
+def _missing(file: Path, artifact: pb.Artifact) -> int:
+    """Bytes of an artifact that are not here yet."""
+    return 0 if file.is_file() else max(artifact.size - _allocated(partial_path(file, artifact)), 0)
+
+
+def _allocated(file: Path) -> int:
+    """Bytes that a file takes on the disk; 0 if it is not there."""
+    return file.stat().st_blocks * 512 if file.exists() else 0

@@ -1,0 +1,165 @@
+"""How much memory training will take, from what is known before it starts: an estimate, to warn by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from converters import checkpoint
+from converters.settings import Settings
+from edge_client.backends import Backend
+from edge_client.preflight import disk
+from edge_client.training.recipe import EXACT, LOGITS_AT_ONCE, Setup
+from oneround.errors import BadModel
+from oneround.v1 import federation_pb2 as pb
+
+_FLOAT = 4  # bytes
+_WIDTH = {"float32": 4, "bfloat16": 2}
+_SCALES = 0.5  # bits that the scales of a quantised base take for each weight
+_RUNTIME_BYTES = 64 << 20  # threads, libraries that are loaded late
+
+# Peak memory over what the tensors alone would take: temporaries, and freed blocks that are not given back. PyTorch
+# on a CPU leaves that to malloc, which fragments; MLX pools its blocks.
+_OVERHEAD = {"torch": 1.75, "mlx": 1.25}
+_ON_THIS_MEMORY = ("cpu", "mps", "metal")  # devices that share the machine's memory
+_KEEPS_ATTENTION = frozenset({"mlx"})  # (heads, T, T) for the backward pass, by what was measured
+
+
+@dataclass(frozen=True)
+class Model:
+    """What of a base model its need of memory follows from; widths in features."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    head_dim: int
+    kv_heads: int
+    vocabulary: int
+
+
+def model(config: Settings, parameters: int) -> Model:
+    """From a config.json.
+
+    Raises:
+        BadModel: it does not say, as those of some families do not.
+    """
+    hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    return Model(
+        parameters=parameters,
+        layers=config.integer("num_hidden_layers"),
+        hidden=hidden,
+        intermediate=config.integer("intermediate_size"),
+        heads=heads,
+        head_dim=config.integer("head_dim", max(hidden // heads, 1)),
+        kv_heads=config.integer("num_key_value_heads", heads),
+        vocabulary=config.integer("vocab_size"),
+    )
+
+
+def parameters(folder: Path) -> int:
+    """Of the model in a folder, from the headers of its files.
+
+    Raises:
+        BadModel: its weights are missing or not sound.
+    """
+    return sum(int(tensor.size) for tensor in checkpoint.weights(folder).values())
+
+
+def parameters_announced(files: Sequence[pb.Artifact], config: Settings) -> int:
+    """Of a base whose files are not here yet, from their sizes and the type that its config.json names."""
+    kind = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    weights = sum(file.size for file in files if file.name.endswith(".safetensors"))
+    return weights // (4 if kind == "float32" else 2)
+
+
+def memory_needed(
+    base: Model,
+    job: pb.Job,
+    *,
+    backend: str = "torch",
+    longest: int | None = None,
+    setup: Setup = EXACT,
+) -> int:
+    """Bytes that training a job takes over what the process has with its framework loaded.
+
+    `longest` is the longest example in tokens, the job's max_seq_len if not given.
+
+    The base, once; the adapter seven times (factors, gradients, two moments, and a snapshot of three); and for the
+    longest part of a batch what the backward pass needs. For each token in each layer these are: two residuals and two
+    normed inputs, queries and the attention's output, keys and values, gate, up, their product and the activation, and
+    the rank of every adapter; with dropout also every adapter's input again and a mask; with checkpointing the layer's
+    input, and all of it for one layer at a time. Then the logits, their logarithm and its gradient, of a chunk or of
+    all tokens. Times what was measured for the framework; see _OVERHEAD.
+
+    Held against the peak of a child process on Linux x86-64 CPUs (PyTorch 2.13, MLX 0.32), for random Llamas of 0.1M to
+    113M parameters, batches of 1 × 64 to 8 × 512 tokens: MLX in float32 0.9 to 1.35 times what was measured from 0.3 GB
+    on; PyTorch (5M and 28M parameters, no dropout) in float32 and bfloat16, whole and in parts, about 1.0 to 1.4 times,
+    with checkpointing 0.8. One run each; no GPU.
+    """
+    spec = job.spec
+    length = min(longest or spec.train.max_seq_len, spec.train.max_seq_len)
+    width = _WIDTH[setup.precision]
+    examples = math.ceil(spec.train.batch_size / setup.parts)
+    tokens = examples * (spec.train.max_seq_len if spec.train.packing else length)
+    queries, keys = base.heads * base.head_dim, base.kv_heads * base.head_dim
+    each = 4 * base.hidden + 2 * queries + 2 * keys + 4 * base.intermediate
+    if backend in _KEEPS_ATTENTION:
+        each += base.heads * length
+    adapters = spec.lora.rank * len(job.modules)
+    if spec.lora.dropout:
+        adapters += sum(module.in_features for module in job.modules) * 5 // 4
+    kept = (
+        base.hidden * base.layers + each + adapters // base.layers
+        if setup.checkpointing
+        else base.layers * each + adapters
+    )
+    activations = width * tokens * kept
+    chunk = max(1, LOGITS_AT_ONCE // base.vocabulary) if backend == "torch" else tokens
+    logits = 3 * _FLOAT * base.vocabulary * min(chunk, tokens)
+    rounded = sum(module.out_features * module.in_features for module in job.modules) if setup.bits else 0
+    weights = (base.parameters - rounded) * width + rounded * (setup.bits + _SCALES) / 8
+    held = weights + 7 * _FLOAT * disk.elements(job)
+    return int(_RUNTIME_BYTES + held + _OVERHEAD.get(backend, max(_OVERHEAD.values())) * (activations + logits))
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Bytes that training is expected to take, and that are free now; None where the device has memory of its own."""
+
+    needed: int
+    available: int | None
+    setup: Setup = EXACT
+
+    @property
+    def short(self) -> bool:
+        return self.available is not None and self.needed > self.available
+
+
+def outlook(
+    folder: Path, job: pb.Job, backend: Backend, longest: int | None = None, setup: Setup = EXACT
+) -> Outlook | None:
+    """What training over the base in a folder will take here, with the first setup that fits, from the given one on; or
+    with the smallest, if none does. None when the base's config.json does not say enough.
+
+    Where the folder has no weights yet, their announced sizes count.
+    """
+    try:
+        config = checkpoint.config(folder)
+        here = any(folder.glob("*.safetensors"))
+        count = parameters(folder) if here else parameters_announced(job.base_files, config)
+        base = model(config, count)
+    except BadModel:
+        return None
+    available = psutil.virtual_memory().available if backend.device().startswith(_ON_THIS_MEMORY) else None
+    while True:
+        needed = memory_needed(base, job, backend=backend.name, longest=longest, setup=setup)
+        smaller = setup.smaller(job.spec.train.batch_size)
+        if available is None or needed <= available or smaller is None:
+            return Outlook(needed, available, setup)
+        setup = smaller

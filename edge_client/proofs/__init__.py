@@ -1,0 +1,1 @@
+"""Signed receipts and manifests, and whose keys signed them."""

@@ -1,0 +1,102 @@
+"""Whose key signed something: the keys that this machine knows, and what strangers' files say of theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from google.protobuf import json_format
+from google.protobuf.message import Message
+
+from edge_client.connection.identity import Pins
+from oneround import statements, tls
+from oneround.errors import BadData, UsageError
+from oneround.v1 import federation_pb2 as pb
+
+Keys = Mapping[str, Collection[str]]  # fingerprints, by whose they are
+
+
+def known(pins: Pins) -> Keys:
+    """The keys that this machine has pinned, by the address of their coordinator, with those that they followed."""
+    return {address: {pin.fingerprint, *pin.earlier} for address, pin in pins.known().items()}
+
+
+def connected(pins: Pins, certificate: bytes) -> Collection[str]:
+    """The keys of a coordinator that shows a certificate (PEM): its own, and those that it follows."""
+    shown = tls.fingerprint(certificate)
+    return {shown, *tls.earlier(certificate), *pins.earlier(shown)}
+
+
+def trusted(pins: Pins, fingerprint: str) -> Keys:
+    """The one key that a person names, or else all that are pinned.
+
+    Raises:
+        UsageError: this is no fingerprint.
+    """
+    if not fingerprint:
+        return {f"the coordinator at {address}": prints for address, prints in known(pins).items()}
+    digits = tls.ungrouped(fingerprint)
+    if not digits:
+        raise UsageError(
+            f"{fingerprint!r} is no key's fingerprint, which has 64 hex digits",
+            hint="copy it from what `coordinator serve` prints, and put it in quotation marks",
+        )
+    return {"the given key": {digits}}
+
+
+def whose(fingerprint: str, keys: Keys, what: str) -> list[str]:
+    """Whose a key is.
+
+    Raises:
+        BadData: it is none of these.
+    """
+    found = [name for name, prints in keys.items() if fingerprint in prints]
+    if not found:
+        which = (
+            "another key than the given one" if "the given key" in keys else "a key that this machine has not pinned"
+        )
+        raise BadData(
+            f"{what} is signed by {which}: {tls.grouped(fingerprint)}",
+            hint="ask who runs the coordinator for its fingerprint, and give that with --fingerprint",
+        )
+    return found
+
+
+def signer(signature: pb.Signature, said: bytes, what: str) -> str:
+    """The fingerprint of the key that signed a statement.
+
+    Raises:
+        BadData: none did.
+    """
+    fingerprint = statements.signer(signature, said)
+    if not fingerprint:
+        raise BadData(f"the signature does not fit {what}: one of the two was changed, or is of something else")
+    return fingerprint
+
+
+def parse(text: bytes, record: Message, what: str) -> None:
+    """Read a record of ours from a stranger's JSON.
+
+    Raises:
+        BadData: it is none.
+    """
+    try:
+        json_format.Parse(text, record)
+    except (json_format.ParseError, ValueError, RecursionError) as error:
+        raise BadData(f"{what} is none: {str(error).splitlines()[0][:200]}") from error
+
+
+def bytes_of(file: Path, at_most: int) -> bytes:
+    """A stranger's file.
+
+    Raises:
+        BadData: it is not there, no file, or larger than so many bytes.
+    """
+    try:
+        with file.open("rb") as opened:
+            found = opened.read(at_most + 1)
+    except OSError as error:
+        raise BadData(f"{file} cannot be read: {error.strerror}") from error
+    if len(found) > at_most:
+        raise BadData(f"{file} has more than {at_most:,} bytes, and is no such file")
+    return found

@@ -1,0 +1,1 @@
+"""Published models on this machine: pulled, chosen, evaluated, run and served."""

@@ -1,0 +1,1 @@
+"""One training recipe for every backend, and the snapshot to resume from."""

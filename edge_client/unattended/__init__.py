@@ -1,0 +1,1 @@
+"""Taking part without a person: watching for jobs, and the system's service."""
