@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from converters.inspection import Inspection, Module
-from oneround.command import printable
+from oneround.text import human_size, printable
 
 _MOST_LINES = 12
 _MOST_ITEMS = 4
@@ -23,7 +23,7 @@ def converted(said: Mapping[str, Any]) -> Text:
     padded = f"\nmlx-lm has one rank: lower ones were filled up with zeros to {said['padded_to']}, which changes no ΔW."
     return _text(
         f"Wrote {said['path']}: {_count(said['modules'], 'module')} of rank {_spread(said['ranks'])},"
-        f" {size(said['bytes'])}, from {said['from']} to {said['to']}."
+        f" {human_size(said['bytes'])}, from {said['from']} to {said['to']}."
         f"{padded if said['padded_to'] else ''}\nNext:  {said['next']}"
     )
 
@@ -50,22 +50,13 @@ def inspected(said: Inspection) -> RenderableType:
     return Group(*parts)
 
 
-def size(count: float) -> str:
-    """Bytes as people say them, in powers of ten."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
-
-
 def _headline(said: Inspection) -> str:
     names = {"canonical": "the common layout", "peft": "PEFT", "mlx": "mlx-lm", "gguf": "GGUF"}
     known = ""
     if said.modules:
         ranks = _spread({module.rank for module in said.modules})
         known = f"{_count(len(said.modules), 'module')} of rank {ranks}, "
-    return f"{said.path}: an adapter in {names[said.format]}, {known}{size(said.size)}"
+    return f"{said.path}: an adapter in {names[said.format]}, {known}{human_size(said.size)}"
 
 
 def _kinds(modules: Iterable[Module]) -> Table:

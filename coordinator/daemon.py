@@ -32,10 +32,10 @@ from coordinator.storage.people import People
 from coordinator.storage.publications import version_folder
 from coordinator.storage.schema import Client, Contribution
 from coordinator.storage.store import Store
-from coordinator.text import printable
 from coordinator.uploads.service import Uploads
 from oneround import signing
 from oneround.errors import BadModel, Conflict, Denied, NotFound, OneroundError, Refused, UsageError
+from oneround.text import label
 from oneround.v1 import federation_pb2 as pb
 
 TICK = 0.5  # seconds between looks at the clock
@@ -193,7 +193,7 @@ class Daemon:
         spec = await offload(republishing.check, spec, self._store, self._blobs)
         before = await offload(self._store.round, request.job)
         request.aggregate.CopyFrom(spec.aggregate)
-        request.reason = printable(request.reason, 500) or "asked for by the operator"
+        request.reason = label(request.reason, 500) or "asked for by the operator"
         after = await self._advance(request.job, rounds.PublishByHand(request.reason), request)
         if after.state is not State.PUBLISHING or before.state is State.PUBLISHING:
             why = "has no contribution that takes part" if not before.admitted else f"is {before.state}"
@@ -210,7 +210,7 @@ class Daemon:
         if request.decision not in decisions:
             raise UsageError("no decision is given")
         client = _named(request.client, await offload(self._store.clients, request.job))
-        decision, why = decisions[request.decision], printable(request.why, 500)
+        decision, why = decisions[request.decision], label(request.why, 500)
         kept = await offload(self._store.judge, request.job, client.client_id, decision, why)
         log.info("judged", job=request.job, client=client.name, decision=decision, why=why)
         self.leases.judged(kept)
@@ -239,11 +239,11 @@ class Daemon:
                 hint=f"edge-client pull {name}",
             )
         machine = pb.Machine(
-            platform=printable(request.machine.platform),
-            backend=printable(request.machine.backend),
-            device=printable(request.machine.device),
+            platform=label(request.machine.platform),
+            backend=label(request.machine.backend),
+            device=label(request.machine.device),
         )
-        known_as = printable(request.client_name) or public_id(client_id)
+        known_as = label(request.client_name) or public_id(client_id)
         row = Client.joining(name, client_id, known_as, machine, self._clock())
         client = await offload(self._store.join, row)
         self.leases.heard(self.leases.hold(client, given))

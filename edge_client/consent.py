@@ -16,8 +16,9 @@ from pathlib import Path
 from edge_client.outbox import Outbox
 from edge_client.preflight import disk
 from edge_client.ui.screen import Screen
-from oneround import rules, stream, tls
+from oneround import rules, tls
 from oneround.errors import NotFound, Refused, UsageError
+from oneround.text import human_size, one_line
 from oneround.v1 import federation_pb2 as pb
 
 # All of it: a test holds these against every field of the protocol's messages, and against the adapter's file.
@@ -62,14 +63,14 @@ def meant(jobs: Sequence[pb.JobStatus], name: str) -> pb.JobStatus:
     if name:
         found = next((job for job in jobs if job.spec.name == name), None)
         if found is None:
-            there = stream.one_line(", ".join(job.spec.name for job in jobs))
+            there = one_line(", ".join(job.spec.name for job in jobs))
             raise NotFound(f"there is no job {name!r} here", hint=f"--job with one of: {there}" if there else "")
         return found
     taking = {job.spec.name: job for job in jobs if job.takes_contributions}
     if not taking:
         raise Refused("no job is open here", hint="coordinator submit JOB.toml, on the coordinator's machine")
     if len(taking) > 1:
-        names = stream.one_line(", ".join(sorted(taking)))
+        names = one_line(", ".join(sorted(taking)))
         raise Refused(f"several jobs are open here: {names}", hint="edge-client join --job, with one of them")
     return next(iter(taking.values()))
 
@@ -92,7 +93,7 @@ def terms(job: pb.Job, request: pb.JoinRequest, key: str) -> Terms:
 def asks(job: pb.Job, machine: pb.Machine, state: Path, model: Path | None) -> dict[str, str]:
     """What a job asks of this machine, in words: the base and where it comes from, what is trained, and the disk."""
     spec, room = job.spec, disk.room(job, state, model)
-    where = f"yours, in {model}" if model else f"{disk.size(room.base)} of it from the coordinator"
+    where = f"yours, in {model}" if model else f"{human_size(room.base)} of it from the coordinator"
     train, start = spec.train, spec.lora.start_from
     going_on = f", going on from {start if rules.is_job_name(start) else 'an earlier adapter'}" if start else ""
     return {
@@ -100,7 +101,7 @@ def asks(job: pb.Job, machine: pb.Machine, state: Path, model: Path | None) -> d
         "trains": f"LoRA of rank {spec.lora.rank} on {len(job.modules)} modules, with {machine.backend} on "
         f"{machine.device}: {train.epochs:g} epochs in batches of {train.batch_size} × {train.max_seq_len} tokens"
         f"{going_on}",
-        "takes": f"{disk.size(room.needed)} of the disk of {state}; how long, the bar says as soon as training begins",
+        "takes": f"{human_size(room.needed)} of the disk of {state}; how long, the bar says as soon as training begins",
     }
 
 

@@ -31,6 +31,7 @@ from edge_client.training.snapshot import Snapshot
 from edge_client.ui.screen import Screen
 from oneround import signing, stream, tls
 from oneround.errors import BadData, NotEnough, OneroundError, Refused, Unreachable
+from oneround.text import one_line
 from oneround.v1 import federation_pb2 as pb
 
 HEARTBEAT_SECONDS = 2.0
@@ -164,7 +165,7 @@ class Pulse:
                 pause = min(max(HEARTBEAT_SECONDS, answer.next_seconds), retry.LONGEST_PAUSE)
                 waits, misses = retry.pauses(), 0
                 if answer.directive == pb.DIRECTIVE_STOP:
-                    self.stop = stream.one_line(answer.reason) or "it gives no reason"
+                    self.stop = one_line(answer.reason) or "it gives no reason"
             except Unreachable:
                 pause, misses = max(HEARTBEAT_SECONDS, next(waits)), misses + 1
                 if misses >= retry.LOST_AFTER and await remote.find_again(place):
@@ -386,9 +387,7 @@ async def _verdict(remote: Remote, lease: str) -> pb.Judgement:
 def _judged(receipt: pb.Receipt, judgement: pb.Judgement, screen: Screen) -> pb.Receipt:
     """Raises Refused when the contribution takes no part."""
     if judgement.verdict == pb.VERDICT_QUARANTINED:
-        raise Refused(
-            f"the contribution is stored, but takes no part in the average: {stream.one_line(judgement.reason)}"
-        )
+        raise Refused(f"the contribution is stored, but takes no part in the average: {one_line(judgement.reason)}")
     if judgement.verdict in (pb.VERDICT_UNSPECIFIED, pb.VERDICT_PENDING):
         screen.say("pending", job=receipt.job)
     screen.say("done", job=receipt.job)

@@ -15,9 +15,9 @@ from coordinator.auth.sessions import SCHEME, SESSION_SECONDS, Sessions
 from coordinator.jobs.leases import public_id
 from coordinator.storage.people import EVERY, People
 from coordinator.storage.schema import Person, Token
-from coordinator.text import printable
 from oneround import lan
 from oneround.errors import Denied, NotFound, NotSignedIn, Refused, UsageError
+from oneround.text import label
 from oneround.v1 import federation_pb2 as pb
 
 LONGEST_TOKEN_SECONDS = 366 * 86400.0
@@ -129,7 +129,7 @@ class Doors:
         if standing == "out":
             raise self._hidden(job)
         if standing == "may ask":
-            name = printable(name) or public_id(caller.client_id)
+            name = label(name) or public_id(caller.client_id)
             await offload(self._people.asks, caller.client_id, job, name, self._clock())
             log.info("asks_to_join", job=job, client=name, id=public_id(caller.client_id))
             return False
@@ -138,7 +138,7 @@ class Doors:
     async def joined(self, caller: Caller, job: str, name: str) -> None:
         """A client takes part in a job; it stays in when it goes on from another network."""
         passes = await self._passes(caller)
-        name = printable(name) or public_id(caller.client_id)
+        name = label(name) or public_id(caller.client_id)
         if job not in passes and self._standing(caller, job, passes) == "in":  # the operator may have refused it since
             how = "every job" if EVERY in passes else "open"
             await offload(self._people.lets_in, caller.client_id, job, name, how, self._clock())
@@ -169,7 +169,7 @@ class Doors:
             self._who(request.job)
         if not 1 <= request.holds_seconds <= LONGEST_TOKEN_SECONDS:
             raise UsageError("a token holds from a second to 366 days")
-        now, note = self._clock(), printable(request.note, 200)
+        now, note = self._clock(), label(request.note, 200)
         expires = now + request.holds_seconds
         made, secret = await offload(self._people.create_token, request.job, expires, request.uses, note, now)
         log.info("token_created", token=made.id, job=request.job, uses=request.uses, note=note)
@@ -212,7 +212,7 @@ class Doors:
         if request.job:
             self._who(request.job)
         person = _named(request.client, [person for person, _ in await offload(self._people.known)])
-        why = printable(request.why, 500)
+        why = label(request.why, 500)
         await offload(self._people.settle, person.client_id, request.job, request.settlement, why, self._clock())
         self._banned = await offload(self._people.banned)
         decision = pb.Settlement.Name(request.settlement).removeprefix("SETTLEMENT_").lower()

@@ -34,6 +34,7 @@ from coordinator.rpc import server, transport
 from coordinator.storage import backup as backups
 from oneround import command, lan, tls
 from oneround.errors import NotEnough, Unreachable, UsageError
+from oneround.text import human_size
 from oneround.v1 import federation_pb2 as pb
 
 app = typer.Typer(
@@ -313,7 +314,7 @@ def backup(
     """Copy everything that is known to a folder, while the daemon runs. Keep it as safe as the daemon's own."""
     done = backups.backup(state.resolve(), folder, database, blobs)
     out.print(
-        f"Backed up {done.jobs} jobs, {done.files} new files, {tables.size(done.bytes)}, to {folder}.", markup=False
+        f"Backed up {done.jobs} jobs, {done.files} new files, {human_size(done.bytes)}, to {folder}.", markup=False
     )
 
 
@@ -326,7 +327,7 @@ def restore(
 ) -> None:
     """Bring a backup back, into a state folder that is empty; every contribution's digest is checked."""
     done = backups.restore(folder, state, database, blobs)
-    out.print(f"Restored {done.jobs} jobs, {done.files} files, {tables.size(done.bytes)}.", markup=False)
+    out.print(f"Restored {done.jobs} jobs, {done.files} files, {human_size(done.bytes)}.", markup=False)
     out.print(f"Start it:  coordinator serve --state {state}", markup=False)
 
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator import aggregate
+from oneround.text import human_size
 from oneround.v1 import federation_pb2 as pb
 
 
@@ -72,7 +73,7 @@ def job(status: pb.JobStatus) -> RenderableType:
         parts.append(Text(f"Published v{publication.version}: {how} ({publication.reason})"))
         parts.append(Text(f"  in {publication.folder}"))
         if publication == status.publications[-1]:
-            parts.extend(Text(f"  {file.name}  {size(file.size)}") for file in publication.artifacts)
+            parts.extend(Text(f"  {file.name}  {human_size(file.size)}") for file in publication.artifacts)
         parts.extend(
             Text(f"  {file.name} is withheld, in {publication.folder}.withheld: {file.reason}")
             for file in publication.withheld
@@ -85,16 +86,6 @@ def start(taken: pb.Start, spec: pb.JobSpec) -> str:
     if taken.job:
         return f"version {taken.version} of {taken.job} (manifest {taken.digest})"
     return f"{spec.lora.start_from} (adapter {taken.digest})"
-
-
-def size(count: int) -> str:
-    """Bytes as people say them, in powers of ten."""
-    scaled = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if scaled < 1000:
-            return f"{scaled:.0f} {unit}" if unit == "B" else f"{scaled:.1f} {unit}"
-        scaled /= 1000
-    return f"{scaled:.1f} TB"
 
 
 def reachable_host(address: str) -> str:
@@ -118,7 +109,7 @@ def _clients(clients: Sequence[pb.ClientStatus]) -> Table:
             f"{client.loss:.3f}" if client.total_steps else "",
             f"{client.tokens_per_second:.0f}" if client.total_steps else "",
             str(given.declaration.num_examples) if given else "",
-            size(given.declaration.size) if given else "",
+            human_size(given.declaration.size) if given else "",
             escape(verdict(given)) if given else "",
         )
     return table

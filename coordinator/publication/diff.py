@@ -17,8 +17,8 @@ from converters import peft, settings
 from converters.settings import Settings
 from coordinator.aggregate import METHODS
 from coordinator.aggregate.gram import inner, pieces
-from coordinator.cli.tables import size
 from oneround.errors import BadModel, LayoutMismatch
+from oneround.text import human_size
 
 _MOST_CHANGED = 5
 _ROUNDING = 1e-7  # relative; what the difference of two equal updates may come to in float64
@@ -196,7 +196,7 @@ def _client(one: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _file(name: str, one: Mapping[str, Any]) -> tuple[str, ...]:
     judged = [_both(one[key], _short) if key in one else "" for key in _OF_FILES]
-    return name, _both(one["size"], size), *judged
+    return name, _both(one["size"], human_size), *judged
 
 
 def _moved(found: Mapping[str, Any]) -> str:

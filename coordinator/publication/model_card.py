@@ -13,11 +13,11 @@ from huggingface_hub import ModelCardData
 
 from converters.gguf import file as gguf_file
 from coordinator import aggregate
-from coordinator.cli.tables import size
 from coordinator.jobs import spec as jobs
 from coordinator.publication import modelfile
 from coordinator.publication.verify import Checked
 from oneround import files
+from oneround.text import human_size
 from oneround.v1 import federation_pb2 as pb
 
 _LOCAL = "BASE"  # for a base that has no name but a path on the coordinator's machine
@@ -83,7 +83,7 @@ def _card(folder: Path, facts: Facts, smallest: str) -> str:
 def _files(folder: Path, facts: Facts) -> str:
     merged = facts.checked.verdicts
     rows = [
-        *((name, f"base + adapter in one file, {size((folder / name).stat().st_size)}") for name in merged),
+        *((name, f"base + adapter in one file, {human_size((folder / name).stat().st_size)}") for name in merged),
         ("adapter.gguf", "the adapter for llama.cpp, to be loaded beside a GGUF of the base"),
         ("peft/", "the adapter for PEFT and transformers"),
         ("mlx/", "the adapter for mlx-lm"),

@@ -26,8 +26,9 @@ from edge_client.connection.target import ANY, Way, reaching
 from edge_client.doctor import run as examination
 from edge_client.doctor.finding import Case
 from edge_client.ui.screen import Screen
-from oneround import command, stream, tls
+from oneround import command, tls
 from oneround.errors import BadData, Refused, Unreachable, UsageError
+from oneround.text import one_line
 from oneround.v1 import federation_pb2 as pb
 
 app = typer.Typer(
@@ -274,7 +275,7 @@ async def _until_published(remote: Remote, job: str, screen: Screen) -> None:
             screen.say("published", job=job, version=status.publications[-1].version)
             return
         if status.state in (pb.STATE_EXPIRED, pb.STATE_FAILED, pb.STATE_CANCELLED):
-            raise Refused(f"nothing will be published: {stream.one_line(status.reason)}")
+            raise Refused(f"nothing will be published: {one_line(status.reason)}")
         if state != shown:
             screen.say("waiting", state=state)
             shown = state

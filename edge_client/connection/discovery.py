@@ -12,10 +12,10 @@ from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZerocon
 
 from oneround import lan
 from oneround.errors import NotEnough, Unreachable, UsageError
+from oneround.text import label
 
 LOOK_SECONDS = 3.0
 _MOST = 64  # that are listed; anybody on the network can say anything
-_LONGEST_NAME = 64
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,7 @@ def read(info: AsyncServiceInfo) -> Found | None:
     if not fingerprint or not addresses or not 0 < port < 65536:
         return None
     name = info.name.removesuffix(f".{info.type}")
-    plain = "".join(letter for letter in name if letter.isprintable())[:_LONGEST_NAME]
-    return Found(plain, addresses, fingerprint)
+    return Found(label(name), addresses, fingerprint)
 
 
 def only(found: Sequence[Found]) -> Found:

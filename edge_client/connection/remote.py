@@ -19,6 +19,7 @@ from edge_client.connection import identity, tls_probe, trust
 from edge_client.connection.identity import Me, Pins
 from oneround import files, rules, signing, stream, tls
 from oneround.errors import BadData, Refused, Unreachable, from_status
+from oneround.text import one_line
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
 
@@ -256,10 +257,10 @@ class Remote:
                     f"the session with the coordinator at {self.server} is over", hint="run the same command again"
                 ) from error
             if error.code() in passing:
-                said = stream.one_line(error.details() or "")
+                said = one_line(error.details() or "")
                 raise Unreachable(f"the coordinator at {self.server} has a trouble: {said}") from error
             hint: Any = dict(error.trailing_metadata() or ()).get("hint-bin", b"")
-            said, try_next = stream.one_line(error.details() or ""), stream.one_line(hint.decode(errors="replace"))
+            said, try_next = one_line(error.details() or ""), one_line(hint.decode(errors="replace"))
             raise from_status(error.code().name, said, try_next) from error
 
 

@@ -24,6 +24,7 @@ from edge_client.training.recipe import Setup
 from edge_client.ui.screen import Screen
 from oneround import tls
 from oneround.errors import BadData, NotEnough, OneroundError, Refused, UsageError
+from oneround.text import human_size
 from oneround.v1 import federation_pb2 as pb
 
 SKEW_NOTED, SKEW_STOPS = 60.0, 3600.0  # seconds
@@ -168,7 +169,7 @@ async def base(case: Case) -> Finding | None:
     for artifact in case.job.base_files:
         if not artifact.name.endswith(".safetensors") and artifact.size <= SMALL_BYTES:
             await case.remote.download(case.job.spec.name, artifact, local_path(case.base, artifact), lambda _: None)
-    return ok("base model", f"{called}: {disk.size(missing)} will come from the coordinator")
+    return ok("base model", f"{called}: {human_size(missing)} will come from the coordinator")
 
 
 async def data(case: Case) -> Finding | None:
@@ -214,8 +215,8 @@ async def room(case: Case) -> Finding:
         return ok("disk", f"this job still needs {needed}, in {case.state}" if needed.needed else "nothing is needed")
     free = shutil.disk_usage(above).free
     if free < LITTLE_BYTES:
-        return note("disk", f"only {disk.size(free)} are free in {case.state}", "make room, or give --state FOLDER")
-    return ok("disk", f"{disk.size(free)} are free in {case.state}; how much is needed, a job will say")
+        return note("disk", f"only {human_size(free)} are free in {case.state}", "make room, or give --state FOLDER")
+    return ok("disk", f"{human_size(free)} are free in {case.state}; how much is needed, a job will say")
 
 
 async def memory(case: Case) -> Finding | None:
@@ -229,15 +230,15 @@ def outlook(expected: footprint.Outlook | None, job: pb.Job) -> Finding:
     """Whether training fits into memory, by an estimate that is rather too high."""
     if expected is None:
         return ok("memory", "how much this model needs cannot be told from its config.json")
-    needed = f"training may take about {disk.size(expected.needed)}"
+    needed = f"training may take about {human_size(expected.needed)}"
     if expected.available is None:
         return ok("memory", f"{needed} of the device's own")
     if expected.short:
         return note(
             "memory",
-            f"{needed}, and {disk.size(expected.available)} are free",
+            f"{needed}, and {human_size(expected.available)} are free",
             "close other programs; or ask the operator for a smaller train.batch_size "
             f"({job.spec.train.batch_size}) or train.max_seq_len ({job.spec.train.max_seq_len})",
         )
     parts = f" (a batch in {expected.setup.parts} parts)" if expected.setup.parts > 1 else ""
-    return ok("memory", f"{needed}{parts}, and {disk.size(expected.available)} are free")
+    return ok("memory", f"{needed}{parts}, and {human_size(expected.available)} are free")

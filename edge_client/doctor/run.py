@@ -10,8 +10,8 @@ from rich.console import Console
 from edge_client.doctor import job_checks, machine_checks
 from edge_client.doctor.finding import Case, Check, Finding, problem
 from edge_client.ui.screen import Screen
-from oneround.command import printable
 from oneround.errors import NotEnough, OneroundError
+from oneround.text import printable
 
 # In this order: the later ones build on what the earlier ones found.
 CHECKS: dict[str, Check] = {

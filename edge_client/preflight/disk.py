@@ -12,6 +12,7 @@ from edge_client.connection.remote import local_path, partial_path
 from edge_client.outbox import Outbox
 from oneround import files
 from oneround.errors import NotEnough
+from oneround.text import human_size
 from oneround.v1 import federation_pb2 as pb
 
 MARGIN_BYTES = 64 << 20  # for records, file systems' own needs, and what else goes on
@@ -35,13 +36,13 @@ class Room:
         if self.needed > self.free:
             raise NotEnough(
                 f"not enough room on the disk of {self.folder}: this job still needs {self}",
-                hint=f"free {size(self.needed - self.free)} there, or give --state FOLDER on another disk"
+                hint=f"free {human_size(self.needed - self.free)} there, or give --state FOLDER on another disk"
                 + (", or --model FOLDER if the base model is on this machine" if self.base else ""),
             )
 
     def __str__(self) -> str:
-        parts = f" ({size(self.base)} of them for the base model)" if self.base else ""
-        return f"{size(self.needed)}{parts}, and {size(self.free)} are free"
+        parts = f" ({human_size(self.base)} of them for the base model)" if self.base else ""
+        return f"{human_size(self.needed)}{parts}, and {human_size(self.free)} are free"
 
 
 def room(job: pb.Job, state: Path, model: Path | None) -> Room:
@@ -100,14 +101,6 @@ def elements(job: pb.Job) -> int:
 def existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there."""
     return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-
-
-def size(count: int) -> str:
-    """Bytes for a person: `2.1 GB`."""
-    for unit, bytes_ in (("GB", 10**9), ("MB", 10**6)):
-        if abs(count) >= bytes_:
-            return f"{count / bytes_:.1f} {unit}"
-    return f"{count / 1000:.0f} kB"
 
 
 def _header_bytes(job: pb.Job, tensors_each: int) -> int:

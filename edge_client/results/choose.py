@@ -94,8 +94,3 @@ def choose(merged: Sequence[pb.Artifact], memory: Memory) -> Choice:
 def merged(artifacts: Sequence[pb.Artifact]) -> list[pb.Artifact]:
     """Those artifacts that are whole models."""
     return [one for one in artifacts if one.name.endswith(".gguf") and one.name != "adapter.gguf"]
-
-
-def size(count: int) -> str:
-    """Bytes as memory is sold: in GiB, called GB."""
-    return f"{count / 2**30:.1f} GB"

@@ -17,6 +17,7 @@ from edge_client.results import choose
 from edge_client.ui.screen import Screen
 from oneround import files, statements, stream, tls
 from oneround.errors import BadData, NotEnough, Refused, Unreachable, UsageError
+from oneround.text import human_memory, one_line
 from oneround.v1 import federation_pb2 as pb
 
 
@@ -32,7 +33,7 @@ def publication(status: pb.JobStatus, version: int) -> pb.Publication:
         state = pb.State.Name(status.state).removeprefix("STATE_").lower()
         raise Refused(
             f"{job} has published nothing yet; it is {state}"
-            + (f" ({stream.one_line(status.reason)})" if status.reason else "")
+            + (f" ({one_line(status.reason)})" if status.reason else "")
         )
     made = {each.version: each for each in status.publications}
     if version and version not in made:
@@ -61,14 +62,14 @@ def wanted(made: pb.Publication, artifact: str, screen: Screen) -> Sequence[pb.A
         "chosen",
         name=choice.artifact.name,
         reason=choice.reason,
-        needs=choose.size(choice.needs),
-        total=choose.size(choice.memory.total),
+        needs=human_memory(choice.needs),
+        total=human_memory(choice.memory.total),
         needs_bytes=choice.needs,
         total_bytes=choice.memory.total,
         fit=choice.fit,
     )
     if choice.fit is not choose.Fit.COMFORTABLE:
-        screen.say(choice.fit, available=choose.size(choice.memory.available))
+        screen.say(choice.fit, available=human_memory(choice.memory.available))
     return [choice.artifact]
 
 

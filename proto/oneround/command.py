@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from oneround.errors import NotEnough, OneroundError, UsageError
+from oneround.text import printable
 
 INTERRUPTED = 130
 
@@ -56,13 +57,6 @@ def fail(error: OneroundError) -> NoReturn:
         console.print("Try: ", style="dim", end="")
         console.print(printable(error.hint), markup=False)
     sys.exit(error.exit_code)
-
-
-def printable(text: str) -> str:
-    """Text without what a terminal would obey or cannot show: names in it come from files of others."""
-    return "".join(
-        letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in text
-    )
 
 
 @contextmanager

@@ -174,12 +174,6 @@ def are_apart(files: Sequence[pb.Artifact]) -> bool:
     return len({file.name.lower() for file in files}) == len(files)
 
 
-def one_line(text: str, most: int = 500) -> str:
-    """What a peer says, as part of a sentence of ours: on one line, of so many letters, none that a terminal obeys."""
-    plain = " ".join("".join(letter if letter.isprintable() else " " for letter in text[: 2 * most]).split())
-    return plain if len(plain) <= most else f"{plain[:most]} …"
-
-
 def fingerprint(files: Iterable[pb.Artifact]) -> str:
     """SHA-256 over files' names and digests, in hex: the same on every machine that holds the same files."""
     lines = sorted(f"{file.digest}  {file.name}\n" for file in files)

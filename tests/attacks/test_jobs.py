@@ -21,6 +21,7 @@ from edge_client.training.recipe import SCHEDULES
 from edge_client.ui.screen import Screen
 from oneround import rules, stream
 from oneround.errors import BadData, Refused, UsageError
+from oneround.text import human_size
 from oneround.v1 import federation_pb2 as pb
 from tests import commands, hostile, terminal
 from tests.edge_client.test_session import Quick, taker
@@ -264,7 +265,7 @@ def test_the_command_shows_what_a_job_asks_for_and_escapes_nothing(tmp_path: Pat
             size = sum(each.size for each in offered.base_files)
             for words in (
                 f"at {address}, key none, without TLS",
-                f"base org/model, {disk.size(size)} of it from the coordinator",
+                f"base org/model, {human_size(size)} of it from the coordinator",
                 "trains LoRA of rank 2 on 10 modules, with",
                 "1 epochs in batches of 2 × 32 tokens",
                 f"of the disk of {tmp_path / 'client'}",
