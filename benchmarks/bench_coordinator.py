@@ -231,8 +231,8 @@ async def _publishing(running: Daemon, work: Path) -> Found:
             await each.upload(lease, sent.declaration, sent.file, lambda _: None)
         stages, state, reason = await _stages(remote)
         used, elsewhere = running.cpu_seconds() - used, others.share()
-        for pulse in pulses:
-            pulse.cancel()
+        for heartbeat in pulses:
+            heartbeat.cancel()
         await asyncio.gather(*pulses, return_exceptions=True)
         for channel in channels:
             await channel.close()

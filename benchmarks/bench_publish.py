@@ -111,10 +111,10 @@ def merge(work: Path, clients: int = CLIENTS) -> None:
     from converters import adapter, architectures
     from converters.gguf import merge as gguf_merge
     from coordinator import aggregate
-    from coordinator.aggregate import Contribution
+    from coordinator.aggregate import ClientUpdate
 
     files = [work / f"client-{n % CLIENTS}.safetensors" for n in range(clients)]
-    mean = aggregate.aggregate([Contribution(adapter.read(file), 100) for file in files], "exact").adapter
+    mean = aggregate.aggregate([ClientUpdate(adapter.read(file), 100) for file in files], "exact").adapter
     base = architectures.describe(work / "base")
     gguf_merge.merge(work / "base.gguf", mean, work / "merged.gguf", "bf16", base)
 
@@ -123,10 +123,10 @@ def write_adapter(work: Path) -> None:
     from converters import adapter, architectures
     from converters.gguf import adapter as gguf_adapter
     from coordinator import aggregate
-    from coordinator.aggregate import Contribution
+    from coordinator.aggregate import ClientUpdate
 
     files = [work / f"client-{n}.safetensors" for n in range(CLIENTS)]
-    mean = aggregate.aggregate([Contribution(adapter.read(file), 100) for file in files], "exact").adapter
+    mean = aggregate.aggregate([ClientUpdate(adapter.read(file), 100) for file in files], "exact").adapter
     gguf_adapter.write(mean, work / "adapter.gguf", architectures.describe(work / "base"))
 
 

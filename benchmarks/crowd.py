@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from converters import adapter
 from converters.adapter import Adapter, LowRank
-from edge_client.connection.identity import Me
+from edge_client.connection.identity import ClientKey
 from edge_client.connection.remote import Remote
 from oneround import stream, tls
 from oneround.errors import OneroundError, Unreachable
@@ -89,9 +89,9 @@ def channel(address: str, certificate: bytes) -> grpc.aio.Channel:
     return grpc.aio.secure_channel(address, credentials, _OPTIONS)
 
 
-def me(number: int) -> Me:
+def me(number: int) -> ClientKey:
     """A client's key; the same number always has the same one."""
-    return Me(Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"client {number}".encode()).digest()))
+    return ClientKey(Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"client {number}".encode()).digest()))
 
 
 def client_name(number: int) -> str:
@@ -155,8 +155,8 @@ async def _live(plan: Plan, together: Barrier) -> Tally:
         await asyncio.gather(*(client.send() for client in clients))
         await asyncio.to_thread(together.wait, PATIENCE)
     finally:
-        for pulse in pulses:
-            pulse.cancel()
+        for heartbeat in pulses:
+            heartbeat.cancel()
         await asyncio.gather(*pulses, return_exceptions=True)
         await asyncio.gather(*(client.leave() for client in clients))
     return tally

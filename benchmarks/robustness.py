@@ -26,10 +26,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.adapter import Adapter, LowRank, Made, initial
+from converters.adapter import Adapter, LazyUpdates, LowRank, initial
 from converters.architectures import Shape
 from coordinator.admission.outliers import Member, judge
-from coordinator.aggregate import METHODS, Contribution, aggregate
+from coordinator.aggregate import METHODS, ClientUpdate, aggregate
 from oneround.v1 import federation_pb2 as pb
 
 SHAPES = {"q": Shape(96, 64), "v": Shape(48, 64), "down": Shape(64, 160)}
@@ -79,14 +79,14 @@ def by_default(sent: Sequence[Adapter]) -> Adapter | None:
     taking = []
     for one, finding in zip(sent, judge(members, pb.AdmissionSpec()), strict=True):
         if finding.verdict != "quarantined":
-            taking.append(Contribution(scaled(one, finding.scale), 100))
+            taking.append(ClientUpdate(scaled(one, finding.scale), 100))
     return aggregate(taking, "exact").adapter if taking else None
 
 
 def scaled(update: Adapter, scale: object) -> Adapter:
     factors = dict(scale)  # type: ignore[call-overload]
     modules = update.modules
-    return Adapter(Made(modules, lambda name: LowRank.sum([modules[name]], [factors.get(name, 1.0)])))
+    return Adapter(LazyUpdates(modules, lambda name: LowRank.sum([modules[name]], [factors.get(name, 1.0)])))
 
 
 def result(arm: str, sent: Sequence[Adapter]) -> Adapter | None:
@@ -95,7 +95,7 @@ def result(arm: str, sent: Sequence[Adapter]) -> Adapter | None:
     spec = pb.AggregateSpec(method=arm)
     if "byzantine_clients" in METHODS[arm].parameters:
         spec.byzantine_clients = ASSUMED
-    return aggregate([Contribution(one, 100) for one in sent], spec).adapter
+    return aggregate([ClientUpdate(one, 100) for one in sent], spec).adapter
 
 
 def error(found: Adapter | None, right: Adapter) -> float:

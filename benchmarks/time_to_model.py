@@ -100,10 +100,10 @@ def summary(runs: list[Timeline], planned: Plan, by_hour: Found) -> Found:
     contributions = [each.contributions for run in done for each in run.rounds]
     spent = {kind: statistics.mean(run.spent[kind] for run in done) / HOUR for kind in KINDS}
     bytes_by_way = {
-        way: planned.rounds * size
-        + spent["computing"] * by_hour["training"][way]
-        + (spent["waiting"] + spent["publishing"]) * by_hour["waiting"][way]
-        for way, size in (("up", planned.up_bytes), ("down", planned.down_bytes))
+        target: planned.rounds * size
+        + spent["computing"] * by_hour["training"][target]
+        + (spent["waiting"] + spent["publishing"]) * by_hour["waiting"][target]
+        for target, size in (("up", planned.up_bytes), ("down", planned.down_bytes))
     }
     return {
         "hours": {"median": statistics.median(hours), "p10": p10, "p90": p90},

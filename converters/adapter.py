@@ -154,7 +154,7 @@ class LowRank:
             term.forget()
 
 
-class Made(Mapping[str, LowRank]):
+class LazyUpdates(Mapping[str, LowRank]):
     """Updates by module name, each made when it is asked for."""
 
     def __init__(self, names: Iterable[str], make: Callable[[str], LowRank]) -> None:
@@ -211,7 +211,7 @@ def read(path: Path, frozen: Adapter | None = None) -> Adapter:
         return _completed(path, found, metadata, frozen)
     _check_pairs(_half(found, _A), _half(found, _B), path)
     names = [name.removesuffix(_A) for name in found if name.endswith(_A)]
-    return Adapter(Made(names, lambda name: LowRank(found[name + _A], found[name + _B])), metadata)
+    return Adapter(LazyUpdates(names, lambda name: LowRank(found[name + _A], found[name + _B])), metadata)
 
 
 def _completed(
@@ -229,7 +229,7 @@ def _completed(
         raise BadAdapter(f"{path}: {strange[0]} has no A: the adapter that was frozen does not adapt it")
     known = frozen.modules
     _check_pairs({name: known[name].terms[0].a for name in b}, b, path)
-    return Adapter(Made(b, lambda name: LowRank(known[name].terms[0].a, found[name + _B])), metadata)
+    return Adapter(LazyUpdates(b, lambda name: LowRank(known[name].terms[0].a, found[name + _B])), metadata)
 
 
 def pair(

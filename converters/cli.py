@@ -22,7 +22,7 @@ from converters.adapter import WIRE_DTYPES
 from converters.architectures import Base, check_fits
 from converters.families import NotKnownHere
 from converters.finite_check import watched
-from converters.formats import Found
+from converters.formats import AdapterFile
 from oneround import command
 from oneround.errors import BadAdapter, BadModel, UsageError
 
@@ -159,7 +159,7 @@ def _described(base: Path | None, base_gguf: Path | None) -> Base | None:
         raise
 
 
-def _base_model(found: Found, base: Path | None) -> str:
+def _base_model(found: AdapterFile, base: Path | None) -> str:
     """What PEFT's settings should name as the base: what was given, or what the source names."""
     known = inspection.settings_of(found)
     return str(base or known.get("base_model_name_or_path") or known.get("model") or "")

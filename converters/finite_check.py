@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from converters.adapter import WIRE_DTYPES, Adapter, Factor, LowRank, Made
+from converters.adapter import WIRE_DTYPES, Adapter, Factor, LazyUpdates, LowRank
 from oneround.errors import BadAdapter
 
 _LARGEST = {"float32": 3.4028235e38, "bfloat16": 3.3895314e38, "float16": 65504.0}
@@ -30,7 +30,9 @@ def watched(update: Adapter, dtype: str, on_factor: Callable[[], None]) -> Adapt
             )
         on_factor()
 
-    return Adapter(Made(update.modules, lambda name: _Watched(name, update.modules[name], look)), update.metadata)
+    return Adapter(
+        LazyUpdates(update.modules, lambda name: _Watched(name, update.modules[name], look)), update.metadata
+    )
 
 
 class _Watched(LowRank):

@@ -22,14 +22,14 @@ _FILES = {"canonical": ".safetensors", "gguf": ".gguf"}
 _WRITTEN = {_SETTINGS, "adapter_model.safetensors", "adapters.safetensors"}  # in folders
 
 
-class Found(NamedTuple):
+class AdapterFile(NamedTuple):
     """An adapter's format, and the file or folder that it is."""
 
     format: str
     path: Path
 
 
-def recognise(path: Path) -> Found:
+def recognise(path: Path) -> AdapterFile:
     """Tell a format by what is there; a file of a PEFT or mlx-lm folder stands for the folder.
 
     Raises:
@@ -41,18 +41,18 @@ def recognise(path: Path) -> Found:
     there = {name: [file for file in files if (folder / file).is_file()] for name, files in _FOLDERS.items()}
     for name, files in there.items():
         if path.is_file() and path.name in files:
-            return Found(name, folder)
+            return AdapterFile(name, folder)
     if path.is_dir() or path.name == _SETTINGS:
         match [name for name, files in there.items() if files]:
             case [name]:
-                return Found(name, folder)
+                return AdapterFile(name, folder)
             case [_, *_]:
                 raise BadData(
                     f"{folder} holds a PEFT adapter and an mlx-lm adapter, and one {_SETTINGS} for both",
                     hint=f"give one file: {' or '.join(str(folder / files[0]) for files in there.values())}",
                 )
     elif (kind := _kind(path)) is not None:
-        return Found(kind, path)
+        return AdapterFile(kind, path)
     raise BadData(
         f"{path} is no adapter in a format that is known",
         hint="a folder with adapter_model.safetensors (PEFT) or adapters.safetensors (mlx-lm), a .gguf file, or a"
@@ -94,7 +94,7 @@ def _what(to: str) -> str:
     return "a folder" if to in _FOLDERS else f"one file, {_FILES[to]}"
 
 
-def read(found: Found, base: Base | None) -> Adapter:
+def read(found: AdapterFile, base: Base | None) -> Adapter:
     """Read an adapter of a recognised format.
 
     Raises:

@@ -15,7 +15,7 @@ import numpy as np
 from converters import experts, formats, lenient_reader, settings
 from converters.adapter import Adapter, LowRank
 from converters.architectures import Base, check_fits
-from converters.formats import Found
+from converters.formats import AdapterFile
 from converters.gguf import adapter as gguf_adapter
 from converters.gguf import file as gguf_file
 from oneround.errors import BadAdapter, BadData
@@ -68,7 +68,7 @@ class Inspection:
         return plain
 
 
-def inspect(found: Found, base: Base | None, on_module: OnProgress) -> Inspection:
+def inspect(found: AdapterFile, base: Base | None, on_module: OnProgress) -> Inspection:
     """Look at an adapter; `on_module` hears how many modules of how many are done. Never raises for what it finds."""
     said = Inspection(found.format, str(found.path), size(found.path))
     said.settings = settings_of(found)
@@ -97,7 +97,7 @@ def norm(update: LowRank) -> float:
     return float(np.sqrt(max(squared, 0.0))) if np.isfinite(squared) else float("nan")
 
 
-def _read(found: Found, base: Base | None) -> Adapter:
+def _read(found: AdapterFile, base: Base | None) -> Adapter:
     """By the names that the file has, where there is no base to translate them."""
     if found.format == "gguf" and base is None:
         return gguf_adapter.read_as_named(found.path)[1]
@@ -139,7 +139,7 @@ def _remarks(modules: Iterable[Module]) -> Iterable[str]:
                 yield f"{module.name} stands out: ‖ΔW‖ is {module.norm:.3g}, others of its kind {np.exp(middle):.3g}"
 
 
-def settings_of(found: Found) -> dict[str, Any]:
+def settings_of(found: AdapterFile) -> dict[str, Any]:
     """What a file says of how the adapter was made: adapter_config.json, or a GGUF's keys."""
     try:
         if found.format == "gguf":

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from converters import tensors
 from converters.adapter import WIRE_DTYPES, LowRank
-from converters.formats import Found
+from converters.formats import AdapterFile
 from converters.gguf import adapter as gguf_adapter
 from converters.gguf import file as gguf_file
 from oneround.errors import BadData
@@ -15,7 +15,7 @@ from oneround.errors import BadData
 _A, _B = (".lora_A.weight", ".lora_a"), (".lora_B.weight", ".lora_b")
 
 
-def pairs(found: Found) -> tuple[dict[str, LowRank], list[str]]:
+def pairs(found: AdapterFile) -> tuple[dict[str, LowRank], list[str]]:
     """Updates by module without their scaling, and a line (name, type, shape) for every tensor that is part of none."""
     a: dict[str, tensors.Array] = {}
     b: dict[str, tensors.Array] = {}
@@ -30,7 +30,7 @@ def pairs(found: Found) -> tuple[dict[str, LowRank], list[str]]:
     return whole, [line for module, line in lines if module not in whole]
 
 
-def _all(found: Found) -> Iterator[tuple[str, str, tuple[int, ...], tensors.Array | None]]:
+def _all(found: AdapterFile) -> Iterator[tuple[str, str, tuple[int, ...], tensors.Array | None]]:
     """Every tensor of whatever files can be opened: name, type, shape, and the values where they are floats."""
     with suppress(BadData):  # that is what is wrong with it
         if found.format == "gguf":

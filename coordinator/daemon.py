@@ -15,7 +15,7 @@ import structlog
 
 from converters import llama
 from coordinator import round as rounds
-from coordinator.admission.worker import Examiner
+from coordinator.admission.worker import AdmissionWorker
 from coordinator.auth import identity
 from coordinator.auth.signer import Signer
 from coordinator.jobs import evaluations
@@ -24,7 +24,7 @@ from coordinator.jobs import spec as jobs
 from coordinator.jobs.leases import Lease, Leases, judgement, public_id
 from coordinator.jobs.status import Statuses
 from coordinator.publication import request as republishing
-from coordinator.publication.scheduler import Publishing
+from coordinator.publication.scheduler import PublicationScheduler
 from coordinator.round import Round, State
 from coordinator.storage import gc
 from coordinator.storage.blobs import Blobs
@@ -32,7 +32,7 @@ from coordinator.storage.people import People
 from coordinator.storage.publications import version_folder
 from coordinator.storage.schema import Client, Contribution
 from coordinator.storage.store import Store
-from coordinator.uploads.service import Uploads
+from coordinator.uploads.service import UploadService
 from oneround import signing
 from oneround.errors import BadModel, Conflict, Denied, NotFound, OneroundError, Refused, UsageError
 from oneround.text import label
@@ -66,10 +66,10 @@ class Daemon:
         self._rounds: dict[str, Round] = {}  # as last seen by the loop or an event
         self.leases = Leases(self._store, clock)
         self._signer = Signer(signing.private(key or identity.load_or_create(state).key), self._store)
-        self.uploads = Uploads(self._store, self._blobs, self._signer, clock)
-        self._examiner = Examiner(self._store, self._blobs, clock)
+        self.uploads = UploadService(self._store, self._blobs, self._signer, clock)
+        self._examiner = AdmissionWorker(self._store, self._blobs, clock)
         self.statuses = Statuses(self._store, self.leases, state / "publications", clock)
-        self._publishing = Publishing(state, self._store, self._blobs, self._signer, self.statuses, clock)
+        self._publishing = PublicationScheduler(state, self._store, self._blobs, self._signer, self.statuses, clock)
         self._submitting = asyncio.Lock()
         self.people = People(self._store.database)
         self._slow = ThreadPoolExecutor(1, "slow")  # reading a large base keeps nobody else waiting

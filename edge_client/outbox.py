@@ -31,7 +31,7 @@ Record = TypeVar("Record", bound=Message)
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """Where training took its data and its base from; paths are whole."""
 
     data: str
@@ -93,14 +93,14 @@ class Outbox:
         """Whether this machine's part is done, or was given up by its person."""
         return (self.folder / "left").exists() or self.receipt() is not None
 
-    def keep_source(self, source: Source) -> None:
+    def keep_source(self, source: DataSource) -> None:
         """Remember what this job is trained on."""
         files.replace(self.folder / "source.json", [json.dumps(asdict(source)).encode()])
 
-    def source(self) -> Source | None:
+    def source(self) -> DataSource | None:
         """What this job was trained on; None if that is not known."""
         try:
-            return Source(**json.loads((self.folder / "source.json").read_text("utf-8")))
+            return DataSource(**json.loads((self.folder / "source.json").read_text("utf-8")))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError) as error:

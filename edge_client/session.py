@@ -22,7 +22,7 @@ from edge_client.connection.remote import Remote, local_path
 from edge_client.data import tokenize
 from edge_client.data.batches import Batches
 from edge_client.outbox import Outbox
-from edge_client.pausing.controller import Guest
+from edge_client.pausing.controller import PauseController
 from edge_client.preflight import compat, disk, memory
 from edge_client.proofs import receipts
 from edge_client.training import snapshot
@@ -42,7 +42,7 @@ SAVING_SHARE = 0.05  # of the time, at most, goes into keeping them
 
 
 @dataclass(frozen=True)
-class Taker:
+class Participant:
     """Who takes part, with what."""
 
     state: Path
@@ -54,7 +54,7 @@ class Taker:
     save_every: float = SAVE_SECONDS  # seconds
     setup: Setup = EXACT  # how this machine trains, if memory is enough for it
     again: bool = False  # train anew, where the operator lets this machine send another contribution
-    guest: Guest = field(default_factory=Guest)  # keeps to the manners that the person asks for
+    pausing: PauseController = field(default_factory=PauseController)  # keeps to the manners that the person asks for
     consent: str = ""  # digest of the terms that the person has agreed to
     agreed: pb.Job | None = None  # the job that was shown; no other one is taken part in
 
@@ -75,7 +75,9 @@ class AwaitsApproval(Refused):
     """The operator has not let this machine in, and may yet."""
 
 
-async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen, *, waits: bool = True) -> pb.Receipt:
+async def take_part(
+    remote: Remote, job_name: str, participant: Participant, screen: Screen, *, waits: bool = True
+) -> pb.Receipt:
     """From joining to the receipt. Where the operator has to let this machine in, it `waits` for that.
 
     Raises:
@@ -83,24 +85,24 @@ async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen,
         Refused: the coordinator says no, or has quarantined the contribution.
         BadData: the data, or what the coordinator sent, is not sound; a receipt that is none too.
     """
-    reply = await _let_in(remote, taker.request(job_name), screen, waits=waits)
+    reply = await _let_in(remote, participant.request(job_name), screen, waits=waits)
     job_check.check(reply.job)
-    if reply.job.spec.name != job_name or (taker.agreed is not None and reply.job != taker.agreed):
+    if reply.job.spec.name != job_name or (participant.agreed is not None and reply.job != participant.agreed):
         raise Refused(
             f"{job_name} is not the job any more that it was: the coordinator announces another one now",
             hint="run it again, to see what it asks for now; nothing was sent but what joining takes",
         )
-    box = outbox.outbox(taker.state, reply.job)
+    box = outbox.outbox(participant.state, reply.job)
     box.keep_joined(remote.server, reply)
-    if taker.consent:
-        box.keep_consent(taker.consent)
-    screen.say("joined", job=reply.job.spec.name, server=remote.server, client=taker.name)
+    if participant.consent:
+        box.keep_consent(participant.consent)
+    screen.say("joined", job=reply.job.spec.name, server=remote.server, client=participant.name)
 
-    if reply.HasField("receipt") and not (taker.again and reply.may_replace):
-        if taker.again:
+    if reply.HasField("receipt") and not (participant.again and reply.may_replace):
+        if participant.again:
             raise Refused(
                 f"this machine's contribution to {reply.job.spec.name!r} is in already",
-                hint=f"ask the operator for `coordinator replace {reply.job.spec.name} {taker.name}`",
+                hint=f"ask the operator for `coordinator replace {reply.job.spec.name} {participant.name}`",
             )
         mine = box.trained()
         receipts.accept(reply.receipt, reply.job, remote.me.client_id, mine.digest if mine else "", remote.certificate)
@@ -108,16 +110,16 @@ async def take_part(remote: Remote, job_name: str, taker: Taker, screen: Screen,
         return _judged(reply.receipt, reply.judgement, screen)
     if reply.HasField("receipt"):
         box.begin_again(reply.receipt.digest)
-    pulse = Pulse(pb.HeartbeatRequest(lease=reply.lease))
-    beating = asyncio.create_task(pulse.beat(remote))
+    heartbeat = Heartbeat(pb.HeartbeatRequest(lease=reply.lease))
+    beating = asyncio.create_task(heartbeat.beat(remote))
     try:
         declaration = box.trained()
         if declaration is None:
-            disk.room(reply.job, taker.state, taker.model).require()
-            model = str(taker.model.resolve()) if taker.model else ""
-            box.keep_source(outbox.Source(str(taker.data.resolve()), model, taker.skip_bad_rows))
-            async with taker.guest.watching(screen):
-                declaration = await _train(remote, reply, box, taker, pulse, screen)
+            disk.room(reply.job, participant.state, participant.model).require()
+            model = str(participant.model.resolve()) if participant.model else ""
+            box.keep_source(outbox.DataSource(str(participant.data.resolve()), model, participant.skip_bad_rows))
+            async with participant.pausing.watching(screen):
+                declaration = await _train(remote, reply, box, participant, heartbeat, screen)
         else:
             screen.say("resumed", folder=str(box.folder))
         receipt = await _send(remote, reply, declaration, box, screen)
@@ -149,7 +151,7 @@ async def _let_in(remote: Remote, request: pb.JoinRequest, screen: Screen, *, wa
 
 
 @dataclass
-class Pulse:
+class Heartbeat:
     """What the coordinator is told every few seconds, and why it wants this client to stop, once it does."""
 
     now: pb.HeartbeatRequest
@@ -213,13 +215,13 @@ async def fetch_base(remote: Remote, job: pb.Job, state: Path, model: Path | Non
 
 
 async def _train(
-    remote: Remote, reply: pb.JoinReply, box: Outbox, taker: Taker, pulse: Pulse, screen: Screen
+    remote: Remote, reply: pb.JoinReply, box: Outbox, participant: Participant, heartbeat: Heartbeat, screen: Screen
 ) -> pb.Declaration:
-    job, guest = reply.job, taker.guest
-    await guest.ready(lambda: pulse.stop)
-    pulse.check()
-    rows = await asyncio.to_thread(tokenize.load, taker.data, skip_bad_rows=taker.skip_bad_rows)
-    base = await fetch_base(remote, job, taker.state, taker.model, screen)
+    job, pausing = reply.job, participant.pausing
+    await pausing.ready(lambda: heartbeat.stop)
+    heartbeat.check()
+    rows = await asyncio.to_thread(tokenize.load, participant.data, skip_bad_rows=participant.skip_bad_rows)
+    base = await fetch_base(remote, job, participant.state, participant.model, screen)
     if not box.initial.exists():
         with screen.bar("adapter", job.initial.size) as advance:
             fetch = partial(remote.download, job.spec.name, job.initial, box.initial)
@@ -231,12 +233,12 @@ async def _train(
 
     tokenizer = await asyncio.to_thread(tokenize.load_tokenizer, base)
     prepared = await asyncio.to_thread(
-        tokenize.tokenise, rows.train, tokenizer, job.spec.train.max_seq_len, skip_bad_rows=taker.skip_bad_rows
+        tokenize.tokenise, rows.train, tokenizer, job.spec.train.max_seq_len, skip_bad_rows=participant.skip_bad_rows
     )
     train = job.spec.train
     room = train.batch_size * train.max_seq_len if train.packing else 0
     plan = Batches(prepared.examples, train.batch_size, train.epochs, train.seed, room=room)
-    compat.check(taker.backend.name, base, (len(example.ids) for example in prepared.examples))
+    compat.check(participant.backend.name, base, (len(example.ids) for example in prepared.examples))
     recipe = Recipe.from_spec(job.spec, plan.total_steps)
     if skipped := rows.skipped + prepared.skipped:
         screen.say("skipped", skipped=skipped)
@@ -257,33 +259,33 @@ async def _train(
         tokens=plan.num_targets,
         held_out=len(rows.held_out),
         steps=plan.total_steps,
-        backend=taker.backend.name,
-        device=taker.backend.device(),
-        rounding=taker.setup.rounding,
+        backend=participant.backend.name,
+        device=participant.backend.device(),
+        rounding=participant.setup.rounding,
     )
 
-    disk.room(job, taker.state, taker.model).require()
+    disk.room(job, participant.state, participant.model).require()
     await asyncio.to_thread(disk.keep_room, job, box)
-    run = snapshot.run_digest(taker.backend.name, job.initial.digest, recipe, plan, taker.setup.rounding)
-    keeping = Keeping(box, run, taker.save_every, screen)
+    run = snapshot.run_digest(participant.backend.name, job.initial.digest, recipe, plan, participant.setup.rounding)
+    keeping = SnapshotSchedule(box, run, participant.save_every, screen)
     kept = await asyncio.to_thread(snapshot.read, box.snapshot, run)
-    setup = kept.setup if kept else taker.setup
+    setup = kept.setup if kept else participant.setup
     if kept is not None:
         screen.say("continued", step=kept.step, steps=plan.total_steps)
     elif box.snapshot.exists():
         screen.say("anew")
-    outlook = memory.outlook(base, job, taker.backend, prepared.longest, setup)
+    outlook = memory.outlook(base, job, participant.backend, prepared.longest, setup)
     if outlook is not None and kept is None:
         setup = outlook.setup
-        if setup != taker.setup:
+        if setup != participant.setup:
             screen.say("parts", parts=setup.parts, checkpointing=setup.checkpointing)
     if outlook is not None and outlook.short:
         screen.say("memory", needed_gb=outlook.needed / 1e9, available_gb=(outlook.available or 0) / 1e9)
     losses = list(kept.losses) if kept else []
-    started = guest.clock()
-    beat = pulse.now
+    started = pausing.clock()
+    beat = heartbeat.now
     beat.total_steps = plan.total_steps
-    with screen.bar("training", plan.total_steps, guest.clock) as advance:
+    with screen.bar("training", plan.total_steps, pausing.clock) as advance:
 
         def on_step(progress: Progress) -> None:
             nonlocal setup
@@ -299,17 +301,19 @@ async def _train(
                 loss=progress.loss,
                 tokens_per_second=beat.tokens_per_second,
             )
-            pauses = guest.pauses and progress.step < progress.total_steps
-            keeping.after(losses, progress, now=pauses or bool(pulse.stop))
+            pauses = pausing.pauses and progress.step < progress.total_steps
+            keeping.after(losses, progress, now=pauses or bool(heartbeat.stop))
             if pauses:
                 beat.tokens_per_second = 0.0
-                guest.wait(lambda: pulse.stop)
-            pulse.check()
+                pausing.wait(lambda: heartbeat.stop)
+            heartbeat.check()
 
         try:
-            trained = await asyncio.to_thread(taker.backend.train, base, initial, recipe, plan, on_step, kept, setup)
+            trained = await asyncio.to_thread(
+                participant.backend.train, base, initial, recipe, plan, on_step, kept, setup
+            )
         except asyncio.CancelledError:
-            pulse.stop = "interrupted"  # training runs in a thread, which only ends by itself
+            heartbeat.stop = "interrupted"  # training runs in a thread, which only ends by itself
             raise
 
     last_epoch = losses[-plan.steps_per_epoch :]
@@ -319,7 +323,7 @@ async def _train(
         steps=plan.total_steps,
         train_loss=sum(last_epoch) / len(last_epoch),
     )
-    screen.say("trained", steps=plan.total_steps, seconds=guest.clock() - started, loss=declaration.train_loss)
+    screen.say("trained", steps=plan.total_steps, seconds=pausing.clock() - started, loss=declaration.train_loss)
     described = {
         "job": job.spec.name,
         "base": job.base_fingerprint,
@@ -334,7 +338,7 @@ async def _train(
     return box.keep_trained(Adapter(trained.modules, described), job.spec.upload.dtype, declaration, frozen_a)
 
 
-class Keeping:
+class SnapshotSchedule:
     """Keeps how training stands every so many seconds, and less often where that takes long."""
 
     def __init__(self, box: Outbox, run: str, every: float, screen: Screen) -> None:

@@ -12,16 +12,16 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_client.connection import remote as remotes
-from edge_client.connection.identity import Me, Pins
+from edge_client.connection.identity import ClientKey, Pins
 from edge_client.connection.remote import Remote
 from oneround import signing, tls
 from oneround.v1 import federation_pb2 as pb
 
 
 @cache
-def me(label: str) -> Me:
+def me(label: str) -> ClientKey:
     """The same key for the same label, everywhere and always."""
-    return Me(Ed25519PrivateKey.from_private_bytes(hashlib.sha256(label.encode()).digest()))
+    return ClientKey(Ed25519PrivateKey.from_private_bytes(hashlib.sha256(label.encode()).digest()))
 
 
 def speaking(remote: Remote, label: str, token: str = "") -> Remote:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from converters import adapter
 from converters.adapter import Adapter
-from coordinator.aggregate import Contribution, aggregate
+from coordinator.aggregate import ClientUpdate, aggregate
 from edge_client import outbox
 from edge_client.data import tokenize
 from edge_client.data.batches import padded
@@ -78,7 +78,7 @@ class Judge:
             box = outbox.find(clients / name, JOB)
             declared = box.trained()
             assert declared is not None, "the round is over"
-            sent.append(Contribution(adapter.read(box.adapter), declared.num_examples))
+            sent.append(ClientUpdate(adapter.read(box.adapter), declared.num_examples))
         return aggregate(sent, "fedavg").adapter
 
     def _beside(self, ours: Adapter, flower: Adapter) -> Found:

@@ -203,11 +203,11 @@ def cost(results: Results, out: Path) -> Section:
     first, further = wire["chain"]["rounds"][0], wire["chain"]
     ways = ("up_per_client", "down_per_client")
     arms: list[tuple[str, Cell, str, tuple[int, ...]]] = [
-        ("one round, `ffa`", Cell(MAIN, "", FROZEN), "ffa", tuple(wire["ffa"][way] for way in ways)),
-        ("one round, `exact`", Cell(MAIN, "", ONE_SHOT), "exact", tuple(wire["exact"][way] for way in ways)),
+        ("one round, `ffa`", Cell(MAIN, "", FROZEN), "ffa", tuple(wire["ffa"][target] for target in ways)),
+        ("one round, `exact`", Cell(MAIN, "", ONE_SHOT), "exact", tuple(wire["exact"][target] for target in ways)),
     ]
     for rounds in presets.MORE_ROUNDS:
-        passed = tuple(first[way] + (rounds - 1) * further[way] for way in ways)
+        passed = tuple(first[target] + (rounds - 1) * further[target] for target in ways)
         arms.append((f"FedAvg, T = {rounds}", Cell(MAIN, "", "fedavg", rounds=rounds), "", passed))
     tasks = (SPEAKERS, PACKAGES)
     rows = []

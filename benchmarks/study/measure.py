@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from converters.adapter import Adapter
-from coordinator.aggregate import METHODS, Contribution, aggregate
+from coordinator.aggregate import METHODS, ClientUpdate, aggregate
 from edge_client.data.batches import Batches
 from edge_client.data.tokenize import load_tokenizer
 from edge_client.training.recipe import Recipe
@@ -88,13 +88,13 @@ class Setting:
         )
         self.plan = Plan(cell.epochs, BATCH_SIZE, cell.seed, cell.rounds, cell.continued)
 
-    def contributions(self) -> list[Contribution]:
+    def contributions(self) -> list[ClientUpdate]:
         """What each client sends after training by itself."""
         plans = [self.plan.batches(examples, 0) for examples in self.data.train]
         recipes = [self.plan.recipe(self.recipe, plan.total_steps, 0) for plan in plans]
         vectors = train(self.llama, self.space, self.start, plans, recipes).vectors
         counts = map(len, self.data.train)
-        return [Contribution(self.space.adapter(one), count) for one, count in zip(vectors, counts, strict=True)]
+        return [ClientUpdate(self.space.adapter(one), count) for one, count in zip(vectors, counts, strict=True)]
 
     def losses(self, adapter: Adapter | None) -> dict[str, float]:
         """Of base + adapter, or of the base."""
@@ -178,7 +178,7 @@ def _methods(frozen: bool) -> dict[str, pb.AggregateSpec]:
     return found
 
 
-def _arrivals(setting: Setting, sent: Sequence[Contribution]) -> list[list[float]]:
+def _arrivals(setting: Setting, sent: Sequence[ClientUpdate]) -> list[list[float]]:
     """Validation loss of `exact` over the first 1, 2, … clients, in several random orders; the paper's Figure 5."""
     rng = np.random.default_rng([setting.cell.seed, 5])
     changes = [dense(one.adapter) for one in sent]
@@ -197,7 +197,7 @@ def _arrivals(setting: Setting, sent: Sequence[Contribution]) -> list[list[float
     return curves
 
 
-def _bound(setting: Setting, multi: Adapter, sent: Sequence[Contribution], cell: Cell) -> dict[str, float]:
+def _bound(setting: Setting, multi: Adapter, sent: Sequence[ClientUpdate], cell: Cell) -> dict[str, float]:
     """The paper's estimates, over the dense weights w of the adapted modules, and what they are to bound.
 
     smoothness L = ‖∇F(w₀) − ∇F(w_T)‖ / ‖w₀ − w_T‖ and update size τ = ‖w_T − w₀‖ / ‖w₀‖, where w_T is after T rounds

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from coordinator.aggregate import Contribution, aggregate
+from coordinator.aggregate import ClientUpdate, aggregate
 from edge_client.data.batches import Batches
 from edge_client.data.tokenize import Example
 from edge_client.training.recipe import Recipe
@@ -154,5 +154,5 @@ def run(
 
 def _mean_product(space: Space, vectors: Tensor, clients: Sequence[Sequence[Example]]) -> Tensor:
     """The best adapter of the clients' rank for the mean of their ΔW (P,)."""
-    sent = [Contribution(space.adapter(one), len(examples)) for one, examples in zip(vectors, clients, strict=True)]
+    sent = [ClientUpdate(space.adapter(one), len(examples)) for one, examples in zip(vectors, clients, strict=True)]
     return space.vector(aggregate(sent, "svd", rank=space.rank).adapter)

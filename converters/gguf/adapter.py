@@ -17,7 +17,7 @@ import gguf
 import numpy as np
 
 from converters import experts, tensors
-from converters.adapter import Adapter, Factor, LowRank, Made, pair
+from converters.adapter import Adapter, Factor, LazyUpdates, LowRank, pair
 from converters.architectures import Base, check_fits, checkpoint_names, gguf_name, interleave, row_order
 from converters.gguf import file as gguf_file
 from converters.gguf import write as gguf_write
@@ -54,7 +54,7 @@ def read(path: Path, base: Base) -> Adapter:
 
     shapes = {module: stored.modules[weight].shape for module, weight in weights.items()}
     check_fits(base, {module: shape for module, shape in shapes.items() if not experts.is_expert(module)})
-    return Adapter(Made(weights, update))
+    return Adapter(LazyUpdates(weights, update))
 
 
 def read_as_named(path: Path) -> tuple[str, Adapter]:

@@ -41,7 +41,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Assessment:
     """What is made of one contribution."""
 
     verdict: Verdict
@@ -51,7 +51,7 @@ class Finding:
     scale: Mapping[str, float] = field(default_factory=dict)  # module -> factor < 1, of clipped modules only
 
 
-def judge(members: Sequence[Member], rules: pb.AdmissionSpec) -> list[Finding]:
+def judge(members: Sequence[Member], rules: pb.AdmissionSpec) -> list[Assessment]:
     """Compare contributions, which come in order of arrival and adapt the same modules; a finding each, in that order.
 
     1. A zero update, and one that an earlier member has sent, are quarantined in cohorts of any size. The rest begins
@@ -208,7 +208,9 @@ def _cosines(products: Floats, lengths: Floats, inside: Indices) -> Floats:
     return np.clip(cosines, -1.0, 1.0, out=cosines)
 
 
-def _finding(member: Member, modules: Sequence[str], reason: str, norm: float, cosine: float, scale: Floats) -> Finding:
+def _finding(
+    member: Member, modules: Sequence[str], reason: str, norm: float, cosine: float, scale: Floats
+) -> Assessment:
     clipped = {module: float(factor) for module, factor in zip(modules, scale, strict=True) if factor < 1.0}
     verdict: Verdict = "quarantined" if reason else "clipped" if clipped else "admitted"
     if verdict == "clipped":
@@ -217,4 +219,4 @@ def _finding(member: Member, modules: Sequence[str], reason: str, norm: float, c
     if member.by_hand:
         verdict = "admitted"
     known = None if np.isnan(cosine) else cosine
-    return Finding(verdict, reason, norm, known, clipped if verdict == "clipped" else {})
+    return Assessment(verdict, reason, norm, known, clipped if verdict == "clipped" else {})

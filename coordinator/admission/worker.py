@@ -31,7 +31,7 @@ log = structlog.get_logger()
 offload = asyncio.to_thread
 
 
-class Examiner:
+class AdmissionWorker:
     """Takes pending contributions from the store, and notes there how each stands."""
 
     def __init__(self, known: Store, blobs: Blobs, clock: Callable[[], float]) -> None:

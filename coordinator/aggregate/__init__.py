@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from converters import adapter as layout
-from converters.adapter import Adapter, Factor, LowRank, Made
+from converters.adapter import Adapter, Factor, LazyUpdates, LowRank
 from coordinator.aggregate import coordinatewise, mean, robust, sparse
 from coordinator.aggregate.delta import changes, clipped, joined
 from coordinator.aggregate.gram import inner, pieces
@@ -27,7 +27,7 @@ __all__ = [
     "METHODS",
     "PARAMETERS",
     "Aggregated",
-    "Contribution",
+    "ClientUpdate",
     "aggregate",
     "changes",
     "clipped",
@@ -58,7 +58,7 @@ METHODS: dict[str, Method] = {
 
 
 @dataclass(frozen=True)
-class Contribution:
+class ClientUpdate:
     """One client's adapter and how many examples it was trained on."""
 
     adapter: Adapter
@@ -76,7 +76,7 @@ class Aggregated:
 
 
 def aggregate(
-    contributions: Sequence[Contribution],
+    contributions: Sequence[ClientUpdate],
     how: pb.AggregateSpec | str,
     *,
     rank: int = 0,
@@ -108,7 +108,7 @@ def aggregate(
     whole = partial(_whole, outcome, how, start)
     weights = tuple(outcome.weights.tolist())
     if method.free and not rank:
-        return Aggregated(Adapter(Made(modules, lambda name: _stacked(whole(name)))), 1.0, weights)
+        return Aggregated(Adapter(LazyUpdates(modules, lambda name: _stacked(whole(name)))), 1.0, weights)
     made: dict[str, LowRank] = {}
     kept = all_of_it = 0.0
     for name in sorted(modules):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from converters.adapter import Adapter, LowRank, Made
+from converters.adapter import Adapter, LazyUpdates, LowRank
 
 _NOTHING = 1e-9  # a weight that is left when those of a cohort, which are shares, have cancelled
 
@@ -28,7 +28,7 @@ def changes(whole: Adapter, start: Adapter | None) -> Adapter:
     if start is None:
         return whole
     mine, first = whole.modules, start.modules
-    return Adapter(Made(mine, lambda name: change(mine[name], first[name])))
+    return Adapter(LazyUpdates(mine, lambda name: change(mine[name], first[name])))
 
 
 def clipped(whole: Adapter, scale: Mapping[str, float], start: Adapter | None, *, by_factor: bool) -> Adapter:
@@ -51,7 +51,7 @@ def clipped(whole: Adapter, scale: Mapping[str, float], start: Adapter | None, *
         s = np.float32(share)
         return LowRank(first.a + s * (update.a - first.a), first.b + s * (update.b - first.b))
 
-    return Adapter(Made(mine, module))
+    return Adapter(LazyUpdates(mine, module))
 
 
 def joined(update: LowRank, start: LowRank, weight: float) -> LowRank:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from coordinator.admission import outliers as comparing
+from coordinator.aggregate import gram
 from coordinator.aggregate.mean import stacked
 from coordinator.aggregate.method import Cohort, Outcome, Weights
 from oneround.v1 import federation_pb2 as pb
@@ -29,7 +29,7 @@ def norm_clip(cohort: Cohort) -> Outcome:
     Cost: O(Σ rᵢ² (out + in)) a module. Source: arXiv 1911.07963, with a bound that follows the median instead of a
     fixed one.
     """
-    norms = np.sqrt(np.square(comparing.norms(cohort.changed)).sum(1))  # (K,)
+    norms = np.sqrt(np.square(gram.norms(cohort.changed)).sum(1))  # (K,)
     bound = cohort.how.norm_bound * np.median(norms)
     return stacked(cohort, cohort.alike * np.minimum(1.0, bound / np.maximum(norms, np.finfo(np.float64).tiny)))
 
@@ -43,7 +43,7 @@ def krum(cohort: Cohort) -> Outcome:
     Cost: O((Σr)² (out + in)) a module, and K² floats. Source: arXiv 1703.02757.
     """
     chosen = len(cohort.adapters) - cohort.how.byzantine_clients - 2
-    near = np.sort(_squared_distances(comparing.products(cohort.adapters)), axis=1)[:, 1 : chosen + 1]  # less its own
+    near = np.sort(_squared_distances(gram.products(cohort.adapters)), axis=1)[:, 1 : chosen + 1]  # less its own
     best = np.argsort(near.sum(1), kind="stable")[: cohort.how.krum_keep or chosen]
     weights = np.zeros(len(cohort.adapters))
     weights[best] = 1 / len(best)
@@ -61,7 +61,7 @@ def geometric_median(cohort: Cohort) -> Outcome:
     Holds against fewer than half, whatever they send. By the smoothed Weiszfeld algorithm on inner products alone.
     Cost: O((Σr)² (out + in)) a module, and K² a round of at most a thousand. Source: RFA, arXiv 1912.13445.
     """
-    products = comparing.products(cohort.adapters)
+    products = gram.products(cohort.adapters)
     return stacked(cohort, weiszfeld(products, cohort.alike))
 
 

@@ -27,7 +27,7 @@ log = structlog.get_logger()
 offload = asyncio.to_thread
 
 
-class Doors:
+class Gate:
     """Who is known, and who may do what. Methods raise OneroundError."""
 
     def __init__(
@@ -148,7 +148,7 @@ class Doors:
     async def _passes(self, caller: Caller) -> set[str]:
         return await offload(self._people.jobs_of, caller.client_id) if caller.client_id else set()
 
-    def _standing(self, caller: Caller, job: str, passes: set[str]) -> policy.Standing:
+    def _standing(self, caller: Caller, job: str, passes: set[str]) -> policy.Access:
         try:
             who = self._who(job)
         except NotFound:

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 from oneround import lan
 
 WHO = ("open", "token", "approved")
-Standing = Literal["in", "may ask", "out"]
+Access = Literal["in", "may ask", "out"]
 
 
 # Loopback, private and link-local networks: RFC 1918, 3927, 4193, 4291.
@@ -39,7 +39,7 @@ class Caller:
     operator: bool = False
 
 
-def standing(who: str, *, local: bool, passed: bool) -> Standing:
+def standing(who: str, *, local: bool, passed: bool) -> Access:
     """Where somebody stands with a job for `who`. With a pass one is in, wherever one is; from the local network one is
     in an open job, and may ask for one that takes approval; anybody else is not to know that there is one."""
     if passed or (who == "open" and local):

@@ -26,7 +26,7 @@ _TIMEOUT = 60.0  # seconds; a submission has none, since it may fetch, fingerpri
 
 
 @dataclass(frozen=True)
-class Listening:
+class DaemonAddress:
     """HOST:PORT, whether there is no TLS, and the fingerprint of the key that clients see."""
 
     address: str
@@ -36,18 +36,18 @@ class Listening:
 
 def announce(state: Path, address: str, *, insecure: bool, fingerprint: str = "") -> None:
     """Leave word of where the daemon listens."""
-    left = Listening(address, insecure, "" if insecure else fingerprint)
+    left = DaemonAddress(address, insecure, "" if insecure else fingerprint)
     files.replace(state / "daemon.json", [json.dumps(asdict(left)).encode()])
 
 
-def listening(state: Path) -> Listening:
+def listening(state: Path) -> DaemonAddress:
     """Where the daemon over a state folder listens, or did the last time.
 
     Raises:
         Unreachable: none ever did.
     """
     try:
-        return Listening(**json.loads((state / "daemon.json").read_text()))
+        return DaemonAddress(**json.loads((state / "daemon.json").read_text()))
     except FileNotFoundError:
         raise Unreachable(f"no coordinator has run over {state}", hint=f"coordinator serve --state {state}") from None
 

@@ -22,7 +22,7 @@ _WANTED = ("*.safetensors", "*.json", "tokenizer.model", "merges.txt", "*.jinja"
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedBase:
     """A base that is on this machine."""
 
     folder: Path
@@ -32,7 +32,7 @@ class Prepared:
     revision: str  # commit of a hub model; empty for a folder
 
 
-def prepare(spec: pb.ModelSpec, cache: Path) -> Prepared:
+def prepare(spec: pb.ModelSpec, cache: Path) -> PreparedBase:
     """Find the base, from a folder or the hub, and fingerprint its files.
 
     Raises:
@@ -53,7 +53,7 @@ def prepare(spec: pb.ModelSpec, cache: Path) -> Prepared:
                 hint="name the parts of the weights as transformers does: model-00001-of-00002.safetensors",
             )
     fingerprint = stream.fingerprint(files)
-    return Prepared(folder, describe(spec, folder, fingerprint, cache), files, fingerprint, revision)
+    return PreparedBase(folder, describe(spec, folder, fingerprint, cache), files, fingerprint, revision)
 
 
 def describe(spec: pb.ModelSpec, folder: Path, fingerprint: str, cache: Path) -> Base:
@@ -67,7 +67,7 @@ def describe(spec: pb.ModelSpec, folder: Path, fingerprint: str, cache: Path) ->
     return architectures.describe(folder, Path(spec.gguf) if spec.gguf else _built(folder, fingerprint, cache))
 
 
-def gguf(spec: pb.ModelSpec, prepared: Prepared, cache: Path) -> Path:
+def gguf(spec: pb.ModelSpec, prepared: PreparedBase, cache: Path) -> Path:
     """The base as GGUF: the operator's own, or built once from the folder and kept in `cache`.
 
     Raises:
@@ -88,7 +88,7 @@ def _built(folder: Path, fingerprint: str, cache: Path) -> Path:
     return built
 
 
-def _same_model(given: Path, prepared: Prepared, accept_quantised: bool) -> None:
+def _same_model(given: Path, prepared: PreparedBase, accept_quantised: bool) -> None:
     """Everybody would train for nothing if this came out at publication: sizes, and the last norm, which is small and
     which no two trainings share, have to agree now."""
     base = prepared.base

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from converters import adapter, formats
 from converters.adapter import Adapter, Shape
-from coordinator.jobs.base_model import Prepared
+from coordinator.jobs.base_model import PreparedBase
 from coordinator.storage.publications import version_folder
 from coordinator.storage.store import Store
 from oneround import rules, statements
@@ -17,7 +17,7 @@ from oneround.v1 import federation_pb2 as pb
 
 
 @dataclass(frozen=True)
-class Source:
+class WarmStart:
     """Where an adapter lies, what job it is of, if of any, and the base that it was trained over, if that is known."""
 
     path: Path
@@ -25,7 +25,7 @@ class Source:
     base_fingerprint: str = ""
 
 
-def find(spec: pb.JobSpec, state: Path, known: Store) -> Source | None:
+def find(spec: pb.JobSpec, state: Path, known: Store) -> WarmStart | None:
     """Where a job's start lies, found before anything large is read; None where it is a fresh adapter.
 
     Raises:
@@ -42,7 +42,7 @@ def find(spec: pb.JobSpec, state: Path, known: Store) -> Source | None:
                 f"lora.start_from is {where}, and nothing is there",
                 hint="a path on the coordinator's machine, relative to the job file; or an earlier job's name",
             )
-        return Source(path, pb.Start())
+        return WarmStart(path, pb.Start())
     try:
         earlier, publications = known.announced(where).job, known.publications(where)
     except NotFound:
@@ -59,10 +59,10 @@ def find(spec: pb.JobSpec, state: Path, known: Store) -> Source | None:
     folder = version_folder(state, where, version)
     digests = {artifact.name: artifact.digest for artifact in publications[-1].artifacts}
     said = pb.Start(job=where, job_id=earlier.id, version=version, digest=digests[statements.MANIFEST])
-    return Source(folder / "peft", said, earlier.base_fingerprint)
+    return WarmStart(folder / "peft", said, earlier.base_fingerprint)
 
 
-def read(source: Source, spec: pb.JobSpec, prepared: Prepared, shapes: Mapping[str, Shape]) -> Adapter:
+def read(source: WarmStart, spec: pb.JobSpec, prepared: PreparedBase, shapes: Mapping[str, Shape]) -> Adapter:
     """The adapter, which has exactly the job's modules, shapes (out, in) and rank.
 
     Raises:
@@ -91,7 +91,7 @@ def read(source: Source, spec: pb.JobSpec, prepared: Prepared, shapes: Mapping[s
     return Adapter(found.modules)
 
 
-def taken(source: Source, initial: str) -> pb.Start:
+def taken(source: WarmStart, initial: str) -> pb.Start:
     """What a job says of its start; `initial` is the SHA-256 of the adapter that its clients get."""
     if source.job.job:
         return source.job

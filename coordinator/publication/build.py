@@ -32,11 +32,11 @@ from converters.gguf import quantize as gguf_quantize
 from converters.gguf.quantize import Quantised
 from coordinator import aggregate
 from coordinator.admission import outliers
-from coordinator.admission.outliers import Finding, Member
-from coordinator.aggregate import Contribution, changes, clipped
+from coordinator.admission.outliers import Assessment, Member
+from coordinator.aggregate import ClientUpdate, changes, clipped
 from coordinator.publication import model_card, verify
-from coordinator.publication.model_card import Facts
-from coordinator.publication.verify import Checked, Verdict
+from coordinator.publication.model_card import CardFacts
+from coordinator.publication.verify import FileCheck, Verification
 from oneround import files, stream
 from oneround.errors import FULL, BadModel, LayoutMismatch, NotEnough, OneroundError
 from oneround.v1 import federation_pb2 as pb
@@ -46,7 +46,7 @@ _MADE_WITH = ("oneround", "gguf", "llama-cpp-python", "numpy")
 
 
 @dataclass(frozen=True)
-class Given:
+class Candidate:
     """One contribution that is sound by itself."""
 
     client: str
@@ -60,7 +60,7 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Order:
+class BuildOrder:
     """Everything that a publication is a function of."""
 
     spec: pb.JobSpec
@@ -71,7 +71,7 @@ class Order:
     base_folder: Path
     base_gguf: Path
     base_fingerprint: str
-    contributions: Sequence[Given]
+    contributions: Sequence[Candidate]
     set_aside: Sequence[dict[str, Any]]  # what takes no part, as the manifest lists it
     folder: Path  # where the publication will stand
     # What clients started from: where A is frozen, its A goes with every contribution; in a job that starts from an
@@ -84,17 +84,19 @@ class Order:
         return json.dumps(table, default=str)
 
     @staticmethod
-    def from_json(text: str) -> Order:
+    def from_json(text: str) -> BuildOrder:
         table = json.loads(text)
         table["spec"] = json_format.ParseDict(table["spec"], pb.JobSpec())
-        table["contributions"] = [Given(**{**given, "file": Path(given["file"])}) for given in table["contributions"]]
+        table["contributions"] = [
+            Candidate(**{**given, "file": Path(given["file"])}) for given in table["contributions"]
+        ]
         for key in ("base_folder", "base_gguf", "folder"):
             table[key] = Path(table[key])
         table["initial"] = Path(table["initial"]) if table["initial"] else None
-        return Order(**table)
+        return BuildOrder(**table)
 
 
-def publish(order: Order, report: Report) -> None:
+def publish(order: BuildOrder, report: Report) -> None:
     """Make the publication of an order and put it in place, verified.
 
     Raises:
@@ -117,7 +119,7 @@ def publish(order: Order, report: Report) -> None:
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergedFile:
     """A merged file of one type, and what a quantised one holds."""
 
     kind: str
@@ -126,11 +128,11 @@ class Merged:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Assessed:
     """A contribution and what its cohort makes of it; `adapter` is scaled down where it was clipped."""
 
-    given: Given
-    finding: Finding
+    given: Candidate
+    finding: Assessment
     adapter: Adapter
 
     def listed(self, weight: float) -> dict[str, Any]:
@@ -148,7 +150,7 @@ class Judged:
         }
 
 
-def started_from(order: Order, scratch: Path) -> Adapter | None:
+def started_from(order: BuildOrder, scratch: Path) -> Adapter | None:
     """What every contribution holds, in a job that starts from an earlier adapter; kept in the folder `scratch`.
 
     Rounded as contributions are, so that what a client left as it was is no change.
@@ -162,7 +164,7 @@ def started_from(order: Order, scratch: Path) -> Adapter | None:
     return adapter.read(file, whole)
 
 
-def judged(order: Order, start: Adapter | None = None) -> list[Judged]:
+def judged(order: BuildOrder, start: Adapter | None = None) -> list[Assessed]:
     """The cohort, in the order of the contributions; with a `start`, by what each changed of it."""
     arrived = sorted(order.contributions, key=lambda given: (given.received, given.id))
     frozen = adapter.read(order.initial) if order.initial and order.spec.lora.freeze_a else None
@@ -174,7 +176,7 @@ def judged(order: Order, start: Adapter | None = None) -> list[Judged]:
     by_factor = order.spec.lora.freeze_a or aggregate.METHODS[order.spec.aggregate.method].one_rank
     small = len(members) < outliers.COHORT
     found = {
-        given.id: Judged(
+        given.id: Assessed(
             given,
             _upheld(given, finding) if small else finding,
             clipped(whole[given.id], finding.scale, start, by_factor=by_factor),
@@ -184,14 +186,14 @@ def judged(order: Order, start: Adapter | None = None) -> list[Judged]:
     return [found[given.id] for given in order.contributions]
 
 
-def _upheld(given: Given, finding: Finding) -> Finding:
+def _upheld(given: Candidate, finding: Assessment) -> Assessment:
     """In a cohort that is too small to tell, what a larger one found holds."""
     if not given.earlier or given.by_hand or finding.verdict == "quarantined":
         return finding
     return replace(finding, verdict="quarantined", reason=given.earlier)
 
 
-def _make(order: Order, work: Path, report: Report) -> None:
+def _make(order: BuildOrder, work: Path, report: Report) -> None:
     base = architectures.describe(order.base_folder, order.base_gguf)
     with tempfile.TemporaryDirectory(dir=work) as scratch:
         report("comparing the contributions")
@@ -206,7 +208,7 @@ def _make(order: Order, work: Path, report: Report) -> None:
         report("aggregating")
         try:
             result = aggregate.aggregate(
-                [Contribution(judged.adapter, judged.given.num_examples) for judged in taking],
+                [ClientUpdate(judged.adapter, judged.given.num_examples) for judged in taking],
                 order.spec.aggregate,
                 rank=order.spec.publish.adapter_rank,
                 scratch=Path(scratch),
@@ -232,7 +234,7 @@ def _make(order: Order, work: Path, report: Report) -> None:
     counting = [judged.given.num_examples for judged in taking if weights[judged.given.id] > 0]
     rounding = _rounding(order, base)
     quantised = {made.file.name: made.quantised for made in merged if made.quantised}
-    facts = Facts(
+    facts = CardFacts(
         spec=order.spec,
         version=order.version,
         n_clients=len(counting),
@@ -272,12 +274,12 @@ def _make(order: Order, work: Path, report: Report) -> None:
     files.replace(work / "manifest.json", [json.dumps(manifest, indent=2).encode()])
 
 
-def _merge(order: Order, base: Base, mean: Adapter, work: Path, report: Report) -> list[Merged]:
+def _merge(order: BuildOrder, base: Base, mean: Adapter, work: Path, report: Report) -> list[MergedFile]:
     """The merged models that the job asks for, float types from fine to coarse first. Quantised ones are made from the
     finest float file; where none is asked for, one of the checkpoint's own precision is made for that."""
     wanted = list(order.spec.publish.gguf)
     floats = [kind for kind in gguf_merge.FLOAT_TYPES if kind in wanted] or [base.dtype]
-    merged = [Merged(kind, work / f"{order.spec.name}-{kind}.gguf") for kind in floats]
+    merged = [MergedFile(kind, work / f"{order.spec.name}-{kind}.gguf") for kind in floats]
     for made in merged:
         report(f"merging into {made.kind}")
         accept = order.spec.model.accept_quantised_gguf
@@ -286,11 +288,11 @@ def _merge(order: Order, base: Base, mean: Adapter, work: Path, report: Report) 
         if kind not in floats:
             report(f"quantising to {kind}")
             file = work / f"{order.spec.name}-{kind}.gguf"
-            merged.append(Merged(kind, file, gguf_quantize.quantize(merged[0].file, file, kind)))
+            merged.append(MergedFile(kind, file, gguf_quantize.quantize(merged[0].file, file, kind)))
     return merged
 
 
-def _verify(order: Order, merged: Sequence[Merged], work: Path) -> Checked:
+def _verify(order: BuildOrder, merged: Sequence[MergedFile], work: Path) -> Verification:
     """Have llama.cpp judge every file; quantised ones that fail are moved aside.
 
     Raises:
@@ -299,7 +301,7 @@ def _verify(order: Order, merged: Sequence[Merged], work: Path) -> Checked:
     reference = verify.base_and_adapter(order.base_gguf, work / "adapter.gguf")
     base = verify.alone(order.base_gguf, reference.kind, reference.ids)
     effect = verify.difference(base.logits, reference.logits)
-    verdicts: dict[str, Verdict] = {}
+    verdicts: dict[str, FileCheck] = {}
     withheld: dict[str, str] = {}
 
     floats = [made for made in merged if not made.quantised]
@@ -327,10 +329,10 @@ def _verify(order: Order, merged: Sequence[Merged], work: Path) -> Checked:
     if not any(made.kind in order.spec.publish.gguf and made.file.name in verdicts for made in merged):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in withheld.items())
         raise BadModel(f"verification failed: {reasons}", hint="publish f16 or q8_0 too")
-    return Checked(verdicts, withheld, effect)
+    return Verification(verdicts, withheld, effect)
 
 
-def _rounding(order: Order, base: Base) -> float:
+def _rounding(order: BuildOrder, base: Base) -> float:
     """What a quantised base has lost against the checkpoint that clients trained over, relatively; 0.0 for floats."""
     types = {tensor.info.type for tensor in gguf_file.read(order.base_gguf).tensors.values()}
     quantised = any(GGML_QUANT_SIZES[kind][0] > 1 for kind in types)
@@ -346,7 +348,7 @@ def main() -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.nice(10)  # the daemon answers its clients first
     try:
-        publish(Order.from_json(Path(sys.argv[1]).read_text()), report)
+        publish(BuildOrder.from_json(Path(sys.argv[1]).read_text()), report)
     except OneroundError as error:
         print(json.dumps({"failed": str(error), "hint": error.hint}), flush=True)
         return error.exit_code

@@ -15,7 +15,7 @@ from converters.gguf import file as gguf_file
 from coordinator import aggregate
 from coordinator.jobs import spec as jobs
 from coordinator.publication import modelfile
-from coordinator.publication.verify import Checked
+from coordinator.publication.verify import Verification
 from oneround import files
 from oneround.text import human_size
 from oneround.v1 import federation_pb2 as pb
@@ -24,7 +24,7 @@ _LOCAL = "BASE"  # for a base that has no name but a path on the coordinator's m
 
 
 @dataclass(frozen=True)
-class Facts:
+class CardFacts:
     """What the card tells."""
 
     spec: pb.JobSpec
@@ -33,13 +33,13 @@ class Facts:
     n_examples: int
     rank: int  # the largest of the modules'
     energy_kept: float  # share of ‖ΔW‖² that is left after truncation to it
-    checked: Checked
+    checked: Verification
     fallbacks: Mapping[str, Mapping[str, str]]  # quantised file -> tensor -> the type that it has instead
     started_from: Mapping[str, Any]  # the earlier job, its version, and a digest; empty for a fresh adapter
     base_rounding: float  # what a quantised base GGUF had lost, relatively; 0.0 for floats
 
 
-def write(folder: Path, facts: Facts) -> None:
+def write(folder: Path, facts: CardFacts) -> None:
     """Write README.md, and Modelfile for the smallest merged file."""
     smallest = min(facts.checked.verdicts, key=lambda name: (folder / name).stat().st_size)
     known = gguf_file.read(folder / smallest)
@@ -54,7 +54,7 @@ def write(folder: Path, facts: Facts) -> None:
     files.replace(folder / "README.md", [_card(folder, facts, smallest).encode()])
 
 
-def _card(folder: Path, facts: Facts, smallest: str) -> str:
+def _card(folder: Path, facts: CardFacts, smallest: str) -> str:
     spec = facts.spec
     local = jobs.is_path(spec.model.base)
     base = Path(spec.model.base).name if local else spec.model.base  # the hub takes names only
@@ -80,7 +80,7 @@ def _card(folder: Path, facts: Facts, smallest: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _files(folder: Path, facts: Facts) -> str:
+def _files(folder: Path, facts: CardFacts) -> str:
     merged = facts.checked.verdicts
     rows = [
         *((name, f"base + adapter in one file, {human_size((folder / name).stat().st_size)}") for name in merged),
@@ -94,7 +94,7 @@ def _files(folder: Path, facts: Facts) -> str:
     return _table("Files", ("file", "what it is"), [(f"`{name}`", what) for name, what in rows])
 
 
-def _verification(facts: Facts) -> str:
+def _verification(facts: CardFacts) -> str:
     rows = [
         (
             f"`{name}`",
@@ -129,7 +129,7 @@ def _verification(facts: Facts) -> str:
     return "\n\n".join([table, effect, *(["\n".join(notes)] if notes else [])])
 
 
-def _commands(facts: Facts, base: str, smallest: str) -> str:
+def _commands(facts: CardFacts, base: str, smallest: str) -> str:
     name = facts.spec.name
     pipeline = f"""pipeline("text-generation", "peft", tokenizer="{base}")("Hello")"""
     lines = [
@@ -145,7 +145,7 @@ def _commands(facts: Facts, base: str, smallest: str) -> str:
     return f"## Run it, from this folder\n\n```sh\n{shown}\n```{where}"
 
 
-def _training(facts: Facts) -> str:
+def _training(facts: CardFacts) -> str:
     train, lora = facts.spec.train, facts.spec.lora
     frozen = " A frozen," if lora.freeze_a else ""
     kept = f", which keeps {facts.energy_kept:.1%} of ‖ΔW‖²" if facts.energy_kept < 1 else ""

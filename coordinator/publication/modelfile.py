@@ -16,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 _SYSTEM, _PROMPT, _RESPONSE = "\ue000system\ue000", "\ue000prompt\ue000", "\ue000response\ue000"
 
 
-class Turns(NamedTuple):
+class TemplateParts(NamedTuple):
     """What a chat template writes around a system message, a prompt and a response."""
 
     with_system: tuple[str, str] | None  # before the system message, and between it and the prompt
@@ -49,7 +49,7 @@ def text(gguf: str, *, template: str = "", bos: str = "", eos: str = "") -> str:
     return "\n".join(lines) + "\n"
 
 
-def _turns(template: str, bos: str, eos: str) -> Turns | None:
+def _turns(template: str, bos: str, eos: str) -> TemplateParts | None:
     """None when the template does not say things in the order that people say them."""
     prompt, system = {"role": "user", "content": _PROMPT}, {"role": "system", "content": _SYSTEM}
     response = {"role": "assistant", "content": _RESPONSE}
@@ -64,7 +64,7 @@ def _turns(template: str, bos: str, eos: str) -> Turns | None:
     after = talk.split(_RESPONSE)[1].split(_PROMPT)[0]
     # What follows a response is what closes it and what opens the next prompt.
     after = after.removesuffix(before)
-    return Turns(_around_system(template, [system, prompt], bos, eos, between), before, between, after)
+    return TemplateParts(_around_system(template, [system, prompt], bos, eos, between), before, between, after)
 
 
 def _around_system(

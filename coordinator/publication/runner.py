@@ -14,7 +14,7 @@ from google.protobuf import json_format
 from coordinator.auth.signer import Signer
 from coordinator.jobs import base_model
 from coordinator.jobs.leases import public_id
-from coordinator.publication.build import Given, Order
+from coordinator.publication.build import BuildOrder, Candidate
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.publications import version_folder
 from coordinator.storage.store import Store
@@ -26,14 +26,14 @@ OnStage = Callable[[str], Awaitable[None]]
 
 
 @dataclass(frozen=True)
-class Made:
+class BuiltVersion:
     """A version in its place, and what its cohort made of each contribution: verdict and reason by client id."""
 
     publication: pb.Publication
     findings: dict[str, tuple[str, str]]
 
 
-async def run(state: Path, known: Store, blobs: Blobs, signer: Signer, name: str, on_stage: OnStage) -> Made:
+async def run(state: Path, known: Store, blobs: Blobs, signer: Signer, name: str, on_stage: OnStage) -> BuiltVersion:
     """Make a job's next version, and sign it. Cancelling it ends the child; running it again makes the same version.
 
     Raises:
@@ -80,7 +80,7 @@ def _said(line: bytes) -> dict[str, str]:
     return said if isinstance(said, dict) else {}
 
 
-def _order(state: Path, known: Store, blobs: Blobs, name: str) -> tuple[Order, dict[str, str]]:
+def _order(state: Path, known: Store, blobs: Blobs, name: str) -> tuple[BuildOrder, dict[str, str]]:
     """What to make, and the clients' ids by the ids that manifests have."""
     announced = known.announced(name)
     making = known.in_making(name)
@@ -90,7 +90,7 @@ def _order(state: Path, known: Store, blobs: Blobs, name: str) -> tuple[Order, d
     spec.CopyFrom(announced.job.spec)
     spec.aggregate.CopyFrom(row.request.aggregate)
     spec.publish.adapter_rank = row.request.adapter_rank
-    prepared = base_model.Prepared(
+    prepared = base_model.PreparedBase(
         folder=Path(announced.base_folder),
         base=base_model.describe(
             spec.model, Path(announced.base_folder), announced.job.base_fingerprint, state / "bases"
@@ -101,7 +101,7 @@ def _order(state: Path, known: Store, blobs: Blobs, name: str) -> tuple[Order, d
     )
     names = {client.client_id: client.name for client in known.clients(name)}
     taking = {given.client_id for given in candidates}
-    order = Order(
+    order = BuildOrder(
         spec=spec,
         job_id=announced.job.id,
         version=row.version,
@@ -111,7 +111,7 @@ def _order(state: Path, known: Store, blobs: Blobs, name: str) -> tuple[Order, d
         base_gguf=base_model.gguf(spec.model, prepared, state / "bases"),
         base_fingerprint=announced.job.base_fingerprint,
         contributions=[
-            Given(
+            Candidate(
                 client=names[given.client_id],
                 id=public_id(given.client_id),
                 digest=given.digest,
@@ -143,7 +143,7 @@ def _order(state: Path, known: Store, blobs: Blobs, name: str) -> tuple[Order, d
     return order, {public_id(client_id): client_id for client_id in names}
 
 
-def _made(order: Order, clients: dict[str, str], signer: Signer) -> Made:
+def _made(order: BuildOrder, clients: dict[str, str], signer: Signer) -> BuiltVersion:
     """A version as its manifest lists it, the manifest and the signature over it first."""
     manifest = order.folder / statements.MANIFEST
     artifacts = [
@@ -166,4 +166,4 @@ def _made(order: Order, clients: dict[str, str], signer: Signer) -> Made:
     findings = {
         clients[entry["id"]]: (entry["verdict"], entry["reason"]) for entry in given if entry["id"] in candidates
     }
-    return Made(publication, findings)
+    return BuiltVersion(publication, findings)

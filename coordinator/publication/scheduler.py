@@ -21,11 +21,11 @@ RETRY = 30.0  # seconds until a version is tried again for which there was no ro
 
 log = structlog.get_logger()
 offload = asyncio.to_thread
-Failed = Callable[[str, str], Awaitable[None]]  # told of a job and why its version cannot be made
-Published = Callable[[str, Round], Awaitable[None]]  # told of a job whose version is there
+OnFailed = Callable[[str, str], Awaitable[None]]  # told of a job and why its version cannot be made
+OnPublished = Callable[[str, Round], Awaitable[None]]  # told of a job whose version is there
 
 
-class Publishing:
+class PublicationScheduler:
     """Starts and stops publishers; what becomes of a round is for others to decide."""
 
     def __init__(
@@ -45,7 +45,7 @@ class Publishing:
         self._clock = clock
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    def start(self, name: str, published: Published, failed: Failed) -> None:
+    def start(self, name: str, published: OnPublished, failed: OnFailed) -> None:
         """See to it that a job's version is being made."""
         if name not in self._tasks:
             task = asyncio.create_task(self._publish(name, published, failed))
@@ -66,7 +66,7 @@ class Publishing:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _publish(self, name: str, published: Published, failed: Failed) -> None:
+    async def _publish(self, name: str, published: OnPublished, failed: OnFailed) -> None:
         async def on_stage(stage: str) -> None:
             log.info("publishing", job=name, stage=stage)
             await self._statuses.stage(name, stage)

@@ -38,7 +38,7 @@ _COARSEST = "q4_k_m"  # what a quantised base of any other type is held to
 
 
 @dataclass(frozen=True)
-class Said:
+class ModelOutput:
     """What a model says to the probe."""
 
     kind: str  # f32, f16, bf16, or a quantised type
@@ -53,7 +53,7 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class FileCheck:
     """How far a file is from what it should say, and the bound that it was held to."""
 
     measure: str  # "relative_logit_difference" or "mean_divergence" (nats per token)
@@ -77,35 +77,35 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Checked:
+class Verification:
     """What llama.cpp found."""
 
-    verdicts: dict[str, Verdict]  # by file that may be released
+    verdicts: dict[str, FileCheck]  # by file that may be released
     withheld: dict[str, str]  # by file that may not, the reason
     adapter_effect: float  # how far base + adapter is from the base alone, in the measure that float files are held to
 
 
-def base_and_adapter(base: Path, adapter: Path) -> Said:
+def base_and_adapter(base: Path, adapter: Path) -> ModelOutput:
     """Let base + adapter write the probe, and keep its logits.
 
     Raises:
         BadModel: llama.cpp does not load or run them.
     """
     ids, scores = _in_child(base, adapter, None)
-    return Said(_kind(base), ids, scores)
+    return ModelOutput(_kind(base), ids, scores)
 
 
-def alone(file: Path, kind: str, ids: list[int]) -> Said:
+def alone(file: Path, kind: str, ids: list[int]) -> ModelOutput:
     """What a file of a type (`f16`, `q8_0`, …) says to the probe.
 
     Raises:
         BadModel: llama.cpp does not load or run it.
     """
     _, scores = _in_child(file, None, ids)
-    return Said(kind, ids, scores)
+    return ModelOutput(kind, ids, scores)
 
 
-def verdict(said: Said, against: Said, adapter_effect: float = 0.0) -> Verdict:
+def verdict(said: ModelOutput, against: ModelOutput, adapter_effect: float = 0.0) -> FileCheck:
     """Hold a file against base + adapter (a float file) or against the float file that it was made from.
 
     Where the adapter moves the base by more than the bound, a float file has to be clearly nearer than the base is, so
@@ -122,7 +122,7 @@ def verdict(said: Said, against: Said, adapter_effect: float = 0.0) -> Verdict:
         measure, bound = "relative_logit_difference", max(LOGIT_BOUND[said.kind], LOGIT_BOUND[against.kind])
         bound = min(bound, 0.8 * adapter_effect) if adapter_effect > bound else bound
     name = against.kind if said.kind in DIVERGENCE_BOUND else "base + adapter"
-    return Verdict(measure, value, bound, name, agreement, said.perplexity, against.perplexity)
+    return FileCheck(measure, value, bound, name, agreement, said.perplexity, against.perplexity)
 
 
 def _kind(base: Path) -> str:

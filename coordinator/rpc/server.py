@@ -19,7 +19,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from coordinator import metrics
-from coordinator.auth.gate import Doors
+from coordinator.auth.gate import Gate
 from coordinator.auth.identity import Identity
 from coordinator.auth.policy import Caller
 from coordinator.auth.sessions import Sessions
@@ -73,8 +73,8 @@ def create(
     _nobody_listens(listen)
     shown = certificates or transport.Certificates(identity)
     sessions = Sessions(identity.session_secret, "" if insecure else shown.fingerprint, daemon.now)
-    doors = Doors(daemon.people, daemon.for_whom, sessions, identity.admin_token, daemon.now)
-    servicers = Federation(daemon, doors), healthy or health.aio.HealthServicer()
+    gate = Gate(daemon.people, daemon.for_whom, sessions, identity.admin_token, daemon.now)
+    servicers = Federation(daemon, gate), healthy or health.aio.HealthServicer()
     acceptors: list[grpc.aio.Server] = []
     host, _, port = listen.rpartition(":")
     try:
@@ -93,15 +93,15 @@ def create(
             acceptors.append(acceptor)
     except RuntimeError as error:
         raise _taken(listen) from error
-    acceptors.append(_local(daemon, doors, servicers))
+    acceptors.append(_local(daemon, gate, servicers))
     return Server(acceptors), f"{host}:{port}"
 
 
-def _local(daemon: Daemon, doors: Doors, servicers: tuple[Federation, health.aio.HealthServicer]) -> grpc.aio.Server:
+def _local(daemon: Daemon, gate: Gate, servicers: tuple[Federation, health.aio.HealthServicer]) -> grpc.aio.Server:
     """What the operator's commands talk to: everything, without TLS, on a socket of this machine."""
     where = transport.socket(daemon.state)
     server = grpc.aio.server(options=_OPTIONS, interceptors=[_Decoding()])
-    rpc.add_AdminServicer_to_server(Admin(daemon, doors), server)
+    rpc.add_AdminServicer_to_server(Admin(daemon, gate), server)
     rpc.add_FederationServicer_to_server(servicers[0], server)
     health_pb2_grpc.add_HealthServicer_to_server(servicers[1], server)
     try:
@@ -225,42 +225,42 @@ class _Messages(AsyncIterator[pb.UploadRequest]):
 class Federation(rpc.FederationServicer):
     """What clients call. The doors say who it is and what they may; the daemon does it."""
 
-    def __init__(self, daemon: Daemon, doors: Doors) -> None:
-        self._daemon, self._doors = daemon, doors
+    def __init__(self, daemon: Daemon, gate: Gate) -> None:
+        self._daemon, self._gate = daemon, gate
         self._threads = ThreadPoolExecutor(4, "download")
         self._downloads = 0
 
     @asynccontextmanager
     async def _known(self, context: Context, method: str, request: object) -> AsyncIterator[Caller]:
         async with _answered(context, method, request):
-            yield self._doors.caller(dict(context.invocation_metadata() or ()), context.peer())
+            yield self._gate.caller(dict(context.invocation_metadata() or ()), context.peer())
 
     async def Challenge(self, request: pb.ChallengeRequest, context: Context) -> pb.ChallengeReply:
         async with _answered(context, "Challenge", request):
-            return self._doors.challenge()
+            return self._gate.challenge()
 
     async def SignIn(self, request: pb.SignInRequest, context: Context) -> pb.SignInReply:
         async with _answered(context, "SignIn", request):
-            return await self._doors.sign_in(request)
+            return await self._gate.sign_in(request)
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsReply:
         async with self._known(context, "ListJobs", request) as caller:
-            names = await self._doors.visible(caller, await self._daemon.names())
+            names = await self._gate.visible(caller, await self._daemon.names())
             return pb.ListJobsReply(jobs=await self._daemon.outlines(names), now_unix=self._daemon.now())
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.Job:
         async with self._known(context, "Describe", request) as caller:
             name = request.job or await self._only(caller)
-            await self._doors.see(caller, name)
+            await self._gate.see(caller, name)
             return await self._daemon.describe(name)
 
     async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinReply:
         async with self._known(context, "Join", request) as caller:
             request.job = request.job or await self._only(caller)
-            if not await self._doors.enter(caller, request.job, request.client_name):
+            if not await self._gate.enter(caller, request.job, request.client_name):
                 return pb.JoinReply(awaits_approval=True, job=await self._daemon.describe(request.job))
             reply = await self._daemon.join(request, caller.client_id)
-            await self._doors.joined(caller, request.job, request.client_name)
+            await self._gate.joined(caller, request.job, request.client_name)
             return reply
 
     async def Heartbeat(self, request: pb.HeartbeatRequest, context: Context) -> pb.HeartbeatReply:
@@ -270,7 +270,7 @@ class Federation(rpc.FederationServicer):
 
     async def Download(self, request: pb.DownloadRequest, context: Context) -> AsyncIterator[pb.Chunk]:
         async with self._known(context, "Download", request) as caller:
-            await self._doors.be_in(caller, request.job)
+            await self._gate.be_in(caller, request.job)
             file = await self._daemon.file(request.job, request.digest)
             if request.offset > file.stat().st_size:
                 raise UsageError(f"byte {request.offset} is past the end of this file")
@@ -309,28 +309,28 @@ class Federation(rpc.FederationServicer):
 
     async def Watch(self, request: pb.WatchRequest, context: Context) -> AsyncIterator[pb.JobStatus]:
         async with self._known(context, "Watch", request) as caller:
-            await self._doors.see(caller, request.job)
+            await self._gate.see(caller, request.job)
             async for status in self._daemon.statuses.watch(request.job):
                 yield status
 
     async def _may_give(self, caller: Caller, lease: str) -> None:
         """Raises what is to be answered when a lease is another's, or its client was let in and is not any more."""
-        await self._doors.be_in(caller, await self._daemon.belongs(lease, caller.client_id))
+        await self._gate.be_in(caller, await self._daemon.belongs(lease, caller.client_id))
 
     async def _only(self, caller: Caller) -> str:
-        return await self._daemon.only_open(await self._doors.visible(caller, await self._daemon.names()))
+        return await self._daemon.only_open(await self._gate.visible(caller, await self._daemon.names()))
 
 
 class Admin(rpc.AdminServicer):
     """What the operator's commands call; each call proves that it may."""
 
-    def __init__(self, daemon: Daemon, doors: Doors) -> None:
-        self._daemon, self._doors = daemon, doors
+    def __init__(self, daemon: Daemon, gate: Gate) -> None:
+        self._daemon, self._gate = daemon, gate
 
     @asynccontextmanager
     async def _authorised(self, context: Context, method: str, request: object) -> AsyncIterator[None]:
         given = dict(context.invocation_metadata() or ()).get("authorization", "")
-        if not self._doors.is_operator(str(given)):
+        if not self._gate.is_operator(str(given)):
             log.warning("admin_refused", method=method, peer=context.peer())
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this call needs the coordinator's admin token")
         async with _answered(context, method, request):
@@ -367,20 +367,20 @@ class Admin(rpc.AdminServicer):
 
     async def CreateToken(self, request: pb.CreateTokenRequest, context: Context) -> pb.CreateTokenReply:
         async with self._authorised(context, "CreateToken", request):
-            return await self._doors.create_token(request)
+            return await self._gate.create_token(request)
 
     async def ListTokens(self, request: pb.ListTokensRequest, context: Context) -> pb.ListTokensReply:
         async with self._authorised(context, "ListTokens", request):
-            return await self._doors.tokens()
+            return await self._gate.tokens()
 
     async def RevokeToken(self, request: pb.RevokeTokenRequest, context: Context) -> pb.Token:
         async with self._authorised(context, "RevokeToken", request):
-            return await self._doors.revoke_token(request.id)
+            return await self._gate.revoke_token(request.id)
 
     async def ListClients(self, request: pb.ListClientsRequest, context: Context) -> pb.ListClientsReply:
         async with self._authorised(context, "ListClients", request):
-            return await self._doors.clients(request.job)
+            return await self._gate.clients(request.job)
 
     async def Settle(self, request: pb.SettleRequest, context: Context) -> pb.KnownClient:
         async with self._authorised(context, "Settle", request):
-            return await self._doors.settle(request)
+            return await self._gate.settle(request)

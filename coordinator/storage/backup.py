@@ -35,7 +35,7 @@ _AT_A_TIME = 500  # rows
 
 
 @dataclass
-class Done:
+class BackupSummary:
     """What was copied."""
 
     jobs: int = 0
@@ -43,7 +43,7 @@ class Done:
     bytes: int = 0
 
 
-def backup(state: Path, folder: Path, database: str = "", blobs: str = "") -> Done:
+def backup(state: Path, folder: Path, database: str = "", blobs: str = "") -> BackupSummary:
     """Copy a coordinator's state to a folder.
 
     Raises:
@@ -58,7 +58,7 @@ def backup(state: Path, folder: Path, database: str = "", blobs: str = "") -> Do
     partial = folder / f".{_ROWS}.partial"
     partial.unlink(missing_ok=True)
     _copy_rows(source, _sqlite(partial))
-    done, known = Done(), Store(_sqlite(partial))
+    done, known = BackupSummary(), Store(_sqlite(partial))
     try:
         done.jobs = len(known.names())
         there = Blobs(state, blobs)
@@ -83,7 +83,7 @@ def backup(state: Path, folder: Path, database: str = "", blobs: str = "") -> Do
     return done
 
 
-def restore(folder: Path, state: Path, database: str = "", blobs: str = "") -> Done:
+def restore(folder: Path, state: Path, database: str = "", blobs: str = "") -> BackupSummary:
     """Bring a backup back into an empty state folder, and, with `database`, into an empty database.
 
     Raises:
@@ -96,7 +96,7 @@ def restore(folder: Path, state: Path, database: str = "", blobs: str = "") -> D
         raise UsageError(f"there is a coordinator's state in {state} already", hint="--state NEW-FOLDER")
     state.mkdir(parents=True, exist_ok=True)
     with command.only_one(state, "coordinator"):
-        done, there = Done(), Blobs(state, blobs)
+        done, there = BackupSummary(), Blobs(state, blobs)
         partial = state / f".{_ROWS}.partial"
         shutil.copy(folder / _ROWS, partial)
         known = Store(_sqlite(partial))
@@ -141,7 +141,7 @@ def _published(known: Store, state: Path) -> Iterator[Path]:
             yield from (file for file in sorted(folder.with_name(f"{folder.name}.withheld").glob("*")))
 
 
-def _copy(file: Path, to: Path, done: Done) -> None:
+def _copy(file: Path, to: Path, done: BackupSummary) -> None:
     """A file that never changes: one of the same size is taken to be there already."""
     if to.exists() and to.stat().st_size == file.stat().st_size:
         return

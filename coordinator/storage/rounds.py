@@ -31,7 +31,7 @@ _FRESH = and_(
 
 
 @dataclass(frozen=True)
-class Announced:
+class JobRecord:
     """What never changes of a job."""
 
     job: pb.Job
@@ -40,7 +40,7 @@ class Announced:
     rules: Rules
 
 
-def read(session: Session, announced: Announced, *, counted: bool = True) -> Round:
+def read(session: Session, announced: JobRecord, *, counted: bool = True) -> Round:
     """A job's round; without `counted` only what says whether contributions are taken."""
     rules, name = announced.rules, announced.job.spec.name
     row = job(session, name)
@@ -72,7 +72,7 @@ def write(session: Session, name: str, round: Round) -> None:
 
 
 def begin_version(
-    session: Session, announced: Announced, round: Round, request: pb.PublishRequest | None, at_least: int
+    session: Session, announced: JobRecord, round: Round, request: pb.PublishRequest | None, at_least: int
 ) -> None:
     """The row of the next version, and a note on each contribution that it is made of."""
     spec, version = announced.job.spec, round.version + 1

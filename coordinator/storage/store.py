@@ -15,7 +15,7 @@ from coordinator.round import Event, Round, State
 from coordinator.storage import migrations
 from coordinator.storage import rounds as round_rows
 from coordinator.storage.database import Database
-from coordinator.storage.rounds import CANDIDATE, TAKES_PART, Announced
+from coordinator.storage.rounds import CANDIDATE, TAKES_PART, JobRecord
 from coordinator.storage.schema import Client, Contribution, Evaluation, Job, Publication
 from oneround.errors import Denied, NotEnough, NotFound, Refused
 from oneround.v1 import federation_pb2 as pb
@@ -35,7 +35,7 @@ class Store:
 
     def __init__(self, url: str | URL) -> None:
         self.database = Database(url)
-        self._announced: dict[str, Announced] = {}
+        self._announced: dict[str, JobRecord] = {}
         with self.database.writes() as session:
             migrations.upgrade(session.connection())
 
@@ -54,7 +54,7 @@ class Store:
         with self.database.reads() as session:
             return session.scalars(select(Job.name).where(not_(Job.deleted)).order_by(Job.opened.desc())).all()
 
-    def announced(self, name: str) -> Announced:
+    def announced(self, name: str) -> JobRecord:
         """What clients are told of a job.
 
         Raises:
@@ -342,10 +342,10 @@ class Store:
                 found.setdefault(row.client_id, []).append(row.evaluation)
         return found
 
-    def _known(self, session: Session, name: str) -> Announced:
+    def _known(self, session: Session, name: str) -> JobRecord:
         if name not in self._announced:
             row = round_rows.job(session, name)
-            self._announced[name] = Announced(row.job, row.base_folder, row.opened, round_rows.rules(row.job))
+            self._announced[name] = JobRecord(row.job, row.base_folder, row.opened, round_rows.rules(row.job))
         return self._announced[name]
 
 

@@ -21,7 +21,7 @@ PATIENCE = 10.0  # seconds for a message while others wait: half a megabyte at 4
 IDLE = 60.0  # seconds for a message while nobody else waits
 
 
-class Turns:
+class FlowControl:
     """Hands out turns in the order in which they were asked for."""
 
     def __init__(self, turns: int = TURNS, patience: float = PATIENCE, idle: float = IDLE) -> None:
@@ -62,15 +62,15 @@ class Turns:
         self._free.release()
 
 
-class Stream(Generic[Message]):
+class PacedStream(Generic[Message]):
     """One stream's messages, each in its turn. The first one, which says whose it is, is a stranger's and waits apart,
     so that strangers keep none but each other waiting."""
 
-    def __init__(self, messages: AsyncIterator[Message], strangers: Turns, known: Turns) -> None:
+    def __init__(self, messages: AsyncIterator[Message], strangers: FlowControl, known: FlowControl) -> None:
         self._messages = messages
         self._turns = strangers
         self._known = known
-        self._held: deque[Turns] = deque()
+        self._held: deque[FlowControl] = deque()
 
     async def next(self) -> Message | None:
         """The next message, or None at the end; raises Interrupted when the stream is too slow."""

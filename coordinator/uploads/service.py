@@ -20,7 +20,7 @@ from coordinator.round import Round
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.schema import Client, Contribution
 from coordinator.storage.store import Store
-from coordinator.uploads.flow_control import Stream, Turns
+from coordinator.uploads.flow_control import FlowControl, PacedStream
 from oneround import files, stream
 from oneround.errors import BadData, Conflict, Interrupted, NotEnough, NotFound, Refused, UsageError
 from oneround.v1 import federation_pb2 as pb
@@ -32,7 +32,7 @@ log = structlog.get_logger()
 offload = asyncio.to_thread
 
 
-class Uploads:
+class UploadService:
     """Takes contributions into the store and the blobs. Which streams are open is all that it keeps to itself."""
 
     def __init__(self, known: Store, blobs: Blobs, signer: Signer, clock: Callable[[], float]) -> None:
@@ -42,8 +42,8 @@ class Uploads:
         self._clock = clock
         self._streams = 0
         self._claims: dict[str, dict[str, int]] = {}  # bytes by job and client
-        self._turns = Turns()
-        self._strangers = Turns(32, patience=5.0, idle=10.0)
+        self._turns = FlowControl()
+        self._strangers = FlowControl(32, patience=5.0, idle=10.0)
         self._threads = ThreadPoolExecutor(4, "upload")
 
     async def open(self, lease: Lease, declared: pb.Declaration, round: Round) -> pb.OpenUploadReply:
@@ -74,7 +74,7 @@ class Uploads:
         lease.declaration = declared
         return pb.OpenUploadReply(committed_offset=committed)
 
-    async def take(self, lease: Lease, first: pb.UploadRequest, rest: Stream[pb.UploadRequest]) -> Contribution:
+    async def take(self, lease: Lease, first: pb.UploadRequest, rest: PacedStream[pb.UploadRequest]) -> Contribution:
         """Take a contribution's bytes from the committed offset, and commit it once they are safe.
 
         Raises:
@@ -136,9 +136,9 @@ class Uploads:
             raise NotEnough(f"the uploads of job {client.job!r} have reached its quota; see upload.quota")
         claims[client.client_id] = size
 
-    def stream(self, messages: AsyncIterator[pb.UploadRequest]) -> Stream[pb.UploadRequest]:
+    def stream(self, messages: AsyncIterator[pb.UploadRequest]) -> PacedStream[pb.UploadRequest]:
         """A stream of chunks, which waits for its turns."""
-        return Stream(messages, self._strangers, self._turns)
+        return PacedStream(messages, self._strangers, self._turns)
 
     def _commit(self, partial: Path, contribution: Contribution) -> Contribution:
         """The bytes get their place before the row that stands for them; a crash between leaves the upload whole."""
@@ -160,7 +160,7 @@ class Uploads:
             raise Interrupted("another stream of this client is still open")
 
     async def _receive(
-        self, declared: pb.Declaration, partial: Path, first: pb.UploadRequest, rest: Stream[pb.UploadRequest]
+        self, declared: pb.Declaration, partial: Path, first: pb.UploadRequest, rest: PacedStream[pb.UploadRequest]
     ) -> None:
         offset = self._blobs.committed(partial)
         if first.offset != offset:
@@ -181,7 +181,7 @@ class Uploads:
             )
 
     async def _data(
-        self, first: pb.UploadRequest, rest: Stream[pb.UploadRequest], offset: int, size: int
+        self, first: pb.UploadRequest, rest: PacedStream[pb.UploadRequest], offset: int, size: int
     ) -> AsyncIterator[bytes]:
         """The stream's bytes, held against what was declared."""
         message: pb.UploadRequest | None = first

@@ -22,7 +22,7 @@ from edge_client.cli import options, receipts, results, service
 from edge_client.cli.options import DEFAULT_STATE, Json, State
 from edge_client.connection import connect, discovery, identity, job_check, retry, tls_probe
 from edge_client.connection.remote import Remote
-from edge_client.connection.target import ANY, Way, reaching
+from edge_client.connection.target import ANY, Target, reaching
 from edge_client.doctor import run as examination
 from edge_client.doctor.finding import Case
 from edge_client.ui.screen import Screen
@@ -53,7 +53,7 @@ def join(
     link: Annotated[
         str, typer.Argument(metavar="[LINK]", help="What the operator gave you: oneround://…", show_default=False)
     ] = "",
-    way: Way = ANY,
+    target: Target = ANY,
     job: Annotated[str, typer.Option(help="The job; not needed when only one is open.")] = "",
     data: options.Data = Path("data"),
     backend: options.Backend = "auto",
@@ -81,17 +81,17 @@ def join(
 ) -> None:
     """Take part in a job, start to receipt. Run it again after any interruption, and it goes on."""
     screen = Screen(as_json)
-    if link and way.server:
+    if link and target.server:
         raise UsageError("the invitation says where the coordinator is", hint="leave --server out")
-    way = replace(way, server=link) if link else way
-    guest = options.guest(when, min_battery, min_memory, nice)
+    target = replace(target, server=link) if link else target
+    pausing = options.pausing(when, min_battery, min_memory, nice)
     options.make(state)
     waiting = any(box.trained() and not box.receipt() for box in outbox.all_outboxes(state))
     if not waiting and not data.exists():  # what is trained needs no data any more
         raise BadData(f"there is no data at {data}", hint="edge-client join --data FILE_OR_FOLDER")
     with screen.busy("loading the training backend"):
         chosen = backends.choose(backend)
-    taker = session.Taker(
+    participant = session.Participant(
         state=state,
         name=name or socket.gethostname(),
         data=data,
@@ -100,18 +100,18 @@ def join(
         skip_bad_rows=skip_bad_rows,
         save_every=save_every,
         again=again,
-        guest=guest,
+        pausing=pausing,
         setup=options.setup(chosen, precision, bits),
     )
 
     async def run() -> None:
-        async with connect.connected(way, state, screen) as remote:
+        async with connect.connected(target, state, screen) as remote:
             with command.only_one(state, "edge-client join"):
                 wanted = consent.meant((await remote.jobs()).jobs, job or remote.token_job)
                 offered = await remote.describe(wanted.spec.name)
                 job_check.check(offered)
                 name = offered.spec.name
-                request = taker.request(name)
+                request = participant.request(name)
                 terms = consent.terms(offered, request, remote.fingerprint)
                 before = [replace(terms, key=key) for key in identity.Pins(state).earlier(remote.fingerprint)]
                 if not consent.given(outbox.all_outboxes(state), terms, *before) and not await consent.ask(
@@ -126,7 +126,7 @@ def join(
                     screen.say("declined")
                     raise typer.Exit(Refused.exit_code)
                 receipt = await session.take_part(
-                    remote, name, replace(taker, consent=terms.digest, agreed=offered), screen
+                    remote, name, replace(participant, consent=terms.digest, agreed=offered), screen
                 )
             if wait:
                 joined = outbox.find(state, receipt.job).joined()
@@ -178,19 +178,19 @@ def trust_key(
 ) -> None:
     """Pin a coordinator's key: the first time, or in the place of another one after it was set up anew."""
     tls_probe.host_and_port(address)
-    way, pins = Way(address, "".join(fingerprint)), identity.Pins(state)
+    target, pins = Target(address, "".join(fingerprint)), identity.Pins(state)
     before = pins.all().get(address, "")
-    pins.pin(address, way.trusted)
+    pins.pin(address, target.trusted)
     screen = Screen(as_json)
-    if before and before != way.trusted:
+    if before and before != target.trusted:
         screen.say("unpinned", server=address, fingerprint=tls.grouped(before))
-    screen.say("trusted", server=address, fingerprint=tls.grouped(way.trusted))
+    screen.say("trusted", server=address, fingerprint=tls.grouped(target.trusted))
 
 
 @app.command(epilog="Example: edge-client doctor --server host:50051 --data notes/")
 @reaching
 def doctor(
-    way: Way = ANY,
+    target: Target = ANY,
     job: Annotated[str, typer.Option(help="The job; not needed when only one is open.")] = "",
     data: Annotated[Path, typer.Option(help="A file or folder: .jsonl, .json, .parquet or .txt.")] = Path("data"),
     backend: Annotated[str, typer.Option(help="auto, torch or mlx.")] = "auto",
@@ -205,7 +205,7 @@ def doctor(
 
     Takes what join takes. The exit code is that of the first problem, 0 if there is none.
     """
-    case = Case(state, way, job, data, backend, model, skip_bad_rows)
+    case = Case(state, target, job, data, backend, model, skip_bad_rows)
     raise typer.Exit(asyncio.run(examination.report(case, Screen(as_json), as_json=as_json)))
 
 
@@ -248,7 +248,7 @@ def status(state: State = DEFAULT_STATE, as_json: Json = False) -> None:
 @reaching
 def leave(
     job: Annotated[str, typer.Argument(help="The job's name.")],
-    way: Way = ANY,
+    target: Target = ANY,
     state: State = DEFAULT_STATE,
     as_json: Json = False,
 ) -> None:
@@ -259,7 +259,7 @@ def leave(
     assert joined is not None, "find looks at joined jobs"
 
     async def run() -> None:
-        async with connect.connected(way, state, screen, job) as remote:
+        async with connect.connected(target, state, screen, job) as remote:
             await remote.withdraw(joined.lease)
 
     asyncio.run(run())

@@ -10,8 +10,8 @@ import typer
 from edge_client import backends
 from edge_client.connection import identity
 from edge_client.pausing import policy, sensors
-from edge_client.pausing.controller import Guest
-from edge_client.pausing.policy import Manners
+from edge_client.pausing.controller import PauseController
+from edge_client.pausing.policy import PausePolicy
 from edge_client.training.recipe import BITS, PRECISIONS, Setup
 from oneround.errors import NotEnough, UsageError
 
@@ -51,7 +51,7 @@ MinMemory = Annotated[
 ]
 Nice = Annotated[bool, typer.Option("--nice", help="Let other programs go first, on the CPU and the disk.")]
 
-MANNERS = Manners()
+MANNERS = PausePolicy()
 ALWAYS = [policy.When.ALWAYS]
 PLUGGED_IN = [policy.When.PLUGGED_IN]
 
@@ -69,13 +69,13 @@ def setup(backend: backends.Backend, precision: str, bits: int) -> Setup:
     return Setup(backend.precision() if precision == "auto" else precision, bits)
 
 
-def guest(when: list[policy.When], min_battery: float, min_memory: float, nice: bool) -> Guest:
+def pausing(when: list[policy.When], min_battery: float, min_memory: float, nice: bool) -> PauseController:
     """A guest with these manners. A lower priority begins here, so that threads that start later have it too.
 
     Raises:
         UsageError: it is to be told whether somebody uses this machine, and it cannot be.
     """
-    asked = Manners(
+    asked = PausePolicy(
         plugged_in=policy.When.PLUGGED_IN in when,
         idle=policy.When.IDLE in when,
         min_battery=min_battery,
@@ -85,7 +85,7 @@ def guest(when: list[policy.When], min_battery: float, min_memory: float, nice: 
         sensors.require_idle()
     if nice:
         sensors.lower_priority()
-    return Guest(asked)
+    return PauseController(asked)
 
 
 def make(folder: Path) -> None:

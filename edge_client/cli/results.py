@@ -23,8 +23,8 @@ from edge_client import outbox
 from edge_client.cli.options import DEFAULT_STATE, Json, State
 from edge_client.connection import connect
 from edge_client.connection.identity import Pins
-from edge_client.connection.target import ANY, Way, reaching
-from edge_client.outbox import Source
+from edge_client.connection.target import ANY, Target, reaching
+from edge_client.outbox import DataSource
 from edge_client.results import evaluate as scores
 from edge_client.results import llama_process, openai_server
 from edge_client.results import pull as pulling
@@ -58,7 +58,7 @@ def pull(
     unsigned: Annotated[
         bool, typer.Option("--unsigned", help="Take a version that is not signed, as one of an earlier oneround.")
     ] = False,
-    way: Way = ANY,
+    target: Target = ANY,
     state: State = DEFAULT_STATE,
     as_json: Json = False,
 ) -> None:
@@ -67,7 +67,7 @@ def pull(
     folder = to or Path(job)
 
     async def run() -> None:
-        async with connect.connected(way, state, screen, job) as remote:
+        async with connect.connected(target, state, screen, job) as remote:
             made = pulling.publication(await remote.job(job), version)
             chosen = pulling.wanted(made, artifact, screen)
             await pulling.check(remote, job, made, folder, Pins(state), screen, unsigned=unsigned)
@@ -98,7 +98,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    way: Way = ANY,
+    target: Target = ANY,
     state: State = DEFAULT_STATE,
     as_json: Json = False,
 ) -> None:
@@ -114,14 +114,14 @@ def evaluate(
     assert joined is not None, "find looks at joined jobs"
     if own.trained() is None:
         raise Refused(f"this machine has not trained for {job!r} yet", hint="edge-client join --data FILE_OR_FOLDER")
-    source = own.source() or Source("data")
+    source = own.source() or DataSource("data")
     if data is not None:
         source = replace(source, data=str(data))
     if not Path(source.data).exists():
         raise BadData(f"there is no data at {source.data}", hint=f"edge-client evaluate {job} --data FILE_OR_FOLDER")
 
     base, published, found = asyncio.run(
-        pulling.to_measure(way, state, screen, joined.job, source, version, must=report)
+        pulling.to_measure(target, state, screen, joined.job, source, version, must=report)
     )
     held_out = scores.held_out(source, base, joined.job.spec.train.max_seq_len, tokens)
     kept = outbox.base_gguf(state, joined.job)
@@ -151,7 +151,7 @@ def evaluate(
         )
 
         async def tell() -> None:
-            async with connect.connected(way, state, screen, job) as remote:
+            async with connect.connected(target, state, screen, job) as remote:
                 await remote.report(joined.lease, told)
 
         asyncio.run(tell())
@@ -167,15 +167,15 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling, at a temperature over 0.", min=0)] = 0,
     version: VersionHere = 0,
-    way: Way = ANY,
+    target: Target = ANY,
     state: State = DEFAULT_STATE,
 ) -> None:
     """Talk with the published model, or with any GGUF; a model without a chat template continues your text."""
     llama.require()
-    file = pulling.model_file(model, version, way, state, Screen(aside=True))
+    file = pulling.model_file(model, version, target, state, Screen(aside=True))
     ends_by_hand = nullcontext() if prompt else suppress(KeyboardInterrupt)
     with ends_by_hand, llama_process.Child("edge_client.results.llama_process", file) as child:
-        talker = llama_process.Talker(child, file, seed)
+        talker = llama_process.Conversation(child, file, seed)
         if sys.stdin.isatty() and not prompt:
             does = "answers" if talker.has_chat_template else "has no chat template, and continues your text"
             print(f"{file.stem} {does}. Ctrl-D ends.", file=sys.stderr)
@@ -206,14 +206,14 @@ def serve(
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8080,
     host: Annotated[str, typer.Option(help="Whoever reaches this address may use the model.")] = "127.0.0.1",
     version: VersionHere = 0,
-    way: Way = ANY,
+    target: Target = ANY,
     state: State = DEFAULT_STATE,
     as_json: Json = False,
 ) -> None:
     """Serve the published model, or any GGUF, to programs that speak OpenAI's API, on this machine."""
     openai_server.require()
     screen = Screen(as_json)
-    file = pulling.model_file(model, version, way, state, screen)
+    file = pulling.model_file(model, version, target, state, screen)
     signal.signal(signal.SIGTERM, _interrupt)
     with suppress(KeyboardInterrupt), ExitStack() as open_now:  # that is how it should end
         with screen.busy("loading the model"):

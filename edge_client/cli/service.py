@@ -20,10 +20,10 @@ from edge_client.cli.options import DEFAULT_STATE, Json, State
 from edge_client.connection import connect as reach
 from edge_client.connection import identity
 from edge_client.connection.remote import Remote
-from edge_client.connection.target import ANY, Way, reaching
+from edge_client.connection.target import ANY, Target, reaching
 from edge_client.pausing import sensors
 from edge_client.pausing.policy import When
-from edge_client.session import Taker
+from edge_client.session import Participant
 from edge_client.ui.screen import Screen
 from edge_client.unattended import service, watch
 from oneround.errors import BadData, Refused, Unreachable, UsageError
@@ -39,7 +39,7 @@ Nice = Annotated[bool, typer.Option(help="Let other programs go first, on the CP
 @reaching
 def stay(
     accept: Accept,
-    way: Way = ANY,
+    target: Target = ANY,
     data: options.Data = Path("data"),
     backend: options.Backend = "auto",
     model: options.Model = None,
@@ -61,28 +61,28 @@ def stay(
     """Stay, and take part once in every accepted job as it appears. Ends with Ctrl-C."""
     screen = Screen(as_json)
     _check(accept, data)
-    guest = options.guest(when, min_battery, min_memory, nice)
+    pausing = options.pausing(when, min_battery, min_memory, nice)
     options.make(state)
     with screen.busy("loading the training backend"):
         chosen = backends.choose(backend)
-    taker = Taker(
+    participant = Participant(
         state=state,
         name=name or socket.gethostname(),
         data=data,
         backend=chosen,
         model=model,
         skip_bad_rows=skip_bad_rows,
-        guest=guest,
+        pausing=pausing,
         setup=options.setup(chosen, precision, bits),
     )
 
     def connect() -> AbstractAsyncContextManager[Remote]:
-        return reach.connected(way, state, screen)
+        return reach.connected(target, state, screen)
 
     async def run() -> None:
-        await _agree(screen, taker.request(""), accept, way.address, data, yes)
+        await _agree(screen, participant.request(""), accept, target.address, data, yes)
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # a service is ended by it
-        await watch.Staying(connect, accept, taker, screen, look_seconds=look_every).stay()
+        await watch.JobWatcher(connect, accept, participant, screen, look_seconds=look_every).stay()
 
     asyncio.run(run())
 
@@ -90,7 +90,7 @@ def stay(
 @reaching
 def install_service(
     accept: Accept,
-    way: Way = ANY,
+    target: Target = ANY,
     data: options.Data = Path("data"),
     backend: options.Backend = "auto",
     model: options.Model = None,
@@ -116,10 +116,10 @@ def install_service(
     with screen.busy("loading the training backend"):
         chosen = backends.choose(backend)
     options.setup(chosen, precision, bits)  # a wrong one is an error now, and not in a log
-    taker = Taker(state, name or socket.gethostname(), data, chosen)
-    asyncio.run(_agree(screen, taker.request(""), accept, way.address, data, yes))
-    place = asyncio.run(_reach_once(way, state, screen))
-    command = [sys.executable, "-P", "-m", "edge_client.cli", "stay", "--yes", *way.again(place)]
+    participant = Participant(state, name or socket.gethostname(), data, chosen)
+    asyncio.run(_agree(screen, participant.request(""), accept, target.address, data, yes))
+    place = asyncio.run(_reach_once(target, state, screen))
+    command = [sys.executable, "-P", "-m", "edge_client.cli", "stay", "--yes", *target.again(place)]
     for pattern in accept:
         command += ["--accept", pattern]
     for each in when:
@@ -158,18 +158,18 @@ def uninstall_service(as_json: Json = False) -> None:
     Screen(as_json).say("uninstalled" if there else "not_installed", file=str(installed.file))
 
 
-async def _reach_once(way: Way, state: Path, screen: Screen) -> str:
+async def _reach_once(target: Target, state: Path, screen: Screen) -> str:
     """The coordinator's address. Its key is pinned now, while a person looks on; a service has nobody to ask.
 
     Raises:
         Unreachable: it does not answer, and its key is not known here.
     """
     try:
-        async with reach.connected(way, state, screen) as remote:
+        async with reach.connected(target, state, screen) as remote:
             return remote.server
     except Unreachable:
-        if way.address and (way.plain or way.address in identity.Pins(state).all()):
-            return way.address
+        if target.address and (target.plain or target.address in identity.Pins(state).all()):
+            return target.address
         raise
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from edge_client import outbox
 from edge_client.connection import discovery, identity, tls_probe, trust
-from edge_client.connection.discovery import Found
+from edge_client.connection.discovery import DiscoveredCoordinator
 from edge_client.connection.remote import Remote, connect
-from edge_client.connection.target import Way
+from edge_client.connection.target import Target
 from edge_client.ui.screen import Screen
 from oneround import tls
 from oneround.errors import NotEnough, OneroundError, Unreachable, UsageError
@@ -21,14 +21,14 @@ from oneround.errors import NotEnough, OneroundError, Unreachable, UsageError
 _MOST_PLACES = 8  # that are tried; anybody on the network can say anything
 
 
-class Roaming(Remote):
+class RoamingRemote(Remote):
     """A connection to the coordinator with a key, wherever it is."""
 
     def __init__(
-        self, first: Remote, pins: identity.Pins, way: Way, state: Path, screen: Screen, open_now: AsyncExitStack
+        self, first: Remote, pins: identity.Pins, target: Target, state: Path, screen: Screen, open_now: AsyncExitStack
     ) -> None:
         self.go_on_over(first)
-        self._pins, self._way, self._state, self._screen, self._open_now = pins, way, state, screen, open_now
+        self._pins, self._target, self._state, self._screen, self._open_now = pins, target, state, screen, open_now
         self._looking = asyncio.Lock()
 
     async def find_again(self, lost: str) -> bool:
@@ -41,14 +41,14 @@ class Roaming(Remote):
         async with self._looking:
             if self.server != lost:
                 return True
-            here = partial(connect, lost, self._pins, _unasked, key=self.fingerprint, own=self._way.own)
+            here = partial(connect, lost, self._pins, _unasked, key=self.fingerprint, own=self._target.own)
             with suppress(OneroundError):
-                if (await tls_probe.look(lost, self._way.own)).certificate == self.certificate:
+                if (await tls_probe.look(lost, self._target.own)).certificate == self.certificate:
                     return False
                 self._go_on(await self._open_now.enter_async_context(here()))  # with a renewed one
                 return True
             with suppress(OneroundError):
-                self._go_on(await _elsewhere(self.fingerprint, lost, self._pins, self._way, self._open_now))
+                self._go_on(await _elsewhere(self.fingerprint, lost, self._pins, self._target, self._open_now))
                 self._screen.say("moved", before=lost, server=self.server)
                 outbox.moved(self._state, lost, self.server)
             return self.server != lost
@@ -59,25 +59,27 @@ class Roaming(Remote):
 
 
 @asynccontextmanager
-async def connected(way: Way, state: Path, screen: Screen, job: str = "", *, pin: bool = True) -> AsyncIterator[Remote]:
+async def connected(
+    target: Target, state: Path, screen: Screen, job: str = "", *, pin: bool = True
+) -> AsyncIterator[Remote]:
     """A connection to the named coordinator; or to the one that the job (or the last job) was joined at, wherever it is
     now; or to the one on this network. With `pin` the key of one that was never seen before is pinned, after the
     person has been asked where one is there."""
-    pins, own, trusted = identity.Pins(state, keep=pin), way.own, way.trusted
+    pins, own, trusted = identity.Pins(state, keep=pin), target.own, target.trusted
     said = ""  # the key that the network says it has
 
-    async def on_first_use(shown: trust.Shown) -> None:
+    async def on_first_use(shown: trust.ShownCertificate) -> None:
         if pin:
             await trust.first_time(screen, shown, said)
         screen.say("pinned", server=shown.address, fingerprint=tls.grouped(shown.fingerprint))
 
-    places = [way.address or _joined_at(state, job)]
+    places = [target.address or _joined_at(state, job)]
     if not places[0]:
-        if way.plain:  # who makes itself known speaks TLS
+        if target.plain:  # who makes itself known speaks TLS
             raise UsageError("which coordinator?", hint="add --server HOST:PORT, as `coordinator serve` prints it")
         chosen = await _found(screen, trusted)
         places, said = list(chosen.addresses), chosen.fingerprint
-    way.require_allowed(places[0])
+    target.require_allowed(places[0])
     async with AsyncExitStack() as open_now:
         opening = partial(
             connect,
@@ -85,24 +87,24 @@ async def connected(way: Way, state: Path, screen: Screen, job: str = "", *, pin
             on_first_use=on_first_use,
             trusted=trusted,
             own=own,
-            insecure=way.plain,
-            token=way.token,
+            insecure=target.plain,
+            token=target.token,
         )
         try:
             remote = await _first_that_answers([partial(opening, place) for place in places], open_now)
         except Unreachable as nobody:
             key = trusted or pins.all().get(places[0])
-            if way.plain or key is None:
+            if target.plain or key is None:
                 raise
             with screen.busy("looking for the coordinator on this network"):
                 try:
-                    remote = await _elsewhere(key, places[0], pins, way, open_now)
+                    remote = await _elsewhere(key, places[0], pins, target, open_now)
                 except Unreachable:
                     raise nobody from None
             screen.say("moved", before=places[0], server=remote.server)
             outbox.moved(state, places[0], remote.server)
         _tell(remote, screen)
-        yield remote if way.plain else Roaming(remote, pins, way, state, screen, open_now)
+        yield remote if target.plain else RoamingRemote(remote, pins, target, state, screen, open_now)
 
 
 def _tell(remote: Remote, screen: Screen) -> None:
@@ -111,11 +113,11 @@ def _tell(remote: Remote, screen: Screen) -> None:
         screen.say("key_changed", server=remote.server, before=before, now=now)
 
 
-def _unasked(shown: trust.Shown) -> None:
+def _unasked(shown: trust.ShownCertificate) -> None:
     """Of one whose key is known, nobody is asked."""
 
 
-async def _found(screen: Screen, trusted: str) -> Found:
+async def _found(screen: Screen, trusted: str) -> DiscoveredCoordinator:
     """The coordinator on this network; the one that says it has the trusted key, if there is one.
 
     Raises:
@@ -131,13 +133,13 @@ async def _found(screen: Screen, trusted: str) -> Found:
     return chosen
 
 
-async def _elsewhere(key: str, but: str, pins: identity.Pins, way: Way, open_now: AsyncExitStack) -> Remote:
+async def _elsewhere(key: str, but: str, pins: identity.Pins, target: Target, open_now: AsyncExitStack) -> Remote:
     """A connection to the coordinator with this key at another place: where the network says it is, or where it was.
 
     Raises:
         Unreachable: it is at none that is known of.
     """
-    heard: list[Found] = []
+    heard: list[DiscoveredCoordinator] = []
     with suppress(NotEnough):
         heard = await discovery.look(enough=lambda found: found.fingerprint == key)
     said = [place for found in heard if found.fingerprint == key for place in found.addresses]
@@ -146,7 +148,8 @@ async def _elsewhere(key: str, but: str, pins: identity.Pins, way: Way, open_now
     if not places:
         raise Unreachable("nobody on this network has the coordinator's key")
     return await _first_that_answers(
-        [partial(connect, place, pins, _unasked, key=key, own=way.own, token=way.token) for place in places], open_now
+        [partial(connect, place, pins, _unasked, key=key, own=target.own, token=target.token) for place in places],
+        open_now,
     )
 
 
@@ -165,7 +168,7 @@ def _joined_at(state: Path, job: str) -> str:
     return next((box.server() for box in joined if not job or box.folder.name.rpartition("-")[0] == job), "")
 
 
-async def _ask_which(found: Sequence[Found], screen: Screen) -> Found:
+async def _ask_which(found: Sequence[DiscoveredCoordinator], screen: Screen) -> DiscoveredCoordinator:
     rows = [
         f"  {number}  {each.name} at {each.addresses[0]}, key {tls.grouped(each.fingerprint[:16])} …"
         for number, each in enumerate(found, 1)

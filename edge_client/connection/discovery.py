@@ -19,7 +19,7 @@ _MOST = 64  # that are listed; anybody on the network can say anything
 
 
 @dataclass(frozen=True)
-class Found:
+class DiscoveredCoordinator:
     """A coordinator that makes itself known: its name, where it says it is, and its key's fingerprint."""
 
     name: str
@@ -29,10 +29,10 @@ class Found:
 
 async def look(
     seconds: float = LOOK_SECONDS,
-    enough: Callable[[Found], bool] = lambda found: False,
+    enough: Callable[[DiscoveredCoordinator], bool] = lambda found: False,
     *,
     interfaces: Callable[[], Sequence[lan.Interface]] = lan.interfaces,
-) -> list[Found]:
+) -> list[DiscoveredCoordinator]:
     """The coordinators that answer within so many seconds, by name; ends early with one that is `enough`.
 
     Raises:
@@ -44,7 +44,7 @@ async def look(
         raise NotEnough(
             f"this machine does not let us look around on its network: {error}", hint="add --server HOST:PORT"
         ) from error
-    heard: dict[str, Found] = {}
+    heard: dict[str, DiscoveredCoordinator] = {}
     asking: set[asyncio.Task[None]] = set()
     done = asyncio.Event()
 
@@ -77,7 +77,7 @@ async def look(
     return sorted(heard.values(), key=lambda found: (found.name, found.addresses))
 
 
-def read(info: AsyncServiceInfo) -> Found | None:
+def read(info: AsyncServiceInfo) -> DiscoveredCoordinator | None:
     """What a record says, or None when it cannot be a coordinator's."""
     fingerprint, port = lan.fingerprint(info.properties), info.port or 0
     hosts = [ipaddress.ip_address(text) for text in info.parsed_addresses(IPVersion.All)]
@@ -86,10 +86,10 @@ def read(info: AsyncServiceInfo) -> Found | None:
     if not fingerprint or not addresses or not 0 < port < 65536:
         return None
     name = info.name.removesuffix(f".{info.type}")
-    return Found(label(name), addresses, fingerprint)
+    return DiscoveredCoordinator(label(name), addresses, fingerprint)
 
 
-def only(found: Sequence[Found]) -> Found:
+def only(found: Sequence[DiscoveredCoordinator]) -> DiscoveredCoordinator:
     """The one that there is.
 
     Raises:

@@ -18,7 +18,7 @@ DEFAULT_STATE = Path(platformdirs.user_data_dir("oneround")) / "client"
 
 
 @dataclass(frozen=True)
-class Me:
+class ClientKey:
     """This client's key. Whoever holds it is this client."""
 
     key: Ed25519PrivateKey
@@ -34,7 +34,7 @@ class Me:
         return signing.client_id(self.public_key)
 
 
-def me(state: Path, *, keep: bool = True) -> Me:
+def me(state: Path, *, keep: bool = True) -> ClientKey:
     """The key in a state folder, made on the first use; with `keep` off a new one is kept nowhere.
 
     Raises:
@@ -53,16 +53,16 @@ def me(state: Path, *, keep: bool = True) -> Me:
     try:
         found = signing.private(file.read_bytes())
         if isinstance(found, Ed25519PrivateKey):
-            return Me(found)
+            return ClientKey(found)
         why = "it holds another kind of key"
     except ValueError as error:
         why = str(error)
     raise BadData(f"{file} is damaged: {why}", hint="remove it, and join as a new client")
 
 
-def passing() -> Me:
+def passing() -> ClientKey:
     """A key that is kept nowhere, for who only asks."""
-    return Me(Ed25519PrivateKey.generate())
+    return ClientKey(Ed25519PrivateKey.generate())
 
 
 @dataclass(frozen=True)

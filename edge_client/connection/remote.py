@@ -16,7 +16,7 @@ import grpc
 from google.protobuf.message import Message
 
 from edge_client.connection import identity, tls_probe, trust
-from edge_client.connection.identity import Me, Pins
+from edge_client.connection.identity import ClientKey, Pins
 from oneround import files, rules, signing, stream, tls
 from oneround.errors import BadData, Refused, Unreachable, from_status
 from oneround.text import one_line
@@ -47,7 +47,7 @@ _files = ThreadPoolExecutor(2, "files")  # read, hash and write what travels
 
 OnBytes = Callable[[int], None]  # called with how many bytes of the file are across so far
 OnFirstUse = Callable[
-    [trust.Shown], Awaitable[None] | None
+    [trust.ShownCertificate], Awaitable[None] | None
 ]  # called before a key is pinned; may ask, and raise Refused
 
 
@@ -59,7 +59,7 @@ class Remote:
         server: str,
         channel: grpc.aio.Channel,
         certificate: bytes = b"",
-        me: Me | None = None,
+        me: ClientKey | None = None,
         *,
         token: str = "",
         before: str = "",
@@ -272,9 +272,9 @@ async def connect(
     *,
     key: str = "",
     trusted: str = "",
-    own: tls_probe.Own | None = None,
+    own: tls_probe.ClientCertificate | None = None,
     insecure: bool = False,
-    me: Me | None = None,
+    me: ClientKey | None = None,
     token: str = "",
 ) -> AsyncIterator[Remote]:
     """A connection to the coordinator at HOST:PORT whose key is the pinned one, or follows it.
@@ -304,7 +304,7 @@ async def connect(
     else:
         trust.require(shown, found, known, pins.state)
     trust.require_dates(shown.certificate, datetime.datetime.now(datetime.UTC))
-    if found is trust.Standing.NEW and not (trusted or key) and (asking := on_first_use(shown)) is not None:
+    if found is trust.KeyStanding.NEW and not (trusted or key) and (asking := on_first_use(shown)) is not None:
         await asking
     pins.pin(server, shown.fingerprint, shown.earlier)
     # The certificate just seen is the only root: whoever answers on this channel must hold its key.

@@ -11,7 +11,7 @@ from typing import Annotated, get_type_hints
 
 import typer
 
-from edge_client.connection.tls_probe import Own
+from edge_client.connection.tls_probe import ClientCertificate
 from oneround import invitation, lan, tls
 from oneround.errors import UsageError
 from oneround.invitation import Invitation
@@ -46,7 +46,7 @@ InsecureAnywhere = Annotated[
 
 
 @dataclass(frozen=True)
-class Way:
+class Target:
     """How to reach a coordinator."""
 
     server: Server = ""
@@ -86,11 +86,11 @@ class Way:
         return self.insecure or self.insecure_anywhere
 
     @property
-    def own(self) -> Own | None:
+    def own(self) -> ClientCertificate | None:
         """The client's own certificate."""
         if self.certificate is None:
             return None
-        return Own(self.certificate, self.certificate_key or self.certificate)
+        return ClientCertificate(self.certificate, self.certificate_key or self.certificate)
 
     @property
     def trusted(self) -> str:
@@ -128,22 +128,22 @@ class Way:
         return options + (["--insecure-anywhere"] if self.insecure_anywhere else [])
 
 
-ANY = Way()
+ANY = Target()
 
 
 def reaching(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of a Way, in the place of its parameter `way`."""
-    hints, of_way = get_type_hints(command, include_extras=True), get_type_hints(Way, include_extras=True)
+    """Give a command the options of a Way, in the place of its parameter `target`."""
+    hints, of_way = get_type_hints(command, include_extras=True), get_type_hints(Target, include_extras=True)
 
     def run(**given: object) -> None:
-        way = Way(**{each.name: given.pop(each.name) for each in fields(Way)})  # type: ignore[arg-type]
-        command(way=way, **given)
+        target = Target(**{each.name: given.pop(each.name) for each in fields(Target)})  # type: ignore[arg-type]
+        command(target=target, **given)
 
     parameters = []
     for name, parameter in inspect.signature(command).parameters.items():
         shown = {name: (hints[name], parameter.default)}
-        if name == "way":
-            shown = {each.name: (of_way[each.name], each.default) for each in fields(Way)}
+        if name == "target":
+            shown = {each.name: (of_way[each.name], each.default) for each in fields(Target)}
         for option, (hint, default) in shown.items():
             kind = inspect.Parameter.KEYWORD_ONLY
             parameters.append(inspect.Parameter(option, kind, default=default, annotation=hint))

@@ -8,14 +8,14 @@ import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_client.connection.trust import Shown
+from edge_client.connection.trust import ShownCertificate
 from oneround.errors import BadData, Refused, Unreachable, UsageError
 
 SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Own:
+class ClientCertificate:
     """This client's own certificate and key (PEM files), for coordinators that ask for one."""
 
     certificate: Path
@@ -43,7 +43,7 @@ class Own:
             raise UsageError(f"cannot read {self.certificate} and {self.key}: {error.strerror}", hint=hint) from error
 
 
-async def look(server: str, own: Own | None = None) -> Shown:
+async def look(server: str, own: ClientCertificate | None = None) -> ShownCertificate:
     """What the one at HOST:PORT shows; it has proven to hold the certificate's key, and is not trusted by that.
 
     Raises:
@@ -63,7 +63,7 @@ class _HungUp(Exception):
     """After all had seemed well: TLS 1.3 lets a server turn a client away when the client believes to be connected."""
 
 
-async def _look(server: str, own: Own | None) -> Shown:
+async def _look(server: str, own: ClientCertificate | None) -> ShownCertificate:
     host, port = host_and_port(server)
     context = ssl.create_default_context()
     context.check_hostname = False
@@ -90,7 +90,7 @@ async def _look(server: str, own: Own | None) -> Shown:
         number = getattr(error, "errno", None) or 0
         why = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or str(error)
         raise unreachable(server, why) from error
-    shown = Shown(server, ssl.DER_cert_to_PEM_cert(seen).encode())
+    shown = ShownCertificate(server, ssl.DER_cert_to_PEM_cert(seen).encode())
     try:
         shown.fingerprint, shown.earlier  # noqa: B018  # whoever answers may show anything
     except ValueError as error:
@@ -128,7 +128,7 @@ def unreachable(server: str, why: str) -> Unreachable:
     )
 
 
-def _turned_away(server: str, own: Own | None) -> Refused:
+def _turned_away(server: str, own: ClientCertificate | None) -> Refused:
     if own is None:
         said = f"the coordinator at {server} lets in only clients with a certificate that its operator's CA has signed"
         return Refused(said, hint="ask the operator for one; then add --certificate FILE --certificate-key FILE")

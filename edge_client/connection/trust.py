@@ -20,7 +20,7 @@ from oneround.errors import Refused, Unreachable
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownCertificate:
     """What the one at an address shows before anything is said to it: a certificate whose key it has proven to hold."""
 
     address: str
@@ -40,7 +40,7 @@ class Shown:
         return key == self.fingerprint or key in self.earlier
 
 
-class Standing(Enum):
+class KeyStanding(Enum):
     """What a key is to somebody who has pinned others."""
 
     PINNED = auto()
@@ -51,30 +51,30 @@ class Standing(Enum):
     GIVEN_UP = auto()  # its coordinator has had a later one since
 
 
-def standing(shown: Shown, pins: Mapping[str, Pin]) -> Standing:
+def standing(shown: ShownCertificate, pins: Mapping[str, Pin]) -> KeyStanding:
     """What the key that is shown is, by what is pinned."""
     here = pins.get(shown.address)
     if here is not None and here.fingerprint == shown.fingerprint:
-        return Standing.PINNED
+        return KeyStanding.PINNED
     if here is not None and here.fingerprint in shown.earlier:
-        return Standing.FOLLOWS
+        return KeyStanding.FOLLOWS
     if any(shown.fingerprint in pin.earlier for pin in pins.values()):
-        return Standing.GIVEN_UP
+        return KeyStanding.GIVEN_UP
     if here is not None:
-        return Standing.CHANGED
+        return KeyStanding.CHANGED
     keys = {pin.fingerprint for pin in pins.values()}
     if shown.fingerprint in keys:
-        return Standing.ELSEWHERE
-    return Standing.FOLLOWS if keys.intersection(shown.earlier) else Standing.NEW
+        return KeyStanding.ELSEWHERE
+    return KeyStanding.FOLLOWS if keys.intersection(shown.earlier) else KeyStanding.NEW
 
 
-def require(shown: Shown, found: Standing, pins: Mapping[str, Pin], state: Path) -> None:
+def require(shown: ShownCertificate, found: KeyStanding, pins: Mapping[str, Pin], state: Path) -> None:
     """Raises:
     Refused: by this standing nobody may go on without a person's word.
     """
     accept = shlex.join(["edge-client", "trust", shown.address, shown.fingerprint, *_state(state)])
     hint = f"compare with what `coordinator serve` prints over there; only if it is the same:\n  {accept}"
-    if found is Standing.CHANGED:
+    if found is KeyStanding.CHANGED:
         raise Refused(
             f"the coordinator at {shown.address} has another key than the last time, and the old one has not signed "
             "it. It was set up anew, or somebody else answers in its place.\n"
@@ -82,7 +82,7 @@ def require(shown: Shown, found: Standing, pins: Mapping[str, Pin], state: Path)
             f"  now     {tls.grouped(shown.fingerprint)}",
             hint=hint,
         )
-    if found is Standing.GIVEN_UP:
+    if found is KeyStanding.GIVEN_UP:
         raise Refused(
             f"the one at {shown.address} has a key that its coordinator gave up for another. It was brought back from "
             f"an old backup, or somebody else answers in its place.\n  now     {tls.grouped(shown.fingerprint)}",
@@ -90,7 +90,7 @@ def require(shown: Shown, found: Standing, pins: Mapping[str, Pin], state: Path)
         )
 
 
-def require_named(shown: Shown, named: str) -> None:
+def require_named(shown: ShownCertificate, named: str) -> None:
     """Raises:
     Refused: the key is not the one that a person has named, and does not follow it.
     """
@@ -125,12 +125,12 @@ def require_dates(certificate: bytes, now: datetime.datetime) -> datetime.dateti
     return ends
 
 
-def left_behind(shown: Shown, pins: Mapping[str, Pin]) -> str:
+def left_behind(shown: ShownCertificate, pins: Mapping[str, Pin]) -> str:
     """The pinned key that the one that is shown follows; empty if there is none."""
     return next((pin.fingerprint for pin in pins.values() if pin.fingerprint in shown.earlier), "")
 
 
-async def first_time(screen: Screen, shown: Shown, said: str) -> None:
+async def first_time(screen: Screen, shown: ShownCertificate, said: str) -> None:
     """Meet a coordinator whose key nobody here knows. Where nobody can be asked, an address that a person named is
     taken, and one that only the network has said (`said`, with this fingerprint) is not.
 

@@ -34,7 +34,7 @@ _HELD_OUT = 0.1
 _JSON = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
 
-Message = Mapping[str, Any]
+ChatMessage = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Dialogue:
     """A conversation whose assistant turns, from message `learn_from` on, are to be learnt."""
 
     where: str
-    messages: tuple[Message, ...]
+    messages: tuple[ChatMessage, ...]
     learn_from: int = 0
     tools: Any = None
     # (prompt, answer) for a base model without a chat template; None where only a template can say.
@@ -311,7 +311,7 @@ def _string(row: Mapping[str, Any], key: str, where: str, *, empty: bool = False
     return value
 
 
-def _turns(value: object, where: str) -> tuple[Message, ...]:
+def _turns(value: object, where: str) -> tuple[ChatMessage, ...]:
     if not isinstance(value, list) or not value:
         raise BadData(f"{where}: expected a list of messages, found {_name(value)}", hint=SKIP)
     for turn in value:

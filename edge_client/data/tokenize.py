@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters import custom_code
-from edge_client.data.rows import SKIP, Dialogue, Message, Row, Rows, Text, load
+from edge_client.data.rows import SKIP, ChatMessage, Dialogue, Row, Rows, Text, load
 from oneround.errors import BadData, BadModel, UsageError
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _plain(row: Dialogue, tokenizer: Tokenizer) -> Example:
 def _chat(row: Dialogue, tokenizer: Tokenizer) -> Example:
     """The rendered conversation; a turn's tokens are those that the template adds after its generation prompt."""
 
-    def rendered(turns: Sequence[Message], ask: bool) -> list[int]:
+    def rendered(turns: Sequence[ChatMessage], ask: bool) -> list[int]:
         ids: list[int] = tokenizer.apply_chat_template(
             [dict(turn) for turn in turns], tools=row.tools, add_generation_prompt=ask, return_dict=False
         )

@@ -10,7 +10,7 @@ from typing import Literal
 
 from edge_client.backends import Backend
 from edge_client.connection.remote import Remote
-from edge_client.connection.target import ANY, Way
+from edge_client.connection.target import ANY, Target
 from oneround.errors import OneroundError
 from oneround.v1 import federation_pb2 as pb
 
@@ -31,7 +31,7 @@ class Case:
     """What the command line says, and below it what the checks have found out so far, for those that follow."""
 
     state: Path
-    way: Way = ANY
+    target: Target = ANY
     job_name: str = ""
     data: Path = Path("data")
     backend_name: str = "auto"

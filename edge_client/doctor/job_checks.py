@@ -51,7 +51,7 @@ class _Heard(Screen):
 
 async def coordinator(case: Case) -> Finding | None:
     heard = _Heard()
-    finding = connect.connected(case.way, case.state, heard, case.job_name, pin=False)
+    finding = connect.connected(case.target, case.state, heard, case.job_name, pin=False)
     try:
         case.remote = await case.open_now.enter_async_context(finding)
         case.first_use = "pinned" in heard.events
@@ -226,7 +226,7 @@ async def memory(case: Case) -> Finding | None:
     return outlook(footprint.outlook(case.base, case.job, case.backend, case.longest, setup), case.job)
 
 
-def outlook(expected: footprint.Outlook | None, job: pb.Job) -> Finding:
+def outlook(expected: footprint.MemoryEstimate | None, job: pb.Job) -> Finding:
     """Whether training fits into memory, by an estimate that is rather too high."""
     if expected is None:
         return ok("memory", "how much this model needs cannot be told from its config.json")

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 
 from edge_client.pausing import policy, sensors
-from edge_client.pausing.policy import Manners, Pause, Readings, Reason
+from edge_client.pausing.policy import Pause, PausePolicy, Readings, Reason
 from edge_client.ui.screen import Screen
 
 LOOK_SECONDS = 5.0
@@ -19,12 +19,12 @@ Stopped = Callable[[], object]  # whether training is to stop altogether
 Release = Callable[[], None]
 
 
-class Guest:
+class PauseController:
     """Keeps to a person's manners. `read` and `keep_awake` are the machine, or a test's."""
 
     def __init__(
         self,
-        asked: Manners = Manners(),  # noqa: B008  frozen
+        asked: PausePolicy = PausePolicy(),  # noqa: B008  frozen
         *,
         read: Callable[[], Readings] | None = None,
         keep_awake: Callable[[], Release] = sensors.keep_awake,

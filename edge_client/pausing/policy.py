@@ -28,7 +28,7 @@ class Heat(IntEnum):
 
 
 @dataclass(frozen=True)
-class Manners:
+class PausePolicy:
     """What a person asks of training. Percentages of 0 switch a limit off."""
 
     plugged_in: bool = False
@@ -67,7 +67,7 @@ class Pause:
     seen: float
 
 
-def decide(readings: Readings, manners: Manners, pause: Pause | None, now: float) -> Pause | None:
+def decide(readings: Readings, manners: PausePolicy, pause: Pause | None, now: float) -> Pause | None:
     """Whether training pauses from here on. It begins at once, and ends when there was no reason for a while: what it
     takes to go on is more than what it takes to pause, so that the two do not take turns."""
     reason = why_pause(readings, manners, paused_for=pause.reason.kind if pause else "")
@@ -78,7 +78,7 @@ def decide(readings: Readings, manners: Manners, pause: Pause | None, now: float
     return None
 
 
-def why_pause(readings: Readings, manners: Manners, *, paused_for: str = "") -> Reason | None:
+def why_pause(readings: Readings, manners: PausePolicy, *, paused_for: str = "") -> Reason | None:
     """The first reason against training now; `paused_for` is the kind of the one that it pauses for already."""
     for check in (_power, _battery, _person, _heat, _memory):
         reason = check(readings, manners, paused_for)
@@ -87,13 +87,13 @@ def why_pause(readings: Readings, manners: Manners, *, paused_for: str = "") -> 
     return None
 
 
-def _power(readings: Readings, manners: Manners, paused_for: str) -> Reason | None:
+def _power(readings: Readings, manners: PausePolicy, paused_for: str) -> Reason | None:
     if manners.plugged_in and readings.on_battery:
         return Reason("unplugged", "this machine runs on its battery", "when it is plugged in")
     return None
 
 
-def _battery(readings: Readings, manners: Manners, paused_for: str) -> Reason | None:
+def _battery(readings: Readings, manners: PausePolicy, paused_for: str) -> Reason | None:
     enough = manners.min_battery + (MORE_BATTERY if paused_for == "battery" else 0.0)
     if not manners.min_battery or not readings.on_battery or readings.battery is None or readings.battery >= enough:
         return None
@@ -104,7 +104,7 @@ def _battery(readings: Readings, manners: Manners, paused_for: str) -> Reason | 
     )
 
 
-def _person(readings: Readings, manners: Manners, paused_for: str) -> Reason | None:
+def _person(readings: Readings, manners: PausePolicy, paused_for: str) -> Reason | None:
     if not manners.idle or (readings.idle is not None and readings.idle >= IDLE_SECONDS):
         return None
     told = (
@@ -113,14 +113,14 @@ def _person(readings: Readings, manners: Manners, paused_for: str) -> Reason | N
     return Reason("in_use", told, f"when nobody has used it for {IDLE_SECONDS / 60:.0f} minutes")
 
 
-def _heat(readings: Readings, manners: Manners, paused_for: str) -> Reason | None:
+def _heat(readings: Readings, manners: PausePolicy, paused_for: str) -> Reason | None:
     too_warm = Heat.WARM if paused_for == "heat" else Heat.HOT
     if readings.heat >= too_warm:
         return Reason("heat", "this machine is hot", "when it has cooled down")
     return None
 
 
-def _memory(readings: Readings, manners: Manners, paused_for: str) -> Reason | None:
+def _memory(readings: Readings, manners: PausePolicy, paused_for: str) -> Reason | None:
     enough = manners.min_memory + (MORE_MEMORY if paused_for == "memory" else 0.0)
     if not manners.min_memory or (readings.memory >= enough and not readings.memory_short):
         return None

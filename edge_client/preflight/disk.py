@@ -19,7 +19,7 @@ MARGIN_BYTES = 64 << 20  # for records, file systems' own needs, and what else g
 
 
 @dataclass(frozen=True)
-class Room:
+class DiskNeed:
     """What a job still needs on the disk of a folder, and what is free there; in bytes."""
 
     folder: Path
@@ -45,7 +45,7 @@ class Room:
         return f"{human_size(self.needed)}{parts}, and {human_size(self.free)} are free"
 
 
-def room(job: pb.Job, state: Path, model: Path | None) -> Room:
+def room(job: pb.Job, state: Path, model: Path | None) -> DiskNeed:
     """What a job still needs on the disk of the state folder, by what is there already. Nothing once it is trained.
 
     The snapshots are two because a new one is written beside the old one. `model` is the base model's folder, if the
@@ -54,13 +54,13 @@ def room(job: pb.Job, state: Path, model: Path | None) -> Room:
     box = outbox.outbox(state, job)
     free = shutil.disk_usage(existing(state)).free
     if box.trained() is not None:
-        return Room(state, 0, 0, free)
+        return DiskNeed(state, 0, 0, free)
     folder = outbox.model_folder(state, job)
     base = 0 if model else sum(_missing(local_path(folder, artifact), artifact) for artifact in job.base_files)
     snapshots = 2 * snapshot_bytes(job) - _allocated(box.snapshot)
     finished = finished_bytes(job) - _allocated(files.reserved(box.adapter))
     training = _missing(box.initial, job.initial) + max(snapshots, 0) + max(finished, 0) + MARGIN_BYTES
-    return Room(state, base, training, free)
+    return DiskNeed(state, base, training, free)
 
 
 def keep_room(job: pb.Job, box: Outbox) -> None:

@@ -30,7 +30,7 @@ _KEEPS_ATTENTION = frozenset({"mlx"})  # (heads, T, T) for the backward pass, by
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelShape:
     """What of a base model its need of memory follows from; widths in features."""
 
     parameters: int
@@ -43,14 +43,14 @@ class Model:
     vocabulary: int
 
 
-def model(config: Settings, parameters: int) -> Model:
+def model(config: Settings, parameters: int) -> ModelShape:
     """From a config.json.
 
     Raises:
         BadModel: it does not say, as those of some families do not.
     """
     hidden, heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    return Model(
+    return ModelShape(
         parameters=parameters,
         layers=config.integer("num_hidden_layers"),
         hidden=hidden,
@@ -79,7 +79,7 @@ def parameters_announced(files: Sequence[pb.Artifact], config: Settings) -> int:
 
 
 def memory_needed(
-    base: Model,
+    base: ModelShape,
     job: pb.Job,
     *,
     backend: str = "torch",
@@ -129,7 +129,7 @@ def memory_needed(
 
 
 @dataclass(frozen=True)
-class Outlook:
+class MemoryEstimate:
     """Bytes that training is expected to take, and that are free now; None where the device has memory of its own."""
 
     needed: int
@@ -143,7 +143,7 @@ class Outlook:
 
 def outlook(
     folder: Path, job: pb.Job, backend: Backend, longest: int | None = None, setup: Setup = EXACT
-) -> Outlook | None:
+) -> MemoryEstimate | None:
     """What training over the base in a folder will take here, with the first setup that fits, from the given one on; or
     with the smallest, if none does. None when the base's config.json does not say enough.
 
@@ -161,5 +161,5 @@ def outlook(
         needed = memory_needed(base, job, backend=backend.name, longest=longest, setup=setup)
         smaller = setup.smaller(job.spec.train.batch_size)
         if available is None or needed <= available or smaller is None:
-            return Outlook(needed, available, setup)
+            return MemoryEstimate(needed, available, setup)
         setup = smaller

@@ -20,7 +20,7 @@ _TELL = "tell the person who runs the coordinator"
 
 
 @dataclass(frozen=True)
-class Given:
+class ContributionEntry:
     """One contribution, as a manifest lists it."""
 
     id: str  # of its client: the first twelve digits of what receipts have
@@ -38,12 +38,12 @@ class Manifest:
     job_id: str
     version: int
     files: Mapping[str, tuple[str, int]]  # SHA-256 and size in bytes, by name
-    contributions: Sequence[Given]
+    contributions: Sequence[ContributionEntry]
     signer: str  # fingerprint of the key
 
 
 @dataclass(frozen=True)
-class Part:
+class Participation:
     """What became of a contribution: its weight in the mean (0: it takes no part), and why."""
 
     weight: float
@@ -108,7 +108,7 @@ def check(manifest: Manifest, job: str, announced: pb.Publication) -> None:
         raise BadData(f"{version} is not as it was signed: {', '.join(sorted(differ))}", hint=_TELL)
 
 
-def part(manifest: Manifest, receipt: pb.Receipt) -> Part:
+def part(manifest: Manifest, receipt: pb.Receipt) -> Participation:
     """What became of the contribution that a receipt is for.
 
     Raises:
@@ -122,21 +122,21 @@ def part(manifest: Manifest, receipt: pb.Receipt) -> Part:
     mine = [given for given in manifest.contributions if given.id == receipt.client_id[:12]]
     for given in mine:
         if given.digest == receipt.digest:
-            return Part(given.weight, given.reason or given.verdict)
+            return Participation(given.weight, given.reason or given.verdict)
     if mine:
-        return Part(0.0, "another contribution of the same client is in its place")
-    return Part(0.0, f"it is not among the {len(manifest.contributions)} contributions that were looked at")
+        return Participation(0.0, "another contribution of the same client is in its place")
+    return Participation(0.0, f"it is not among the {len(manifest.contributions)} contributions that were looked at")
 
 
 def _file(entry: Settings) -> tuple[str, int]:
     return entry.text("sha256"), entry.integer("size", low=0, high=2**63 - 1)
 
 
-def _given(entry: object, table: Settings) -> Given:
+def _given(entry: object, table: Settings) -> ContributionEntry:
     if not isinstance(entry, dict):
         raise table.bad("one of its contributions is not an object")
     said = Settings(entry, table.source, BadData)
-    return Given(
+    return ContributionEntry(
         id=said.text("id"),
         digest=said.text("digest"),
         weight=said.number("weight", positive=False),

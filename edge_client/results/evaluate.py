@@ -17,7 +17,7 @@ from converters.gguf import adapter as gguf_adapter
 from converters.gguf import base as gguf_base
 from edge_client.data import tokenize
 from edge_client.data.tokenize import Example
-from edge_client.outbox import Source
+from edge_client.outbox import DataSource
 from edge_client.results import llama_process
 from edge_client.results.llama_model import Loss
 from oneround.errors import BadData, BadModel
@@ -103,7 +103,7 @@ def _than(difference: Difference) -> str:
     return f"{'better' if difference.sign < 0 else 'worse'} by {abs(difference.mean):.3f} nats per token than"
 
 
-def held_out(source: Source, base: Path, max_seq_len: int, most_tokens: int) -> list[Example]:
+def held_out(source: DataSource, base: Path, max_seq_len: int, most_tokens: int) -> list[Example]:
     """The rows that training holds out, tokenised as in training; the same ones whenever it is asked.
 
     Where they have more than `most_tokens` target tokens (0: no limit), whole examples drawn with a fixed seed.

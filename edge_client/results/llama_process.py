@@ -29,7 +29,7 @@ from oneround.errors import BadModel, OneroundError, from_status
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
-Message = dict[str, Any]
+Reply = dict[str, Any]
 
 
 class Child:
@@ -62,7 +62,7 @@ class Child:
             with suppress(BrokenPipeError):  # what it did not read is still to be written
                 stream.close()
 
-    def ask(self, **request: Any) -> Iterator[Message]:
+    def ask(self, **request: Any) -> Iterator[Reply]:
         """The replies to a request, as they come."""
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
@@ -71,7 +71,7 @@ class Child:
         except BrokenPipeError:
             raise self._ended() from None
         for line in self._process.stdout:
-            reply: Message = json.loads(line)
+            reply: Reply = json.loads(line)
             if "end" in reply:
                 return
             if "error" in reply:
@@ -119,7 +119,7 @@ def losses(
     return found
 
 
-class Talker:
+class Conversation:
     """A conversation with a model, which is loaded in a child."""
 
     def __init__(self, child: Child, model: Path, seed: int) -> None:
@@ -141,7 +141,7 @@ class Talker:
 # ---- in the child ----
 
 
-def answer(requests: Iterator[Message], tell: Callable[[Message], None]) -> None:
+def answer(requests: Iterator[Reply], tell: Callable[[Reply], None]) -> None:
     """Do what is asked, one request after the other, with the model that the last `measure` or `talk` loaded."""
     model: Llama | None = None
     for asked in requests:
@@ -168,17 +168,17 @@ def answer(requests: Iterator[Message], tell: Callable[[Message], None]) -> None
             tell(failure(error))
 
 
-def failure(error: OneroundError) -> Message:
+def failure(error: OneroundError) -> Reply:
     """An error, as a reply."""
     return {"error": str(error), "hint": error.hint, "status": error.status}
 
 
-def teller() -> Callable[[Message], None]:
+def teller() -> Callable[[Reply], None]:
     """Writes replies to what is standard output now; from here on that is for complaints, whoever prints there."""
     out = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
-    def tell(reply: Message) -> None:
+    def tell(reply: Reply) -> None:
         print(json.dumps(reply), file=out, flush=True)
 
     return tell

@@ -51,7 +51,7 @@ def served(model: Path, host: str, port: int) -> Iterator[tuple[llama_process.Ch
 # ---- in the child ----
 
 
-class Only:
+class SingleModel:
     """One model, in the place of the server's own keeper of several."""
 
     def __init__(self, name: str, model: Llama) -> None:
@@ -74,7 +74,7 @@ def application(model: Llama, name: str, host: str) -> Any:
 
     # Its settings would else be read from the environment. Nobody's answer is cut off by another one's question.
     server.set_server_settings(ServerSettings(host=host, api_key=None, interrupt_requests=False, root_path=""))
-    server._llama_proxy = Only(name, model)
+    server._llama_proxy = SingleModel(name, model)
     made = FastAPI(title=name)
     made.include_router(server.router)
     if host in LOOPBACK:  # a page whose name was made to mean this machine still says its own
@@ -82,7 +82,7 @@ def application(model: Llama, name: str, host: str) -> Any:
     return made
 
 
-def serve(asked: llama_process.Message, tell: Callable[[llama_process.Message], None]) -> None:
+def serve(asked: llama_process.Reply, tell: Callable[[llama_process.Reply], None]) -> None:
     """Load, listen, say so, and serve until standard input ends."""
     import uvicorn
 

@@ -10,8 +10,8 @@ from edge_client import outbox, session
 from edge_client.connection import connect
 from edge_client.connection.identity import Pins
 from edge_client.connection.remote import Remote, local_path
-from edge_client.connection.target import Way
-from edge_client.outbox import Source
+from edge_client.connection.target import Target
+from edge_client.outbox import DataSource
 from edge_client.proofs import manifests, signers
 from edge_client.results import choose
 from edge_client.ui.screen import Screen
@@ -160,7 +160,7 @@ def _is_here(file: Path, artifact: pb.Artifact) -> bool:
     return file.is_file() and stream.digest(file) == artifact.digest
 
 
-def model_file(model: str, version: int, way: Way, state: Path, screen: Screen) -> Path:
+def model_file(model: str, version: int, target: Target, state: Path, screen: Screen) -> Path:
     """A GGUF file that is here, or a job's published model, fetched if it is not."""
     if Path(model).is_file():
         return Path(model)
@@ -169,18 +169,18 @@ def model_file(model: str, version: int, way: Way, state: Path, screen: Screen) 
         return here
 
     async def run() -> Path:
-        async with connect.connected(way, state, screen, model) as remote:
+        async with connect.connected(target, state, screen, model) as remote:
             return (await fetch_model(remote, model, version, state, screen))[0]
 
     return asyncio.run(run())
 
 
 async def to_measure(
-    way: Way,
+    target: Target,
     state: Path,
     screen: Screen,
     job: pb.Job,
-    source: Source,
+    source: DataSource,
     version: int,
     *,
     must: bool,
@@ -189,7 +189,7 @@ async def to_measure(
     reached anyway."""
     name, model = job.spec.name, Path(source.model) if source.model else None
     try:
-        async with connect.connected(way, state, screen, name) as remote:
+        async with connect.connected(target, state, screen, name) as remote:
             file, made = await fetch_model(remote, name, version, state, screen)
             return await session.fetch_base(remote, job, state, model, screen), file, made.version
     except (Unreachable, NotEnough) as error:

@@ -136,7 +136,7 @@ _JSON_EVERY = 1.0
 _LABELLED = re.compile(r"  (\S.*?)  +(.+)")  # a line of a sentence that is a row of a small table
 
 
-class Left(ProgressColumn):
+class TimeLeft(ProgressColumn):
     """How long still; once it is done, how long it took."""
 
     max_refresh = 0.5
@@ -153,7 +153,7 @@ def columns_of_a_bar() -> tuple[ProgressColumn, ...]:
     return (
         BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=8, max_width=40)),
         TaskProgressColumn(),
-        Left(table_column=Column(no_wrap=True)),
+        TimeLeft(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[detail]}", table_column=Column(no_wrap=True)),
     )
 

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from edge_client import outbox, session
 from edge_client.connection.remote import Remote
-from edge_client.session import Taker
+from edge_client.session import Participant
 from edge_client.ui.screen import Screen
 from oneround import command
 from oneround.errors import OneroundError, Refused, Unreachable
@@ -25,7 +25,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0  # seconds, while the coordinator is awa
 _FIRST_TRY_AGAIN, _LAST_TRY_AGAIN = 60.0, 3600.0  # seconds, after this machine could not do its part in a job
 
 Connect = Callable[[], AbstractAsyncContextManager[Remote]]
-Key = tuple[str, float]  # a job's name and deadline: one made anew under the same name is another
+JobKey = tuple[str, float]  # a job's name and deadline: one made anew under the same name is another
 
 
 def accepts(patterns: Sequence[str], name: str) -> bool:
@@ -34,39 +34,39 @@ def accepts(patterns: Sequence[str], name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Failed:
+class RetryLater:
     """A job in which no part could be taken: how often, and when (monotonic seconds) to try again."""
 
     times: int
     again: float
 
     @staticmethod
-    def once_more(before: Failed | None, error: OneroundError, now: float) -> Failed:
+    def once_more(before: RetryLater | None, error: OneroundError, now: float) -> RetryLater:
         """A refusal stands; data that is not sound, a full disk and an operator who has to approve are looked at again,
         ever more rarely."""
         times = (before.times if before else 0) + 1
         pause = min(_FIRST_TRY_AGAIN * 2 ** (times - 1), _LAST_TRY_AGAIN)
         stands = isinstance(error, Refused) and not isinstance(error, session.AwaitsApproval)
-        return Failed(times, math.inf if stands else now + pause)
+        return RetryLater(times, math.inf if stands else now + pause)
 
 
-class Staying:
+class JobWatcher:
     """Looks for jobs, one after another. Ends only by an error that waiting does not mend, or when it is cancelled."""
 
     def __init__(
         self,
         connect: Connect,
         patterns: Sequence[str],
-        taker: Taker,
+        participant: Participant,
         screen: Screen,
         *,
         look_seconds: float = LOOK_SECONDS,
         first_pause: float = FIRST_PAUSE,
     ) -> None:
-        self._connect, self._patterns, self._taker, self._screen = connect, patterns, taker, screen
+        self._connect, self._patterns, self._participant, self._screen = connect, patterns, participant, screen
         self._look_seconds, self._first_pause = look_seconds, first_pause
-        self._failed: dict[Key, Failed] = {}
-        self._left_alone: set[Key] = set()
+        self._failed: dict[JobKey, RetryLater] = {}
+        self._left_alone: set[JobKey] = set()
 
     async def stay(self) -> NoReturn:
         """Look for jobs until cancelled; a coordinator that is away is waited for.
@@ -102,16 +102,18 @@ class Staying:
         failed = self._failed.get(_key(job))
         if failed is not None and time.monotonic() < failed.again:
             return False
-        return not any(box.is_over() for box in outbox.of_job(self._taker.state, job.spec.name, job.deadline_unix))
+        return not any(
+            box.is_over() for box in outbox.of_job(self._participant.state, job.spec.name, job.deadline_unix)
+        )
 
     async def _take_part(self, remote: Remote, job: pb.JobStatus) -> None:
         try:
-            with command.only_one(self._taker.state, "edge-client join"):
-                await session.take_part(remote, job.spec.name, self._taker, self._screen, waits=False)
+            with command.only_one(self._participant.state, "edge-client join"):
+                await session.take_part(remote, job.spec.name, self._participant, self._screen, waits=False)
         except Unreachable:
             raise
         except OneroundError as error:
-            failed = Failed.once_more(self._failed.get(_key(job)), error, time.monotonic())
+            failed = RetryLater.once_more(self._failed.get(_key(job)), error, time.monotonic())
             self._failed[_key(job)] = failed
             again = (
                 "" if math.isinf(failed.again) else f" It is tried again in {failed.again - time.monotonic():.0f} s."
@@ -119,5 +121,5 @@ class Staying:
             self._screen.say("no_part", job=job.spec.name, why=str(error), again=again)
 
 
-def _key(job: pb.JobStatus) -> Key:
+def _key(job: pb.JobStatus) -> JobKey:
     return job.spec.name, job.deadline_unix

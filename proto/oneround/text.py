@@ -20,7 +20,7 @@ def human_memory(count: float) -> str:
 
 
 def one_line(text: str, most: int = 500) -> str:
-    """What a peer wrote, as part of a sentence of ours: one line, at most so many letters, none that a terminal obeys."""
+    """What a peer wrote, as part of a sentence of ours: one line of so many letters, none that a terminal obeys."""
     plain = " ".join("".join(letter if letter.isprintable() else " " for letter in text[: 2 * most]).split())
     return plain if len(plain) <= most else f"{plain[:most]} …"
 

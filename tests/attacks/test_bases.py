@@ -240,7 +240,7 @@ def test_llama_cpp_renders_templates_that_reach_nothing(tmp_path: Path, mark: Pa
     folder = base_with(tmp_path / "base", "tokenizer_config.json", chat_template=templates(mark)[0])
     gguf_base.build(folder, tmp_path / "x.gguf")
     with llama_process.Child("edge_client.results.llama_process", tmp_path / "x.gguf") as child:
-        talker = llama_process.Talker(child, tmp_path / "x.gguf", 0)
+        talker = llama_process.Conversation(child, tmp_path / "x.gguf", 0)
         assert talker.has_chat_template
         with pytest.raises(BadData):
             list(talker.reply([{"role": "user", "content": "hello"}], max_tokens=4, temperature=0.0))

@@ -19,8 +19,8 @@ from coordinator.rpc import transport
 from edge_client.connection import connect as reach
 from edge_client.connection.identity import Pin, Pins
 from edge_client.connection.remote import Remote, connect
-from edge_client.connection.target import Way
-from edge_client.connection.tls_probe import Own
+from edge_client.connection.target import Target
+from edge_client.connection.tls_probe import ClientCertificate
 from oneround import signing, tls
 from oneround.errors import Refused, Unreachable, UsageError
 from oneround.v1 import federation_pb2 as pb
@@ -31,7 +31,7 @@ from tests.edge_client.test_moving import Watched
 from tests.network import Relay
 
 
-async def met(address: str, state: Path, own: Own | None = None, *, insecure: bool = False) -> str:
+async def met(address: str, state: Path, own: ClientCertificate | None = None, *, insecure: bool = False) -> str:
     """Connect, ask for the jobs, and give the key that was met."""
     async with connect(address, Pins(state), lambda _: None, own=own, insecure=insecure) as remote:
         await remote.jobs()
@@ -40,7 +40,7 @@ async def met(address: str, state: Path, own: Own | None = None, *, insecure: bo
 
 @asynccontextmanager
 async def roaming(address: str, state: Path, screen: Watched) -> AsyncIterator[Remote]:
-    async with reach.connected(Way(address), state, screen) as remote:
+    async with reach.connected(Target(address), state, screen) as remote:
         await remote.jobs()
         yield remote
 
@@ -229,13 +229,13 @@ def test_the_trusted_one_is_found_among_others(tmp_path: Path) -> None:
             async with (
                 advertised(hostile, other, "ward"),
                 advertised(true, key, "ward"),
-                reach.connected(Way(trust=key), client, screen) as remote,
+                reach.connected(Target(trust=key), client, screen) as remote,
             ):
                 assert (remote.server, remote.fingerprint) == (true, key)
             (client / "known-coordinators.json").unlink()
             async with advertised(hostile, key, "ward"):
                 with pytest.raises(Refused, match="another key than you trust"):
-                    async with reach.connected(Way(trust=key), client, screen):
+                    async with reach.connected(Target(trust=key), client, screen):
                         pass
             assert not Pins(client).all()
 
@@ -252,10 +252,10 @@ def test_a_coordinator_that_has_moved_is_not_looked_for_at_an_impostors(tmp_path
             Pins(client).pin("127.0.0.1:1", key)
             async with advertised(hostile, key, "a ward"):
                 with pytest.raises(Unreachable):
-                    async with reach.connected(Way("127.0.0.1:1"), client, screen):
+                    async with reach.connected(Target("127.0.0.1:1"), client, screen):
                         pass
                 Pins(client).pin(true, key)
-                async with reach.connected(Way("127.0.0.1:1"), client, screen) as remote:
+                async with reach.connected(Target("127.0.0.1:1"), client, screen) as remote:
                     assert remote.server == true
 
     asyncio.run(test())
@@ -286,20 +286,25 @@ def test_mutual_tls(tmp_path: Path) -> None:
         who = identity.load_or_create(state)
         shown = transport.Certificates(who, client_ca=ca.certificate)
         async with running(state, certificates=shown) as (_, address):
-            assert await met(address, tmp_path, own=Own(*good)) == who.fingerprint
+            assert await met(address, tmp_path, own=ClientCertificate(*good)) == who.fingerprint
             with pytest.raises(Refused, match="lets in only clients with a certificate") as caught:
                 await met(address, tmp_path)
             assert "--certificate FILE" in caught.value.hint
             for wrong in (other.client(tmp_path), ended):
                 with pytest.raises(Refused, match="does not take the certificate"):
-                    await met(address, tmp_path, own=Own(*wrong))
-            for broken, says in ((Own(good[0], ended[1]), "no certificate and its key"), (Own(*2 * [state]), "read")):
+                    await met(address, tmp_path, own=ClientCertificate(*wrong))
+            for broken, says in (
+                (ClientCertificate(good[0], ended[1]), "no certificate and its key"),
+                (ClientCertificate(*2 * [state]), "read"),
+            ):
                 with pytest.raises(UsageError, match=says):
                     await met(address, tmp_path, own=broken)
             assert (await control.submit(state, spec.parse(SPEC))).spec.name == "notes"
             assert await control.jobs(state)
         async with running(state) as (_, address):
-            assert await met(address, tmp_path, own=Own(*good)) == who.fingerprint, "one that nobody asked for"
+            assert await met(address, tmp_path, own=ClientCertificate(*good)) == who.fingerprint, (
+                "one that nobody asked for"
+            )
 
     asyncio.run(test())
 

@@ -24,7 +24,7 @@ from oneround.errors import BadData, Refused, UsageError
 from oneround.text import human_size
 from oneround.v1 import federation_pb2 as pb
 from tests import commands, hostile, terminal
-from tests.edge_client.test_session import Quick, taker
+from tests.edge_client.test_session import Quick, participant
 
 NAN, INF = math.nan, math.inf
 LONG = "x" * 100_000
@@ -168,7 +168,7 @@ def take_part(tmp_path: Path, server: hostile.Hostile, agreed: pb.Job | None = N
     quick = Quick()
 
     async def test() -> None:
-        who = taker(tmp_path, quick)
+        who = participant(tmp_path, quick)
         object.__setattr__(who, "agreed", agreed)
         async with (
             hostile.serving(server) as address,

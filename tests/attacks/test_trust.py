@@ -102,8 +102,8 @@ def test_without_a_session_there_is_nothing(tmp_path: Path) -> None:
         async with kept(tmp_path / "state") as (_, crowd, said), another(tmp_path / "other") as elsewhere:
             lease = (await join(crowd)).lease
             foreign = await session(await elsewhere.speaker(ALICE))
-            doors = ("Challenge", "SignIn")
-            for method in [name for name in methods("Federation") if name not in doors]:
+            gate = ("Challenge", "SignIn")
+            for method in [name for name in methods("Federation") if name not in gate]:
                 for given in ([], [("authorization", "")], [("authorization", "Session ")], foreign):
                     call = getattr(crowd.plain, method)(request(method, lease), metadata=given)
                     await refused(call, StatusCode.UNAUTHENTICATED, "needs a session")

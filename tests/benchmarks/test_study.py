@@ -22,7 +22,7 @@ from study.training import Space, dense, evaluate, gradient, train
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from converters.adapter import Adapter
-from coordinator.aggregate import Contribution, aggregate
+from coordinator.aggregate import ClientUpdate, aggregate
 from edge_client.backends import load
 from edge_client.data.batches import padded
 from edge_client.data.tokenize import Example
@@ -146,7 +146,7 @@ def test_rounds_are_a_chain_of_jobs(folder: Path, algorithm: str, method: str) -
         for mine in clients:
             batches = plan.batches(mine, round_)
             recipe = plan.recipe(RECIPE, batches.total_steps, round_)
-            sent.append(Contribution(load("torch").train(folder, current, recipe, batches, lambda _: None), len(mine)))
+            sent.append(ClientUpdate(load("torch").train(folder, current, recipe, batches, lambda _: None), len(mine)))
         current = aggregate(sent, method, rank=RANK if method == "svd" else 0).adapter
     assert largest(current, where.adapter(found)) < 1e-4
 

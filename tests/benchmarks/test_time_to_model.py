@@ -37,7 +37,7 @@ def wire() -> dict[str, object]:
     arm = {"adapter_bytes": 1000, "initial_bytes": 2000, "other_up": 30, "other_down": 60, "publish_seconds": 5.0}
     arm |= {"up_per_client": 1030, "down_per_client": 2060}
     large = {**arm, "adapter_bytes": 2000, "initial_bytes": 4000, "other_up": 40, "other_down": 80}
-    hourly = {way: {"up": 3600, "down": 360} for way in ("training", "waiting")}
+    hourly = {target: {"up": 3600, "down": 360} for target in ("training", "waiting")}
     return {"bases": {"small": {"exact": arm}, "base": {"exact": large}}, "by_hour": {**hourly, "step_seconds": 0.5}}
 
 

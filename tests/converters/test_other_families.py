@@ -262,10 +262,10 @@ def test_the_script_for_a_tokenizer_that_is_not_known(
 
 
 @pytest.mark.parametrize("way", ["model.gguf", "the script"])
-def test_a_whole_job(helix: Other, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+def test_a_whole_job(helix: Other, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
     """From the job file's keys to a publication, whose merged model is that of the Llama."""
     model = {"base": str(helix.folder)}
-    if way == "model.gguf":
+    if target == "model.gguf":
         model["gguf"] = str(helix.gguf)
     else:
         script(tmp_path / "bin", GOOD.format(root=str(Path(__file__).parents[2]), llama=str(helix.llama)))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters.adapter import Adapter, LowRank
-from coordinator.aggregate import Contribution, aggregate
+from coordinator.aggregate import ClientUpdate, aggregate
 from coordinator.aggregate.truncate import truncate
 from oneround.errors import LayoutMismatch
 from oneround.v1 import federation_pb2 as pb
@@ -29,7 +29,7 @@ def adapter(seed: int, ranks: dict[str, int], a_seed: int | None = None) -> Adap
 
 RANKS = st.fixed_dictionaries({name: st.integers(1, 5) for name in SHAPES})
 COHORTS = st.lists(
-    st.builds(Contribution, st.builds(adapter, st.integers(0, 2**31), RANKS), st.integers(1, 1000)),
+    st.builds(ClientUpdate, st.builds(adapter, st.integers(0, 2**31), RANKS), st.integers(1, 1000)),
     min_size=1,
     max_size=6,
 )
@@ -39,7 +39,7 @@ def deltas(adapter: Adapter) -> dict[str, np.ndarray]:
     return {name: factors.delta() for name, factors in adapter.modules.items()}
 
 
-def dense_mean(cohort: list[Contribution]) -> dict[str, np.ndarray]:
+def dense_mean(cohort: list[ClientUpdate]) -> dict[str, np.ndarray]:
     whole = sum(contribution.num_examples for contribution in cohort)
     return {
         name: sum(c.num_examples / whole * c.adapter.modules[name].delta().astype(np.float64) for c in cohort)
@@ -54,7 +54,7 @@ def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) 
 
 @given(COHORTS)
 @settings(max_examples=50, deadline=None)
-def test_exact_is_the_dense_mean_whatever_the_ranks(cohort: list[Contribution]) -> None:
+def test_exact_is_the_dense_mean_whatever_the_ranks(cohort: list[ClientUpdate]) -> None:
     result = aggregate(cohort, "exact")
     assert_close(deltas(result.adapter), dense_mean(cohort))
     for name, rank in result.adapter.ranks.items():
@@ -63,30 +63,30 @@ def test_exact_is_the_dense_mean_whatever_the_ranks(cohort: list[Contribution]) 
 
 @given(COHORTS, st.integers(2, 7))
 @settings(max_examples=25, deadline=None)
-def test_order_and_common_scale_of_weights_do_not_matter(cohort: list[Contribution], factor: int) -> None:
+def test_order_and_common_scale_of_weights_do_not_matter(cohort: list[ClientUpdate], factor: int) -> None:
     expected = deltas(aggregate(cohort, "exact").adapter)
     assert_close(deltas(aggregate(cohort[::-1], "exact").adapter), expected)
-    scaled = [Contribution(contribution.adapter, factor * contribution.num_examples) for contribution in cohort]
+    scaled = [ClientUpdate(contribution.adapter, factor * contribution.num_examples) for contribution in cohort]
     assert_close(deltas(aggregate(scaled, "exact").adapter), expected)
 
 
 def test_the_server_learning_rate_multiplies_the_mean() -> None:
-    cohort = [Contribution(adapter(seed, dict.fromkeys(SHAPES, 2)), seed + 1) for seed in range(3)]
+    cohort = [ClientUpdate(adapter(seed, dict.fromkeys(SHAPES, 2)), seed + 1) for seed in range(3)]
     result = aggregate(cohort, pb.AggregateSpec(method="exact", server_learning_rate=1.5))
     assert_close(deltas(result.adapter), {name: 1.5 * mean for name, mean in dense_mean(cohort).items()})
 
 
 def test_fedavg_is_the_mean_where_a_is_shared_and_not_elsewhere() -> None:
     ranks = dict.fromkeys(SHAPES, 2)
-    shared = [Contribution(adapter(seed, ranks, a_seed=9), 1) for seed in range(4)]
+    shared = [ClientUpdate(adapter(seed, ranks, a_seed=9), 1) for seed in range(4)]
     assert_close(deltas(aggregate(shared, "fedavg").adapter), dense_mean(shared))
-    apart = [Contribution(adapter(seed, ranks), 1) for seed in range(4)]
+    apart = [ClientUpdate(adapter(seed, ranks), 1) for seed in range(4)]
     found, mean = deltas(aggregate(apart, "fedavg").adapter)["q"], dense_mean(apart)["q"]
     assert np.linalg.norm(found - mean) > 0.3 * np.linalg.norm(mean)
 
 
 def test_fedavg_says_that_it_cannot_take_mixed_ranks() -> None:
-    cohort = [Contribution(adapter(rank, dict.fromkeys(SHAPES, rank)), 1) for rank in (2, 3)]
+    cohort = [ClientUpdate(adapter(rank, dict.fromkeys(SHAPES, rank)), 1) for rank in (2, 3)]
     with pytest.raises(LayoutMismatch, match="one rank"):
         aggregate(cohort, "fedavg")
 
@@ -95,7 +95,7 @@ def test_contributions_must_adapt_the_same_modules() -> None:
     one = adapter(1, dict.fromkeys(SHAPES, 2))
     less = Adapter({name: factors for name, factors in one.modules.items() if name != "q"})
     with pytest.raises(LayoutMismatch, match="same modules"):
-        aggregate([Contribution(one, 1), Contribution(less, 1)], "exact")
+        aggregate([ClientUpdate(one, 1), ClientUpdate(less, 1)], "exact")
 
 
 @given(st.integers(0, 2**31), st.integers(1, 4))
@@ -111,7 +111,7 @@ def test_truncation_is_the_best_of_its_rank(seed: int, rank: int) -> None:
 
 
 def test_a_truncated_mean_reports_the_energy_it_kept() -> None:
-    cohort = [Contribution(adapter(seed, dict.fromkeys(SHAPES, 2)), 1) for seed in range(3)]
+    cohort = [ClientUpdate(adapter(seed, dict.fromkeys(SHAPES, 2)), 1) for seed in range(3)]
     result = aggregate(cohort, "exact", rank=2)
     assert set(result.adapter.ranks.values()) == {2}
     assert 0 < result.energy_kept < 1

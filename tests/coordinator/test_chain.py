@@ -105,7 +105,7 @@ def test_three_rounds(tmp_path: Path) -> None:
         spec = after("./published")
         prepared = base_model.prepare(spec.model, tmp_path / "bases")
         for name in ("peft", "mlx", "adapter.gguf"):
-            source = warm_start.Source(folder / name, pb.Start())
+            source = warm_start.WarmStart(folder / name, pb.Start())
             assert_same(deltas(warm_start.read(source, spec, prepared, start.shapes)), published(one))
         elsewhere = replace(source, base_fingerprint="0" * 64)
         with pytest.raises(UsageError, match="has another base model"):

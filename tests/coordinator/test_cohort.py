@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from converters import adapter
 from converters.adapter import Adapter, LowRank, Shape
 from coordinator.admission import outliers
-from coordinator.admission.outliers import Finding, Member, judge
+from coordinator.admission.outliers import Assessment, Member, judge
 from coordinator.aggregate.gram import inner
 from oneround.v1 import federation_pb2 as pb
 
@@ -73,7 +73,7 @@ def dense(update: Adapter) -> np.ndarray:
     return np.concatenate([one.delta().astype(np.float64).ravel() for _, one in sorted(update.modules.items())])
 
 
-def verdicts(findings: Sequence[Finding]) -> list[str]:
+def verdicts(findings: Sequence[Assessment]) -> list[str]:
     return [finding.verdict for finding in findings]
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from converters import adapter, architectures, mlx, peft
 from converters.adapter import Adapter, LowRank
-from coordinator.aggregate import Contribution, aggregate
+from coordinator.aggregate import ClientUpdate, aggregate
 from coordinator.publication import diff
 from oneround import stream
 from oneround.errors import BadData, LayoutMismatch
@@ -42,7 +42,7 @@ def publication(
     out, rate, taking = out or {}, changes.pop("server_learning_rate", 1.0), {**clients}
     for n in out:
         taking.pop(n)
-    cohort = [Contribution(update(n), count) for n, count in taking.items()]
+    cohort = [ClientUpdate(update(n), count) for n, count in taking.items()]
     mean = aggregate(cohort, pb.AggregateSpec(method="exact", server_learning_rate=rate)).adapter
     peft.write(mean, folder / "peft", base_model="base")
     mlx.write(mean, folder / "mlx", architectures.describe(BASE))

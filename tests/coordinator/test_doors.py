@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.auth import policy
-from coordinator.auth.gate import Doors
+from coordinator.auth.gate import Gate
 from coordinator.auth.policy import Caller
 from coordinator.auth.sessions import CHALLENGE_SECONDS, SCHEME, SESSION_SECONDS, Sessions
 from coordinator.jobs.leases import public_id
@@ -422,104 +422,104 @@ def _who(job: str) -> str:
 
 
 @pytest.fixture
-def doors(people: People, sessions: Sessions, clock: Clock) -> Doors:
-    return Doors(people, _who, sessions, "admin", clock)
+def gate(people: People, sessions: Sessions, clock: Clock) -> Gate:
+    return Gate(people, _who, sessions, "admin", clock)
 
 
-def caller(doors: Doors, sessions: Sessions, label: str, peer: str = HERE) -> Caller:
-    return doors.caller({"authorization": SCHEME + sessions.issue(me(label).client_id)}, peer)
+def caller(gate: Gate, sessions: Sessions, label: str, peer: str = HERE) -> Caller:
+    return gate.caller({"authorization": SCHEME + sessions.issue(me(label).client_id)}, peer)
 
 
-def test_what_each_may_know_of(doors: Doors, sessions: Sessions) -> None:
+def test_what_each_may_know_of(gate: Gate, sessions: Sessions) -> None:
     async def seen(who: Caller) -> list[str]:
-        return await doors.visible(who, list(JOBS))
+        return await gate.visible(who, list(JOBS))
 
     async def test() -> None:
-        alice, far = (caller(doors, sessions, "alice", peer) for peer in (HERE, THERE))
+        alice, far = (caller(gate, sessions, "alice", peer) for peer in (HERE, THERE))
         assert await seen(alice) == ["open", "by-approval"] and await seen(far) == []
-        assert await seen(doors.caller({"authorization": "Bearer admin"}, THERE)) == list(JOBS)
-        assert await doors.enter(alice, "open", "alice") and not await doors.enter(alice, "by-approval", "alice")
+        assert await seen(gate.caller({"authorization": "Bearer admin"}, THERE)) == list(JOBS)
+        assert await gate.enter(alice, "open", "alice") and not await gate.enter(alice, "by-approval", "alice")
         assert await seen(far) == []
-        await doors.joined(alice, "open", "alice")
+        await gate.joined(alice, "open", "alice")
         assert await seen(far) == ["open"], "it joined, and goes on from another network"
-        await doors.settle(pb.SettleRequest(client="alice", job="by-approval", settlement=pb.SETTLEMENT_APPROVE))
+        await gate.settle(pb.SettleRequest(client="alice", job="by-approval", settlement=pb.SETTLEMENT_APPROVE))
         assert await seen(far) == ["open", "by-approval"]
-        made = await doors.create_token(pb.CreateTokenRequest(job="by-token", holds_seconds=60, uses=1))
-        reply = await doors.sign_in(signed_in(doors.challenge().challenge, token=made.secret))
+        made = await gate.create_token(pb.CreateTokenRequest(job="by-token", holds_seconds=60, uses=1))
+        reply = await gate.sign_in(signed_in(gate.challenge().challenge, token=made.secret))
         assert reply.job == "by-token" and await seen(far) == list(JOBS)
-        await doors.settle(pb.SettleRequest(client="alice", settlement=pb.SETTLEMENT_REFUSE))
+        await gate.settle(pb.SettleRequest(client="alice", settlement=pb.SETTLEMENT_REFUSE))
         assert await seen(far) == [] and await seen(alice) == ["open", "by-approval"]
 
     asyncio.run(test())
 
 
-def test_hidden_and_missing_jobs_are_told_in_the_same_words(doors: Doors, sessions: Sessions) -> None:
+def test_hidden_and_missing_jobs_are_told_in_the_same_words(gate: Gate, sessions: Sessions) -> None:
     async def said(call: Callable[..., object], *arguments: object) -> tuple[str, str]:
         with pytest.raises(NotFound) as caught:
             await call(*arguments)  # type: ignore[misc]
         return str(caught.value), caught.value.hint
 
     async def test() -> None:
-        alice = caller(doors, sessions, "alice")
+        alice = caller(gate, sessions, "alice")
         for hidden, missing in (("by-token", "no-token"),):
-            for call, more in ((doors.see, ()), (doors.be_in, ()), (doors.enter, ("alice",))):
+            for call, more in ((gate.see, ()), (gate.be_in, ()), (gate.enter, ("alice",))):
                 one, other = await said(call, alice, hidden, *more), await said(call, alice, missing, *more)
                 assert (one[0].replace(hidden, missing), one[1].replace(hidden, missing)) == other
 
     asyncio.run(test())
 
 
-def test_who_may_ask_gets_nothing_meanwhile(doors: Doors, sessions: Sessions) -> None:
+def test_who_may_ask_gets_nothing_meanwhile(gate: Gate, sessions: Sessions) -> None:
     async def test() -> None:
-        alice = caller(doors, sessions, "alice")
-        await doors.see(alice, "by-approval")
+        alice = caller(gate, sessions, "alice")
+        await gate.see(alice, "by-approval")
         for _ in range(2):
             with pytest.raises(Denied, match="has not let this client into") as caught:
-                await doors.be_in(alice, "by-approval")
+                await gate.be_in(alice, "by-approval")
             assert public_id(alice.client_id) in caught.value.hint
-            assert not await doors.enter(alice, "by-approval", "alice")
+            assert not await gate.enter(alice, "by-approval", "alice")
         with pytest.raises(UsageError, match="no client's"):
-            await doors.enter(Caller(operator=True), "open", "the operator")
+            await gate.enter(Caller(operator=True), "open", "the operator")
 
     asyncio.run(test())
 
 
-def test_who_is_refused_while_it_joins_is_not_let_in_by_that(doors: Doors, sessions: Sessions) -> None:
+def test_who_is_refused_while_it_joins_is_not_let_in_by_that(gate: Gate, sessions: Sessions) -> None:
     async def test() -> None:
-        alice = caller(doors, sessions, "alice")
-        await doors.enter(alice, "by-approval", "alice")
+        alice = caller(gate, sessions, "alice")
+        await gate.enter(alice, "by-approval", "alice")
         asked = pb.SettleRequest(client="alice", job="by-approval", settlement=pb.SETTLEMENT_APPROVE)
-        await doors.settle(asked)
-        assert await doors.enter(alice, "by-approval", "alice")
+        await gate.settle(asked)
+        assert await gate.enter(alice, "by-approval", "alice")
         asked.settlement = pb.SETTLEMENT_REFUSE
-        await doors.settle(asked)
-        await doors.joined(alice, "by-approval", "alice")
-        assert not await doors.enter(alice, "by-approval", "alice")
+        await gate.settle(asked)
+        await gate.joined(alice, "by-approval", "alice")
+        assert not await gate.enter(alice, "by-approval", "alice")
 
     asyncio.run(test())
 
 
-def test_who_is_banned_gets_nowhere(doors: Doors, sessions: Sessions, people: People, clock: Clock) -> None:
+def test_who_is_banned_gets_nowhere(gate: Gate, sessions: Sessions, people: People, clock: Clock) -> None:
     async def test() -> None:
-        await doors.joined(caller(doors, sessions, "alice"), "open", "alice")
+        await gate.joined(caller(gate, sessions, "alice"), "open", "alice")
         request = pb.SettleRequest(client="alice", settlement=pb.SETTLEMENT_BAN, why="a lost\x1b[2J laptop")
-        settled = await doors.settle(request)
+        settled = await gate.settle(request)
         assert settled.banned and settled.why == "a lost[2J laptop"
         with pytest.raises(Denied, match="has banned this client") as caught:
-            caller(doors, sessions, "alice")
+            caller(gate, sessions, "alice")
         assert settled.id in caught.value.hint
         with pytest.raises(Denied, match="has banned"):
-            await doors.sign_in(signed_in(doors.challenge().challenge))
-        after = Doors(people, _who, sessions, "admin", clock)
+            await gate.sign_in(signed_in(gate.challenge().challenge))
+        after = Gate(people, _who, sessions, "admin", clock)
         with pytest.raises(Denied, match="has banned"):
             caller(after, sessions, "alice")
-        await doors.settle(pb.SettleRequest(client=settled.id, settlement=pb.SETTLEMENT_UNBAN))
-        assert caller(doors, sessions, "alice").client_id == ALICE
+        await gate.settle(pb.SettleRequest(client=settled.id, settlement=pb.SETTLEMENT_UNBAN))
+        assert caller(gate, sessions, "alice").client_id == ALICE
 
     asyncio.run(test())
 
 
-def test_metadata_that_says_nothing(doors: Doors, sessions: Sessions) -> None:
+def test_metadata_that_says_nothing(gate: Gate, sessions: Sessions) -> None:
     session = sessions.issue(ALICE)
     for given_text in (
         "",
@@ -532,28 +532,28 @@ def test_metadata_that_says_nothing(doors: Doors, sessions: Sessions) -> None:
         SCHEME,
     ):
         with pytest.raises(NotSignedIn):
-            doors.caller({"authorization": given_text}, HERE)
+            gate.caller({"authorization": given_text}, HERE)
     with pytest.raises(NotSignedIn):
-        doors.caller({}, HERE)
+        gate.caller({}, HERE)
     with pytest.raises(NotSignedIn):
-        doors.caller({"authorization": b"\xff"}, HERE)
+        gate.caller({"authorization": b"\xff"}, HERE)
 
 
-def test_names_do_not_stand_in_the_way(doors: Doors, sessions: Sessions) -> None:
+def test_names_do_not_stand_in_the_way(gate: Gate, sessions: Sessions) -> None:
     """Of two with one name none is meant; who takes another's id for a name is not taken for the other."""
 
     async def test() -> None:
         ids = {label: public_id(me(label).client_id) for label in ("alice", "bob", "mallory")}
         for label, name in (("alice", "ward"), ("bob", "ward"), ("mallory", ids["alice"])):
-            await doors.joined(caller(doors, sessions, label), "open", name)
+            await gate.joined(caller(gate, sessions, label), "open", name)
         with pytest.raises(Refused, match="2 clients are called 'ward'"):
-            await doors.settle(pb.SettleRequest(client="ward", settlement=pb.SETTLEMENT_BAN))
+            await gate.settle(pb.SettleRequest(client="ward", settlement=pb.SETTLEMENT_BAN))
         with pytest.raises(NotFound, match="no client 'nobody'"):
-            await doors.settle(pb.SettleRequest(client="nobody", settlement=pb.SETTLEMENT_BAN))
-        settled = await doors.settle(pb.SettleRequest(client=ids["alice"], settlement=pb.SETTLEMENT_BAN))
+            await gate.settle(pb.SettleRequest(client="nobody", settlement=pb.SETTLEMENT_BAN))
+        settled = await gate.settle(pb.SettleRequest(client=ids["alice"], settlement=pb.SETTLEMENT_BAN))
         assert (settled.id, settled.name, settled.banned) == (ids["alice"], "ward", True)
-        await doors.settle(pb.SettleRequest(client=ids["mallory"], settlement=pb.SETTLEMENT_BAN))
-        assert {each.id for each in (await doors.clients()).clients if each.banned} == {ids["alice"], ids["mallory"]}
+        await gate.settle(pb.SettleRequest(client=ids["mallory"], settlement=pb.SETTLEMENT_BAN))
+        assert {each.id for each in (await gate.clients()).clients if each.banned} == {ids["alice"], ids["mallory"]}
 
     asyncio.run(test())
 
@@ -573,15 +573,15 @@ def test_names_do_not_stand_in_the_way(doors: Doors, sessions: Sessions) -> None
     ],
 )
 def test_what_an_operator_cannot_ask_for(
-    doors: Doors, sessions: Sessions, request_: pb.CreateTokenRequest | pb.SettleRequest, says: str
+    gate: Gate, sessions: Sessions, request_: pb.CreateTokenRequest | pb.SettleRequest, says: str
 ) -> None:
     async def test() -> None:
-        await doors.joined(caller(doors, sessions, "alice"), "open", "alice")
+        await gate.joined(caller(gate, sessions, "alice"), "open", "alice")
         with pytest.raises((UsageError, NotFound), match=says):
             if isinstance(request_, pb.CreateTokenRequest):
-                await doors.create_token(request_)
+                await gate.create_token(request_)
             else:
-                await doors.settle(request_)
-        assert not (await doors.tokens()).tokens
+                await gate.settle(request_)
+        assert not (await gate.tokens()).tokens
 
     asyncio.run(test())

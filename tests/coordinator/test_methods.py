@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from converters import adapter
 from converters.adapter import Adapter, LowRank, Shape
-from coordinator.aggregate import METHODS, PARAMETERS, Contribution, aggregate, described
+from coordinator.aggregate import METHODS, PARAMETERS, ClientUpdate, aggregate, described
 from coordinator.aggregate.truncate import low_rank
 from oneround.errors import LayoutMismatch
 from oneround.v1 import federation_pb2 as pb
@@ -35,7 +35,7 @@ def how(method: str, **parameters: float) -> pb.AggregateSpec:
 
 def cohort(
     seed: int, n_clients: int, *, ranks: tuple[int, ...] = (2,), frozen: bool = True, examples: int = 1000
-) -> list[Contribution]:
+) -> list[ClientUpdate]:
     """Clients with a common part; with A frozen, or each with its own."""
     rng = np.random.default_rng(seed)
     rank = ranks[0]
@@ -52,7 +52,7 @@ def cohort(
                 a = rng.standard_normal((own, shape.into)).astype(np.float32)
                 b = rng.standard_normal((shape.out, own))
             modules[name] = LowRank(a, b.astype(np.float32))
-        made.append(Contribution(Adapter(modules), int(rng.integers(1, examples + 1))))
+        made.append(ClientUpdate(Adapter(modules), int(rng.integers(1, examples + 1))))
     return made
 
 
@@ -68,28 +68,28 @@ def assert_close(found: Dense, expected: Dense, tolerance: float = 1e-4) -> None
 # What each method should give, spelled out over dense matrices, one line of thought each.
 
 
-def shares(given: list[Contribution]) -> np.ndarray:
+def shares(given: list[ClientUpdate]) -> np.ndarray:
     counts = np.array([one.num_examples for one in given], np.float64)
     return counts / counts.sum()
 
 
-def stack(given: list[Contribution], name: str) -> np.ndarray:
+def stack(given: list[ClientUpdate], name: str) -> np.ndarray:
     return np.stack([one.adapter.modules[name].delta().astype(np.float64) for one in given])  # (K, out, in)
 
 
-def flat(given: list[Contribution]) -> np.ndarray:
+def flat(given: list[ClientUpdate]) -> np.ndarray:
     return np.stack([np.concatenate([stack([one], name).ravel() for name in SHAPES]) for one in given])  # (K, all)
 
 
-def weighted(given: list[Contribution], weights: np.ndarray) -> Dense:
+def weighted(given: list[ClientUpdate], weights: np.ndarray) -> Dense:
     return {name: np.tensordot(weights, stack(given, name), 1) for name in SHAPES}
 
 
-def dense_exact(given: list[Contribution], spec: pb.AggregateSpec) -> Dense:
+def dense_exact(given: list[ClientUpdate], spec: pb.AggregateSpec) -> Dense:
     return weighted(given, shares(given))
 
 
-def dense_svd(given: list[Contribution], spec: pb.AggregateSpec) -> Dense:
+def dense_svd(given: list[ClientUpdate], spec: pb.AggregateSpec) -> Dense:
     found = {}
     for name, mean in dense_exact(given, spec).items():
         rank = max(one.adapter.modules[name].rank for one in given)
@@ -98,14 +98,14 @@ def dense_svd(given: list[Contribution], spec: pb.AggregateSpec) -> Dense:
     return found
 
 
-def dense_fedavg(given: list[Contribution], spec: pb.AggregateSpec) -> Dense:
+def dense_fedavg(given: list[ClientUpdate], spec: pb.AggregateSpec) -> Dense:
     weights = shares(given)
     a = {name: sum(w * one.adapter.modules[name].a for w, one in zip(weights, given, strict=True)) for name in SHAPES}
     b = {name: sum(w * one.adapter.modules[name].b for w, one in zip(weights, given, strict=True)) for name in SHAPES}
     return {name: b[name] @ a[name] for name in SHAPES}
 
 
-def dense_ties(given: list[Contribution], spec: pb.AggregateSpec) -> Dense:
+def dense_ties(given: list[ClientUpdate], spec: pb.AggregateSpec) -> Dense:
     found, weights = {}, shares(given)[:, None, None]
     for name in SHAPES:
         whole = stack(given, name)
@@ -120,7 +120,7 @@ def dense_ties(given: list[Contribution], spec: pb.AggregateSpec) -> Dense:
     return found
 
 
-def dense_dare(given: list[Contribution], spec: pb.AggregateSpec) -> Dense:
+def dense_dare(given: list[ClientUpdate], spec: pb.AggregateSpec) -> Dense:
     found = {}
     for name in SHAPES:
         masked = []
@@ -133,12 +133,12 @@ def dense_dare(given: list[Contribution], spec: pb.AggregateSpec) -> Dense:
     return found
 
 
-def dense_norm_clip(given: list[Contribution], spec: pb.AggregateSpec) -> Dense:
+def dense_norm_clip(given: list[ClientUpdate], spec: pb.AggregateSpec) -> Dense:
     norms = np.linalg.norm(flat(given), axis=1)
     return weighted(given, np.minimum(1, spec.norm_bound * np.median(norms) / norms) / len(given))
 
 
-def dense_krum(given: list[Contribution], spec: pb.AggregateSpec) -> Dense:
+def dense_krum(given: list[ClientUpdate], spec: pb.AggregateSpec) -> Dense:
     points, near = flat(given), len(given) - spec.byzantine_clients - 2
     scores = []
     for point in points:
@@ -149,7 +149,7 @@ def dense_krum(given: list[Contribution], spec: pb.AggregateSpec) -> Dense:
     return weighted(given, weights)
 
 
-def dense_geometric_median(given: list[Contribution], spec: pb.AggregateSpec) -> Dense:
+def dense_geometric_median(given: list[ClientUpdate], spec: pb.AggregateSpec) -> Dense:
     """Weiszfeld's iteration in the space of the updates themselves."""
     points = flat(given)
     middle = points.mean(0)
@@ -164,7 +164,7 @@ def dense_geometric_median(given: list[Contribution], spec: pb.AggregateSpec) ->
     }
 
 
-def dense_trimmed_mean(given: list[Contribution], spec: pb.AggregateSpec) -> Dense:
+def dense_trimmed_mean(given: list[ClientUpdate], spec: pb.AggregateSpec) -> Dense:
     f, found = spec.byzantine_clients, {}
     for name in SHAPES:
         b = np.sort(np.stack([one.adapter.modules[name].b for one in given]), axis=0)
@@ -172,7 +172,7 @@ def dense_trimmed_mean(given: list[Contribution], spec: pb.AggregateSpec) -> Den
     return found
 
 
-def dense_median(given: list[Contribution], spec: pb.AggregateSpec) -> Dense:
+def dense_median(given: list[ClientUpdate], spec: pb.AggregateSpec) -> Dense:
     return {
         name: np.median(np.stack([one.adapter.modules[name].b for one in given]), axis=0)
         @ given[0].adapter.modules[name].a
@@ -180,7 +180,7 @@ def dense_median(given: list[Contribution], spec: pb.AggregateSpec) -> Dense:
     }
 
 
-REFERENCES: dict[str, Callable[[list[Contribution], pb.AggregateSpec], Dense]] = {
+REFERENCES: dict[str, Callable[[list[ClientUpdate], pb.AggregateSpec], Dense]] = {
     "exact": dense_exact,
     "fedavg": dense_fedavg,
     "svd": dense_svd,
@@ -240,7 +240,7 @@ def test_order_and_common_scale_of_the_counts_do_not_matter(
     turned = aggregate(given_[::-1], method)
     np.testing.assert_allclose(turned.weights[::-1], first.weights, atol=1e-6)
     assert_close(deltas(turned.adapter), deltas(first.adapter), 1e-3)
-    scaled = [Contribution(one.adapter, factor * one.num_examples) for one in given_]
+    scaled = [ClientUpdate(one.adapter, factor * one.num_examples) for one in given_]
     assert_close(deltas(aggregate(scaled, method).adapter), deltas(first.adapter))
 
 
@@ -249,7 +249,7 @@ def test_equal_contributions_are_a_fixed_point_and_inputs_stay_as_they_are(metho
     """`ties` and `dare` change an adapter by itself, unless they keep all of it."""
     one = cohort(1, 1)[0].adapter
     before = {name: (update.a.copy(), update.b.copy()) for name, update in one.modules.items()}
-    result = aggregate([Contribution(one, n) for n in (5, 7, 9, 11, 4)], how(method, density=1.0))
+    result = aggregate([ClientUpdate(one, n) for n in (5, 7, 9, 11, 4)], how(method, density=1.0))
     assert_close(deltas(result.adapter), deltas(one))
     for name, (a, b) in before.items():
         assert np.array_equal(one.modules[name].a, a) and np.array_equal(one.modules[name].b, b)
@@ -308,7 +308,7 @@ def test_dare_is_the_exact_mean_in_expectation() -> None:
             name: LowRank((turn @ one.a).astype(np.float32), (one.b @ turn.T).astype(np.float32))
             for name, one in base.modules.items()
         }
-        turned.append(Contribution(Adapter(modules), 1))
+        turned.append(ClientUpdate(Adapter(modules), 1))
     found = deltas(aggregate(turned, how("dare", density=0.5), rank=FULL).adapter)
     for name, expected in deltas(base).items():
         assert np.linalg.norm(found[name] - expected) < 4 * np.linalg.norm(expected) / np.sqrt(400)
@@ -351,7 +351,7 @@ def test_memory_is_flat_in_the_number_of_clients(tmp_path: Path, method: str) ->
         adapter.write(Adapter(modules), files[-1], "bfloat16")
 
     def peak(n_clients: int) -> int:
-        given_ = [Contribution(adapter.read(file), 1) for file in files[:n_clients]]
+        given_ = [ClientUpdate(adapter.read(file), 1) for file in files[:n_clients]]
         tracemalloc.start()
         result = aggregate(given_, method)
         for update in result.adapter.modules.values():

@@ -22,7 +22,7 @@ from converters.gguf import file as gguf_file
 from converters.gguf import quantize as gguf_quantize
 from coordinator.jobs import spec as job
 from coordinator.publication import verify
-from coordinator.publication.build import Given, Order, judged, publish
+from coordinator.publication.build import BuildOrder, Candidate, judged, publish
 from oneround.errors import BadModel
 from tests.converters import tiny
 
@@ -41,14 +41,14 @@ def contribution(base: Path, folder: Path, seed: int, rank: int = 2) -> Path:
     return file
 
 
-def order(base: Path, folder: Path, gguf: Path | None = None, **spec: Any) -> Order:
+def order(base: Path, folder: Path, gguf: Path | None = None, **spec: Any) -> BuildOrder:
     """Of two clients of unlike rank, with 10 and 30 examples."""
     folder.mkdir(exist_ok=True)
     if gguf is None:
         gguf = folder / "base.gguf"
         gguf_base.build(base, gguf)
     files = [contribution(base, folder, seed, rank) for seed, rank in ((1, 2), (2, 3))]
-    return Order(
+    return BuildOrder(
         spec=job.parse({"name": "notes", "model": {"base": str(base)}, **spec}),
         job_id="1" * 32,
         version=1,
@@ -59,7 +59,7 @@ def order(base: Path, folder: Path, gguf: Path | None = None, **spec: Any) -> Or
         base_gguf=gguf,
         base_fingerprint="0" * 64,
         contributions=[
-            Given(f"client-{n}", str(n) * 12, str(n) * 64, n * 20 + 10, float(n), False, "", file)
+            Candidate(f"client-{n}", str(n) * 12, str(n) * 64, n * 20 + 10, float(n), False, "", file)
             for n, file in enumerate(files)
         ],
         folder=folder / "v1",

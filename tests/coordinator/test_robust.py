@@ -9,7 +9,7 @@ import pytest
 
 from converters.adapter import Adapter, LowRank
 from coordinator.admission.outliers import Member, judge
-from coordinator.aggregate import METHODS, Contribution, aggregate
+from coordinator.aggregate import METHODS, ClientUpdate, aggregate
 from oneround.v1 import federation_pb2 as pb
 from tests.coordinator.test_cohort import dense, honest
 
@@ -53,11 +53,11 @@ def error(found: Adapter, right: np.ndarray) -> float:
     return float(np.linalg.norm(dense(found) - right) / np.linalg.norm(right))
 
 
-def attacked(attack: str, seed: int, n_bad: int = BAD) -> tuple[list[Contribution], np.ndarray]:
+def attacked(attack: str, seed: int, n_bad: int = BAD) -> tuple[list[ClientUpdate], np.ndarray]:
     """A cohort of which the first are bad, declare a hundred times the examples, and the honest ones' mean."""
     good = updates(seed)
     bad = ATTACKS[attack](good, np.random.default_rng((seed, 1)), n_bad)
-    sent = [Contribution(one, 10_000) for one in bad] + [Contribution(one, 100) for one in good[n_bad:]]
+    sent = [ClientUpdate(one, 10_000) for one in bad] + [ClientUpdate(one, 100) for one in good[n_bad:]]
     return sent, np.mean([dense(one) for one in good[n_bad:]], axis=0)
 
 
@@ -97,7 +97,7 @@ def test_what_admission_lets_through_a_robust_method_still_holds_against() -> No
     """Bad ones of about the usual size, at about a right angle to the others."""
     sent, right = attacked("random", 3)
     shrunk = [
-        Contribution(changed(one.adapter, lambda b: b / 10) if n < BAD else one.adapter, 100)
+        ClientUpdate(changed(one.adapter, lambda b: b / 10) if n < BAD else one.adapter, 100)
         for n, one in enumerate(sent)
     ]
     members = [Member(str(n), str(n), one.adapter, one.num_examples) for n, one in enumerate(shrunk)]

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from converters.adapter import Adapter, LowRank
 from coordinator.admission import outliers as judging
 from coordinator.admission.outliers import Member
-from coordinator.aggregate import METHODS, Contribution, aggregate, changes, clipped
+from coordinator.aggregate import METHODS, ClientUpdate, aggregate, changes, clipped
 from oneround.v1 import federation_pb2 as pb
 from tests.coordinator.test_methods import FULL, REFERENCES, SHAPES, assert_close, cohort, deltas, each_method, how
 
 LARGE = 30.0  # times what a client changes
 
 
-def begun(seed: int, n_clients: int, *, frozen: bool, small: float = 1.0) -> tuple[Adapter, list[Contribution]]:
+def begun(seed: int, n_clients: int, *, frozen: bool, small: float = 1.0) -> tuple[Adapter, list[ClientUpdate]]:
     """A start of rank 2, and clients that changed it; B alone where A is frozen."""
     rng = np.random.default_rng(seed)
     drawn = cohort(seed, n_clients, frozen=frozen)
@@ -31,18 +31,18 @@ def begun(seed: int, n_clients: int, *, frozen: bool, small: float = 1.0) -> tup
             moved, s = one.adapter.modules[name], np.float32(small)
             a = first.a if frozen else first.a + s * np.float32(0.1) * moved.a
             modules[name] = LowRank(a, first.b + s * moved.b)
-        given_.append(Contribution(Adapter(modules), one.num_examples))
+        given_.append(ClientUpdate(Adapter(modules), one.num_examples))
     return Adapter(start), given_
 
 
-def changed(start: Adapter, given_: list[Contribution], *, collapsed: bool) -> list[Contribution]:
+def changed(start: Adapter, given_: list[ClientUpdate], *, collapsed: bool) -> list[ClientUpdate]:
     """The same clients as if they had begun with nothing: B − B₀ over the same A, or both factors side by side."""
 
     def of(mine: LowRank, first: LowRank) -> LowRank:
         return LowRank(first.a, mine.b - first.b) if collapsed else LowRank.sum([mine, first], [1, -1])
 
     return [
-        Contribution(
+        ClientUpdate(
             Adapter({name: of(one.adapter.modules[name], start.modules[name]) for name in SHAPES}), one.num_examples
         )
         for one in given_
@@ -102,7 +102,7 @@ def test_what_is_clipped_is_the_change(frozen: bool) -> None:
             assert found.ranks == start.ranks and (not frozen or np.array_equal(update.a, first.a))
     rest = [one.adapter for one in given_[1:]]
     among = [clipped(given_[0].adapter, scale, start, by_factor=False), *rest]
-    exact = aggregate([Contribution(one, 1) for one in among], "exact", start=start)
+    exact = aggregate([ClientUpdate(one, 1) for one in among], "exact", start=start)
     assert exact.adapter.ranks == {"q": 4 * 2, "v": 3 * 2, "down": 3 * 2}, "the start once, where a part of it stays"
 
 

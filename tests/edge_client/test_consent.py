@@ -16,7 +16,7 @@ from oneround.v1 import federation_pb2 as pb
 from tests import commands, terminal
 from tests.coordinator.test_server import SPEC, running
 from tests.edge_client.test_backends import usable
-from tests.edge_client.test_session import Quick, take_part, taker
+from tests.edge_client.test_session import Quick, participant, take_part
 
 BASE = Path(__file__).parents[2] / "benchmarks" / "base"
 JOB = f'name = "notes"\n[model]\nbase = "{BASE}"\n[lora]\nrank = 2\n[train]\nepochs = 30\n'
@@ -101,7 +101,7 @@ def test_every_field_that_is_sent_is_said() -> None:
 
 def test_everything_in_the_adapters_file_is_said(tmp_path: Path) -> None:
     async def test() -> None:
-        who = taker(tmp_path, Quick())
+        who = participant(tmp_path, Quick())
         async with running(tmp_path / "one") as (daemon, address):
             await daemon.submit(job.parse(SPEC))
             await take_part(address, who)

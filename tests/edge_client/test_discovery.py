@@ -17,7 +17,7 @@ from zeroconf.asyncio import AsyncServiceInfo
 from coordinator import discovery as advertising
 from coordinator.auth import identity
 from edge_client.connection import discovery
-from edge_client.connection.discovery import Found
+from edge_client.connection.discovery import DiscoveredCoordinator
 from edge_client.connection.identity import Pins
 from oneround import lan, tls
 from oneround.errors import Unreachable, UsageError
@@ -26,11 +26,11 @@ from tests import commands, terminal
 ROOT = Path(__file__).parents[2]
 
 
-def found(name: str, address: str = "192.0.2.1:50051") -> Found:
-    return Found(name, (address,), "ab" * 32)
+def found(name: str, address: str = "192.0.2.1:50051") -> DiscoveredCoordinator:
+    return DiscoveredCoordinator(name, (address,), "ab" * 32)
 
 
-async def until(fingerprint: str, there: bool) -> list[Found]:
+async def until(fingerprint: str, there: bool) -> list[DiscoveredCoordinator]:
     """Look until a coordinator is there, or is not there any more."""
     for _ in range(20):
         seen = await discovery.look(1.0, enough=lambda each: there and each.fingerprint == fingerprint)
@@ -45,7 +45,7 @@ def test_a_coordinator_says_where_it_is_and_says_goodbye() -> None:
     async def both() -> None:
         saying = asyncio.create_task(advertising.advertise("127.0.0.1", 50999, key, name="ward-9.local"))
         (seen,) = await until(key, there=True)
-        assert seen == Found(f"ward-9 {key[:8]}", ("127.0.0.1:50999",), key)
+        assert seen == DiscoveredCoordinator(f"ward-9 {key[:8]}", ("127.0.0.1:50999",), key)
         saying.cancel()
         await asyncio.gather(saying, return_exceptions=True)
         await until(key, there=False)

@@ -95,14 +95,14 @@ def test_what_is_here_is_not_needed_again(tmp_path: Path) -> None:
 
 
 def test_too_little_room_says_how_much_and_where(tmp_path: Path) -> None:
-    disks.Room(tmp_path, 10, 10, 20).require()
+    disks.DiskNeed(tmp_path, 10, 10, 20).require()
     with pytest.raises(NotEnough) as caught:
-        disks.Room(tmp_path, 3 * 10**9, 2 * 10**8, 10**9).require()
+        disks.DiskNeed(tmp_path, 3 * 10**9, 2 * 10**8, 10**9).require()
     assert str(tmp_path) in str(caught.value)
     assert "3.2 GB (3.0 GB of them for the base model), and 1.0 GB are free" in str(caught.value)
     assert "free 2.2 GB" in caught.value.hint and "--model" in caught.value.hint and "--state" in caught.value.hint
     with pytest.raises(NotEnough) as caught:
-        disks.Room(tmp_path, 0, 2 * 10**8, 10**8).require()
+        disks.DiskNeed(tmp_path, 0, 2 * 10**8, 10**8).require()
     assert "--model" not in caught.value.hint
 
 
@@ -152,7 +152,7 @@ class Fills:
         return Adapter({name: LowRank(f.a, np.ones_like(f.b)) for name, f in initial.modules.items()})
 
 
-async def take_part(address: str, who: session.Taker) -> pb.Receipt:
+async def take_part(address: str, who: session.Participant) -> pb.Receipt:
     async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
         return await session.take_part(remote, "notes", who, Screen())
 
@@ -160,14 +160,14 @@ async def take_part(address: str, who: session.Taker) -> pb.Receipt:
 def with_a_disk(
     tmp_path: Path,
     megabytes: int,
-    test: Callable[[Path, str, session.Taker], Awaitable[None]],
+    test: Callable[[Path, str, session.Participant], Awaitable[None]],
     model: Path | None = BASE,
 ) -> None:
     """A coordinator elsewhere, and a client whose state has a small disk."""
     (tmp_path / "data.jsonl").write_text("".join(f'{{"text": "row {n} of the data"}}\n' for n in range(90)))
 
     async def run(state: Path) -> None:
-        who = session.Taker(state, "alice", tmp_path / "data.jsonl", Fills(), model, save_every=0.0)
+        who = session.Participant(state, "alice", tmp_path / "data.jsonl", Fills(), model, save_every=0.0)
         async with running(tmp_path / "coordinator") as (daemon, address):
             await daemon.submit(job.parse(SPEC))
             await test(state, address, who)
@@ -181,7 +181,7 @@ def fetched(state: Path) -> list[Path]:
 
 
 def test_a_disk_that_is_too_small_is_told_before_anything_comes(tmp_path: Path) -> None:
-    async def test(state: Path, address: str, who: session.Taker) -> None:
+    async def test(state: Path, address: str, who: session.Participant) -> None:
         with pytest.raises(NotEnough, match=r"10\.\d MB of them for the base model") as caught:
             await take_part(address, who)
         assert caught.value.exit_code == 6 and "--model" in caught.value.hint
@@ -194,7 +194,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_comes(tmp_path: Path) 
 def test_a_disk_that_fills_up_while_training(tmp_path: Path) -> None:
     """Snapshots cannot be kept any more, and the result has its room."""
 
-    async def test(state: Path, address: str, who: session.Taker) -> None:
+    async def test(state: Path, address: str, who: session.Participant) -> None:
         with ExitStack() as filled:
             backend = Fills(lambda step: filled.enter_context(full(state)) if step == 5 else None)
             receipt = await take_part(address, replace(who, backend=backend))
@@ -208,7 +208,7 @@ def test_a_disk_that_fills_up_while_training(tmp_path: Path) -> None:
 def test_where_no_room_could_be_kept_the_last_snapshot_is(tmp_path: Path) -> None:
     """Some file systems keep nothing for anybody. What is reserved is taken away here, to stand for them."""
 
-    async def test(state: Path, address: str, who: session.Taker) -> None:
+    async def test(state: Path, address: str, who: session.Participant) -> None:
         with ExitStack() as filled:
 
             def fill(step: int) -> None:

@@ -22,11 +22,11 @@ from coordinator.jobs import spec as job
 from edge_client import backends, outbox
 from edge_client.backends import BACKENDS
 from edge_client.connection import identity
-from edge_client.connection.target import Way
+from edge_client.connection.target import Target
 from edge_client.doctor import job_checks, machine_checks
 from edge_client.doctor import run as doctor
 from edge_client.doctor.finding import Case, Finding
-from edge_client.preflight.memory import Outlook
+from edge_client.preflight.memory import MemoryEstimate
 from edge_client.ui.screen import Screen
 from oneround.errors import Unreachable
 from oneround.lan import Interface
@@ -64,7 +64,7 @@ def with_coordinator(
         async with running(tmp_path / "coordinator", clock) as (daemon, address):
             if spec is not None:
                 await daemon.submit(job.parse(spec))
-            seen = replace(case, way=replace(case.way, server=case.way.server or address))
+            seen = replace(case, target=replace(case.target, server=case.target.server or address))
             found = {each.check: each async for each in doctor.examine(seen, Screen())}
             if spec is not None:
                 status = await daemon.status(str(spec["name"]))
@@ -119,15 +119,15 @@ def test_rows_that_are_cut_or_bad(tmp_path: Path) -> None:
     found = with_coordinator(tmp_path, case, short)
     assert found["data"].level == "note" and "are cut at 16 tokens" in found["data"].says
     case = replace(case, data=rows(tmp_path / "bad", '{"txet": "typo"}'))
-    found = examined(replace(case, way=Way("127.0.0.1:1")))
+    found = examined(replace(case, target=Target("127.0.0.1:1")))
     assert (found["data"].level, found["data"].exit_code) == ("problem", 5)
     assert "notes.jsonl:31" in found["data"].says and "--skip-bad-rows" in found["data"].hint
-    found = examined(replace(case, way=Way("127.0.0.1:1"), skip_bad_rows=True))
+    found = examined(replace(case, target=Target("127.0.0.1:1"), skip_bad_rows=True))
     assert found["data"].level == "note" and "1 bad rows are skipped" in found["data"].says
 
 
 def test_a_coordinator_that_does_not_answer(tmp_path: Path) -> None:
-    case = Case(tmp_path / "client", way=Way("127.0.0.1:1"), data=tmp_path / "none", model=tmp_path)
+    case = Case(tmp_path / "client", target=Target("127.0.0.1:1"), data=tmp_path / "none", model=tmp_path)
     found = examined(case)
     assert (found["coordinator"].level, found["coordinator"].exit_code) == ("problem", 4)
     assert "coordinator serve" in found["coordinator"].hint
@@ -144,11 +144,11 @@ def test_a_key_that_is_pinned_and_one_that_has_changed(tmp_path: Path) -> None:
     async def run() -> tuple[dict[str, Finding], dict[str, Finding]]:
         async with running(tmp_path / "coordinator") as (daemon, address):
             await daemon.submit(job.parse(SPEC))
-            case = Case(state, way=Way(address), data=rows(tmp_path / "data"))
+            case = Case(state, target=Target(address), data=rows(tmp_path / "data"))
             identity.Pins(state).pin(address, identities.load_or_create(tmp_path / "coordinator").fingerprint)
             pinned = {each.check: each async for each in doctor.examine(replace(case), Screen())}
             (state / "known-coordinators.json").write_text(json.dumps({address: "ab" * 32}))
-            changed = {each.check: each async for each in doctor.examine(Case(state, way=Way(address)), Screen())}
+            changed = {each.check: each async for each in doctor.examine(Case(state, target=Target(address)), Screen())}
             return pinned, changed
 
     pinned, changed = asyncio.run(run())
@@ -200,7 +200,7 @@ def test_a_job_that_takes_no_more(tmp_path: Path) -> None:
         async with running(tmp_path / "coordinator") as (daemon, address):
             await daemon.submit(job.parse(SPEC))
             await daemon.cancel("notes")
-            case = Case(tmp_path / "client", way=Way(address), job_name="notes", data=rows(tmp_path / "data"))
+            case = Case(tmp_path / "client", target=Target(address), job_name="notes", data=rows(tmp_path / "data"))
             return {each.check: each async for each in doctor.examine(case, Screen())}
 
     found = asyncio.run(run())
@@ -215,7 +215,7 @@ def test_what_is_trained_needs_no_data(tmp_path: Path) -> None:
             box = outbox.outbox(tmp_path, announced)
             box.keep_joined(address, pb.JoinReply(lease="x", job=announced))
             box.keep_trained(adapter.initial({"x": Shape(3, 2)}, 1, 0), "bfloat16", pb.Declaration(num_examples=3))
-            case = Case(tmp_path, way=Way(address), data=tmp_path / "none")
+            case = Case(tmp_path, target=Target(address), data=tmp_path / "none")
             return {each.check: each async for each in doctor.examine(case, Screen())}
 
     found = asyncio.run(run())
@@ -228,21 +228,21 @@ def test_a_disk_without_room(tmp_path: Path) -> None:
         found = with_coordinator(tmp_path, Case(state, data=rows(tmp_path / "data")))
         assert (found["disk"].level, found["disk"].exit_code) == ("problem", 6)
         assert f"not enough room on the disk of {state}" in found["disk"].says and "free " in found["disk"].hint
-        found = examined(Case(state, way=Way("127.0.0.1:1")))
+        found = examined(Case(state, target=Target("127.0.0.1:1")))
         assert found["disk"].level == "note"
 
 
 def test_memory_that_is_short() -> None:
     spec = pb.Job(spec=pb.JobSpec(train=pb.TrainSpec(batch_size=8, max_seq_len=512)))
-    short = job_checks.outlook(Outlook(3 * 10**9, 10**9), spec)
+    short = job_checks.outlook(MemoryEstimate(3 * 10**9, 10**9), spec)
     assert short.level == "note" and "3.0 GB, and 1.0 GB are free" in short.says and "batch_size (8)" in short.hint
-    assert job_checks.outlook(Outlook(10**9, 3 * 10**9), spec).level == "ok"
-    assert "the device's own" in job_checks.outlook(Outlook(10**9, None), spec).says
+    assert job_checks.outlook(MemoryEstimate(10**9, 3 * 10**9), spec).level == "ok"
+    assert "the device's own" in job_checks.outlook(MemoryEstimate(10**9, None), spec).says
     assert "cannot be told" in job_checks.outlook(None, spec).says
 
 
 def test_a_backend_that_is_none(tmp_path: Path) -> None:
-    found = examined(Case(tmp_path, way=Way("127.0.0.1:1"), backend_name="jax", data=rows(tmp_path / "data")))
+    found = examined(Case(tmp_path, target=Target("127.0.0.1:1"), backend_name="jax", data=rows(tmp_path / "data")))
     assert (found["backend"].level, found["backend"].exit_code) == ("problem", 2) and "--backend" in found[
         "backend"
     ].hint
@@ -284,7 +284,7 @@ def test_the_local_network_of_macos(system: str, release: str, unreached: str, t
 
 
 def test_this_machine_by_itself(tmp_path: Path) -> None:
-    found = examined(Case(tmp_path, way=Way("127.0.0.1:1")))
+    found = examined(Case(tmp_path, target=Target("127.0.0.1:1")))
     assert found["python"].level == "ok" and "Python 3." in found["python"].says
     assert found["packages"].level == "ok" and "oneround" in found["packages"].says
     assert found["backend"].says.split()[0] in usable

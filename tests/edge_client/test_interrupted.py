@@ -93,7 +93,7 @@ def test_a_snapshot_of_another_run_is_of_no_use(tmp_path: Path) -> None:
 
 def test_a_disk_that_takes_no_snapshot_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     box = Outbox(tmp_path / "gone")
-    keeping = session.Keeping(box, "run", 0.0, Screen(as_json=True))
+    keeping = session.SnapshotSchedule(box, "run", 0.0, Screen(as_json=True))
     progress = Progress(1, 2, 0.5, 10, 0.1, Setup(), lambda: {"x.a": np.ones((2, 3), np.float32)})
     for _ in range(3):
         keeping.after([0.5], progress, now=True)

@@ -22,8 +22,8 @@ from edge_client import backends, outbox, session
 from edge_client.connection import remote as remotes
 from edge_client.connection.identity import Pins
 from edge_client.pausing import sensors as machine
-from edge_client.pausing.controller import Guest
-from edge_client.pausing.policy import IDLE_SECONDS, Heat, Manners, Pause, Readings, decide, why_pause
+from edge_client.pausing.controller import PauseController
+from edge_client.pausing.policy import IDLE_SECONDS, Heat, Pause, PausePolicy, Readings, decide, why_pause
 from edge_client.ui.screen import Screen
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
@@ -34,34 +34,34 @@ FINE = Readings(battery=80.0, idle=9999.0, memory=50.0)
 ON_BATTERY = replace(FINE, on_battery=True)
 
 TABLE = [
-    (FINE, Manners(), None),
-    (Readings(), Manners(), None),  # a desktop that tells nothing
-    (ON_BATTERY, Manners(), None),
-    (ON_BATTERY, Manners(plugged_in=True), "unplugged"),
-    (Readings(), Manners(plugged_in=True), None),
-    (replace(ON_BATTERY, battery=29.0), Manners(), "battery"),
-    (replace(ON_BATTERY, battery=30.0), Manners(), None),
-    (replace(FINE, battery=3.0), Manners(), None),  # charging
-    (replace(ON_BATTERY, battery=3.0), Manners(min_battery=0), None),
-    (replace(ON_BATTERY, battery=59.0), Manners(min_battery=60), "battery"),
-    (replace(FINE, idle=0.0), Manners(), None),
-    (replace(FINE, idle=0.0), Manners(idle=True), "in_use"),
-    (replace(FINE, idle=IDLE_SECONDS - 1), Manners(idle=True), "in_use"),
-    (replace(FINE, idle=IDLE_SECONDS), Manners(idle=True), None),
-    (replace(FINE, idle=None), Manners(idle=True), "in_use"),  # not known is not idle
-    (replace(ON_BATTERY, idle=9999.0), Manners(idle=True, plugged_in=True), "unplugged"),
-    (replace(FINE, idle=1.0), Manners(idle=True, plugged_in=True), "in_use"),
-    (replace(FINE, heat=Heat.WARM), Manners(), None),
-    (replace(FINE, heat=Heat.HOT), Manners(), "heat"),
-    (replace(FINE, memory=4.9), Manners(), "memory"),
-    (replace(FINE, memory=5.0), Manners(), None),
-    (replace(FINE, memory=0.1, memory_short=True), Manners(min_memory=0), None),
-    (replace(FINE, memory_short=True), Manners(), "memory"),
+    (FINE, PausePolicy(), None),
+    (Readings(), PausePolicy(), None),  # a desktop that tells nothing
+    (ON_BATTERY, PausePolicy(), None),
+    (ON_BATTERY, PausePolicy(plugged_in=True), "unplugged"),
+    (Readings(), PausePolicy(plugged_in=True), None),
+    (replace(ON_BATTERY, battery=29.0), PausePolicy(), "battery"),
+    (replace(ON_BATTERY, battery=30.0), PausePolicy(), None),
+    (replace(FINE, battery=3.0), PausePolicy(), None),  # charging
+    (replace(ON_BATTERY, battery=3.0), PausePolicy(min_battery=0), None),
+    (replace(ON_BATTERY, battery=59.0), PausePolicy(min_battery=60), "battery"),
+    (replace(FINE, idle=0.0), PausePolicy(), None),
+    (replace(FINE, idle=0.0), PausePolicy(idle=True), "in_use"),
+    (replace(FINE, idle=IDLE_SECONDS - 1), PausePolicy(idle=True), "in_use"),
+    (replace(FINE, idle=IDLE_SECONDS), PausePolicy(idle=True), None),
+    (replace(FINE, idle=None), PausePolicy(idle=True), "in_use"),  # not known is not idle
+    (replace(ON_BATTERY, idle=9999.0), PausePolicy(idle=True, plugged_in=True), "unplugged"),
+    (replace(FINE, idle=1.0), PausePolicy(idle=True, plugged_in=True), "in_use"),
+    (replace(FINE, heat=Heat.WARM), PausePolicy(), None),
+    (replace(FINE, heat=Heat.HOT), PausePolicy(), "heat"),
+    (replace(FINE, memory=4.9), PausePolicy(), "memory"),
+    (replace(FINE, memory=5.0), PausePolicy(), None),
+    (replace(FINE, memory=0.1, memory_short=True), PausePolicy(min_memory=0), None),
+    (replace(FINE, memory_short=True), PausePolicy(), "memory"),
 ]
 
 
 @pytest.mark.parametrize(("readings", "manners", "kind"), TABLE)
-def test_when_training_pauses(readings: Readings, manners: Manners, kind: str | None) -> None:
+def test_when_training_pauses(readings: Readings, manners: PausePolicy, kind: str | None) -> None:
     reason = why_pause(readings, manners)
     assert (reason.kind if reason else None) == kind
 
@@ -80,12 +80,12 @@ GOING_ON = [  # a reading that would not begin a pause, the pause's kind, whethe
 
 @pytest.mark.parametrize(("readings", "kind", "ends"), GOING_ON)
 def test_it_takes_more_to_go_on_than_to_pause(readings: Readings, kind: str, ends: bool) -> None:
-    assert why_pause(readings, Manners()) is None
-    assert (why_pause(readings, Manners(), paused_for=kind) is None) == ends
+    assert why_pause(readings, PausePolicy()) is None
+    assert (why_pause(readings, PausePolicy(), paused_for=kind) is None) == ends
 
 
 def test_a_pause_ends_when_there_was_no_reason_for_a_while() -> None:
-    manners = Manners(plugged_in=True, settle=30.0)
+    manners = PausePolicy(plugged_in=True, settle=30.0)
     pause: Pause | None = None
     seen = []
     plug = [
@@ -291,19 +291,21 @@ class Laptop:
 
         return release
 
-    def guest(self) -> Guest:
-        asked = Manners(plugged_in=True, settle=0.0)
-        return Guest(asked, read=self.read, keep_awake=self.keep_awake, look_seconds=0.05)
+    def pausing(self) -> PauseController:
+        asked = PausePolicy(plugged_in=True, settle=0.0)
+        return PauseController(asked, read=self.read, keep_awake=self.keep_awake, look_seconds=0.05)
 
 
-def taker(folder: Path, guest: Guest, rows: int = 40) -> session.Taker:
+def participant(folder: Path, pausing: PauseController, rows: int = 40) -> session.Participant:
     folder.mkdir(exist_ok=True)
     data = folder / "data.jsonl"
     data.write_text("".join(f'{{"text": "def f{n}(x): return x + {n}"}}\n' for n in range(rows)))
-    return session.Taker(state=folder, name="alice", data=data, backend=backends.choose(), guest=guest, save_every=3600)
+    return session.Participant(
+        state=folder, name="alice", data=data, backend=backends.choose(), pausing=pausing, save_every=3600
+    )
 
 
-async def take_part(address: str, who: session.Taker) -> pb.Receipt:
+async def take_part(address: str, who: session.Participant) -> pb.Receipt:
     async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
         return await session.take_part(remote, "notes", who, Screen(as_json=True))
 
@@ -317,7 +319,10 @@ def test_a_run_that_pauses_gives_the_same_bits(tmp_path: Path, capsys: pytest.Ca
     laptop.readings = ON_BATTERY  # waits before it begins, too
 
     async def test() -> None:
-        paused, whole = taker(tmp_path / "paused", laptop.guest()), taker(tmp_path / "whole", Guest())
+        paused, whole = (
+            participant(tmp_path / "paused", laptop.pausing()),
+            participant(tmp_path / "whole", PauseController()),
+        )
         async with running(tmp_path / "one") as (daemon, address):
             await daemon.submit(spec())
             taking = asyncio.create_task(take_part(address, paused))
@@ -369,7 +374,7 @@ def test_a_coordinators_stop_ends_a_pause(tmp_path: Path) -> None:
     async def test() -> None:
         async with running(tmp_path / "one") as (daemon, address):
             await daemon.submit(spec())
-            taking = asyncio.create_task(take_part(address, taker(tmp_path / "client", laptop.guest())))
+            taking = asyncio.create_task(take_part(address, participant(tmp_path / "client", laptop.pausing())))
             async for status in daemon.statuses.watch("notes"):
                 if status.joined:
                     break

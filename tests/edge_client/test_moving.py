@@ -21,7 +21,7 @@ from edge_client import outbox, session
 from edge_client.backends import Progress
 from edge_client.connection import connect, retry
 from edge_client.connection.remote import Remote
-from edge_client.connection.target import Way
+from edge_client.connection.target import Target
 from edge_client.data.batches import Batches
 from edge_client.training.recipe import EXACT, Recipe, Setup
 from edge_client.training.snapshot import Snapshot
@@ -30,7 +30,7 @@ from oneround.errors import Unreachable
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.coordinator.test_server import SPEC, running
-from tests.edge_client.test_session import Quick, taker
+from tests.edge_client.test_session import Quick, participant
 from tests.network import Relay, ip
 
 LARGE = {**SPEC, "lora": {"rank": 64, "target_modules": ["all-linear"]}, "upload": {"dtype": "float32"}}
@@ -77,8 +77,8 @@ class Waits(Quick):
         return super().train(base, initial, recipe, plan, on_step, snapshot)
 
 
-async def take_part(address: str, who: session.Taker, screen: Screen) -> pb.Receipt:
-    async with connect.connected(Way(address), who.state, screen) as remote:
+async def take_part(address: str, who: session.Participant, screen: Screen) -> pb.Receipt:
+    async with connect.connected(Target(address), who.state, screen) as remote:
         return await session.take_part(remote, "notes", who, screen)
 
 
@@ -86,7 +86,7 @@ def test_a_network_that_breaks_costs_what_was_on_its_way(tmp_path: Path) -> None
     """While the base comes, while the adapter goes, and by a daemon that starts again meanwhile."""
 
     async def test() -> None:
-        who, screen = taker(tmp_path, Quick()), Watched()
+        who, screen = participant(tmp_path, Quick()), Watched()
         async with Relay() as wire:
             async with running(tmp_path / "one") as (daemon, wire.target):
                 await daemon.submit(spec.parse(LARGE))
@@ -115,7 +115,7 @@ def test_a_network_that_breaks_costs_what_was_on_its_way(tmp_path: Path) -> None
 @pytest.mark.parametrize("during", ["training", "sending"])
 def test_a_coordinator_that_moves_meanwhile_is_found_by_its_key(tmp_path: Path, during: str) -> None:
     async def test() -> None:
-        who, screen = taker(tmp_path, backend := Waits()), Watched()
+        who, screen = participant(tmp_path, backend := Waits()), Watched()
         async with running(tmp_path / "one") as (daemon, before):
             await daemon.submit(spec.parse(SPEC))
             receiving = asyncio.create_task(take_part(before, who, screen))
@@ -149,9 +149,9 @@ def test_a_coordinator_is_found_where_it_was_before(tmp_path: Path) -> None:
         async with Relay() as cable, Relay() as wifi, running(tmp_path / "one") as (_, there):
             for wire in (cable, wifi):
                 wire.target = there
-                async with connect.connected(Way(wire.address), tmp_path, screen):
+                async with connect.connected(Target(wire.address), tmp_path, screen):
                     pass
-            async with connect.connected(Way(cable.address), tmp_path, screen) as remote:
+            async with connect.connected(Target(cable.address), tmp_path, screen) as remote:
                 assert not await remote.find_again(cable.address), "it answers there, so there it stays"
                 cable.target = ""
                 cable.cut()

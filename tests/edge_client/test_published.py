@@ -30,7 +30,7 @@ from edge_client.connection.identity import Pins
 from edge_client.data import tokenize
 from edge_client.data.batches import Batches
 from edge_client.data.tokenize import Example
-from edge_client.outbox import Source
+from edge_client.outbox import DataSource
 from edge_client.results import choose, evaluate, llama_process
 from edge_client.results.choose import Fit, Memory
 from edge_client.results.evaluate import Scores
@@ -163,7 +163,7 @@ def test_the_rows_that_training_holds_out(tmp_path: Path) -> None:
     ]
     before = tokenize.load(data)
     assert runs[0] == runs[1] == "".join(f"{row.text}\n" for row in before.held_out) and len(before.held_out) > 5
-    whole, again, some = (evaluate.held_out(Source(str(data)), BASE, 32, most) for most in (0, 0, 100))
+    whole, again, some = (evaluate.held_out(DataSource(str(data)), BASE, 32, most) for most in (0, 0, 100))
     assert [one.ids.tolist() for one in whole] == [one.ids.tolist() for one in again]
     assert len(whole) == len(before.held_out) > len(some)
     assert not set(before.train) & set(before.held_out)
@@ -173,7 +173,7 @@ def test_the_rows_that_training_holds_out(tmp_path: Path) -> None:
     assert set(before.held_out) <= set(after.held_out) and set(before.train) <= set(after.train)
     with pytest.raises(BadData, match="nothing is held out"):
         (tmp_path / "x.jsonl").write_text('{"text": "a"}\n' * 2)  # one token each, and none to predict
-        evaluate.held_out(Source(str(tmp_path / "x.jsonl")), _without_end(tmp_path / "base"), 32, 0)
+        evaluate.held_out(DataSource(str(tmp_path / "x.jsonl")), _without_end(tmp_path / "base"), 32, 0)
 
 
 def _without_end(folder: Path) -> Path:
@@ -237,10 +237,10 @@ def test_what_ends_llama_cpp_ends_nothing_else(small: Path, tmp_path: Path) -> N
         llama_process.Child("edge_client.results.llama_process", bad) as child,
         pytest.raises(BadData, match="not a sound GGUF"),
     ):
-        llama_process.Talker(child, bad, 0)
+        llama_process.Conversation(child, bad, 0)
     file = small.with_suffix(".gguf")
     with llama_process.Child("edge_client.results.llama_process", file) as child:
-        talker = llama_process.Talker(child, file, 0)
+        talker = llama_process.Conversation(child, file, 0)
         assert talker.has_chat_template
         child._process.send_signal(signal.SIGABRT)
         with pytest.raises(BadModel, match=r"llama\.cpp ended over small\.gguf \(SIGABRT\)"):
@@ -267,12 +267,12 @@ class Careful(Quick):
         return Adapter({name: LowRank(f.a, f.b * np.float32(0.5)) for name, f in made.modules.items()})
 
 
-async def contributed(address: str, folder: Path) -> session.Taker:
+async def contributed(address: str, folder: Path) -> session.Participant:
     """One client that has taken part, with the daemon at an address."""
     (folder / "client").mkdir()
     data = folder / "notes.jsonl"
     data.write_text("".join(json.dumps({"text": f"def f{n}(self):\n    return {n}\n"}) + "\n" for n in range(60)))
-    who = session.Taker(folder / "client", "alice", data, Careful())
+    who = session.Participant(folder / "client", "alice", data, Careful())
     async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
         await session.take_part(remote, "notes", who, Screen())
     return who

@@ -29,7 +29,7 @@ from edge_client.connection import remote as remotes
 from edge_client.connection.identity import Pins
 from edge_client.connection.remote import OnBytes, Remote
 from edge_client.proofs import manifests, receipts
-from edge_client.proofs.manifests import Given, Manifest
+from edge_client.proofs.manifests import ContributionEntry, Manifest
 from edge_client.ui.screen import Screen
 from oneround import signing, statements, stream, tls
 from oneround.errors import BadData, Refused, UsageError
@@ -39,7 +39,7 @@ from tests.clients import Crowd, connected, me
 from tests.coordinator.test_server import BOB, SPEC, join, judged, nothing, running, trained, written
 from tests.coordinator.test_versions import version
 from tests.edge_client.test_published import contributed
-from tests.edge_client.test_session import Quick, taker
+from tests.edge_client.test_session import Quick, participant
 
 CAROL, EVE = "c" * 32, "e" * 32
 
@@ -158,8 +158,8 @@ def test_what_is_part_of_a_publication_and_what_is_not(past: Past, says: Says) -
 
 def test_another_contribution_in_ones_place_is_not_ones_own() -> None:
     receipt = pb.Receipt(job="notes", job_id="1" * 32, client_id="a" * 32, digest="d" * 64)
-    given = Given("a" * 12, "e" * 64, 0.5, "admitted", "")
-    copied = Given("b" * 12, "d" * 64, 0.5, "admitted", "")  # somebody else's, with the same bytes
+    given = ContributionEntry("a" * 12, "e" * 64, 0.5, "admitted", "")
+    copied = ContributionEntry("b" * 12, "d" * 64, 0.5, "admitted", "")  # somebody else's, with the same bytes
     part = manifests.part(Manifest("notes", "1" * 32, 1, {}, [copied, given], ""), receipt)
     assert part.weight == 0 and "another contribution of the same client" in part.why
     with pytest.raises(BadData, match="of another job"):
@@ -337,7 +337,7 @@ def _signed(key: signing.PrivateKey, **changes: str) -> Callable[[pb.Receipt], N
 
 def test_a_wrong_receipt_is_none_and_the_adapter_stays(tmp_path: Path) -> None:
     """Whether it comes after the upload, or to one who joins again. Nothing is trained twice."""
-    who = taker(tmp_path, backend := Quick())
+    who = participant(tmp_path, backend := Quick())
 
     async def take_part(address: str, change: Callable[[pb.Receipt], None]) -> pb.Receipt:
         async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:

@@ -28,13 +28,13 @@ from edge_client.connection.identity import Pins
 from edge_client.connection.remote import Remote
 from edge_client.ui.screen import Screen
 from edge_client.unattended import service, watch
-from edge_client.unattended.watch import Failed, Staying
+from edge_client.unattended.watch import JobWatcher, RetryLater
 from oneround.errors import BadData, NotEnough, Refused, Unreachable
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.coordinator.test_server import SPEC, running
 from tests.edge_client.test_manners import eventually, script
-from tests.edge_client.test_session import Quick, taker
+from tests.edge_client.test_session import Quick, participant
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,11 +62,11 @@ def test_accepted_names(patterns: list[str], name: str, accepted: bool) -> None:
 def test_what_failed_is_tried_again_ever_more_rarely() -> None:
     failed, waits = None, []
     for _ in range(9):
-        failed = Failed.once_more(failed, BadData("a bad row"), now=100.0)
+        failed = RetryLater.once_more(failed, BadData("a bad row"), now=100.0)
         waits.append(failed.again - 100.0)
     assert waits[:3] == [60, 120, 240] and waits[-1] == waits[-2] == 3600
-    assert Failed.once_more(None, NotEnough("full"), 0.0).again == 60
-    assert math.isinf(Failed.once_more(None, Refused("quarantined"), 0.0).again), "a no stays a no"
+    assert RetryLater.once_more(None, NotEnough("full"), 0.0).again == 60
+    assert math.isinf(RetryLater.once_more(None, Refused("quarantined"), 0.0).again), "a no stays a no"
 
 
 class Listening:
@@ -96,14 +96,14 @@ def spec(name: str) -> pb.JobSpec:
 
 def quick_stay(
     address: str, folder: Path, backend: Quick, connect: Callable[[], AbstractAsyncContextManager[Remote]] | None = None
-) -> Staying:
-    who = taker(folder, backend)
+) -> JobWatcher:
+    who = participant(folder, backend)
     there = connect or (lambda: remotes.connect(address, Pins(who.state), lambda *_: None))
-    return Staying(there, ["ward-*"], who, Screen(as_json=True), look_seconds=0.1, first_pause=0.1)
+    return JobWatcher(there, ["ward-*"], who, Screen(as_json=True), look_seconds=0.1, first_pause=0.1)
 
 
 @asynccontextmanager
-async def at_work(staying: Staying) -> AsyncIterator[None]:
+async def at_work(staying: JobWatcher) -> AsyncIterator[None]:
     task = asyncio.create_task(staying.stay())
     try:
         yield

@@ -77,15 +77,15 @@ class Fails(Remote):
         return await super().upload(lease, declaration, file, on_bytes)
 
 
-def taker(tmp_path: Path, backend: Quick, rows: int = 30) -> session.Taker:
+def participant(tmp_path: Path, backend: Quick, rows: int = 30) -> session.Participant:
     data = tmp_path / "data.jsonl"
     data.write_text("".join(f'{{"text": "row {n} of the data"}}\n' for n in range(rows)))
     state = tmp_path / "client"
     state.mkdir(exist_ok=True)
-    return session.Taker(state=state, name="alice", data=data, backend=backend)
+    return session.Participant(state=state, name="alice", data=data, backend=backend)
 
 
-async def take_part(address: str, who: session.Taker, error: Exception | None = None) -> pb.Receipt:
+async def take_part(address: str, who: session.Participant, error: Exception | None = None) -> pb.Receipt:
     async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
         remote.__class__, remote.error = Fails, error  # type: ignore[assignment, attr-defined]
         return await session.take_part(remote, "notes", who, Screen())
@@ -93,7 +93,7 @@ async def take_part(address: str, who: session.Taker, error: Exception | None = 
 
 def test_running_it_again_gives_the_same_receipt_and_trains_once(tmp_path: Path) -> None:
     async def test() -> None:
-        who = taker(tmp_path, backend := Quick())
+        who = participant(tmp_path, backend := Quick())
         async with running(tmp_path / "one") as (daemon, address):
             await daemon.submit(spec.parse(SPEC))
             receipt = await take_part(address, who)
@@ -105,7 +105,7 @@ def test_running_it_again_gives_the_same_receipt_and_trains_once(tmp_path: Path)
 
 def test_a_job_of_the_same_name_elsewhere_is_another_job(tmp_path: Path) -> None:
     async def test() -> None:
-        who = taker(tmp_path, backend := Quick())
+        who = participant(tmp_path, backend := Quick())
         for coordinator in ("one", "two"):
             async with running(tmp_path / coordinator) as (daemon, address):
                 await daemon.submit(spec.parse(SPEC))
@@ -117,7 +117,7 @@ def test_a_job_of_the_same_name_elsewhere_is_another_job(tmp_path: Path) -> None
 
 def test_a_trained_adapter_waits_for_its_receipt(tmp_path: Path) -> None:
     async def test() -> None:
-        who = taker(tmp_path, backend := Quick())
+        who = participant(tmp_path, backend := Quick())
         async with running(tmp_path / "one") as (daemon, address):
             await daemon.submit(spec.parse(SPEC))
             with pytest.raises(RuntimeError):
@@ -130,7 +130,7 @@ def test_a_trained_adapter_waits_for_its_receipt(tmp_path: Path) -> None:
 
 def test_a_closed_round_stops_training(tmp_path: Path) -> None:
     async def test() -> None:
-        who = taker(tmp_path, Quick(seconds_a_step=0.2), rows=2000)
+        who = participant(tmp_path, Quick(seconds_a_step=0.2), rows=2000)
         async with running(tmp_path / "one") as (daemon, address):
             await daemon.submit(spec.parse(SPEC))
 
@@ -150,7 +150,7 @@ def test_a_closed_round_stops_training(tmp_path: Path) -> None:
 
 def test_a_model_of_ones_own_has_to_be_the_jobs(tmp_path: Path) -> None:
     async def test() -> None:
-        who = taker(tmp_path, backend := Quick())
+        who = participant(tmp_path, backend := Quick())
         async with running(tmp_path / "one") as (daemon, address):
             await daemon.submit(spec.parse(SPEC))
             async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
@@ -168,7 +168,7 @@ def test_a_batch_that_is_too_large_is_taken_in_parts(tmp_path: Path, capsys: pyt
     quick = Quick()
 
     async def test() -> None:
-        who = taker(tmp_path, quick)
+        who = participant(tmp_path, quick)
         async with running(tmp_path / "one") as (daemon, address):
             await daemon.submit(spec.parse({**SPEC, "train": {"batch_size": 65536}}))
             assert (await take_part(address, who)).digest
@@ -188,7 +188,7 @@ def test_packing_takes_fewer_steps(tmp_path: Path, capsys: pytest.CaptureFixture
             where.mkdir()
             async with running(where / "one") as (daemon, address):
                 await daemon.submit(spec.parse({**SPEC, "train": {"batch_size": 2, "packing": packing}}))
-                assert (await take_part(address, taker(where, quick))).digest
+                assert (await take_part(address, participant(where, quick))).digest
 
         asyncio.run(test())
         steps.append(quick.steps)
@@ -199,7 +199,7 @@ def test_what_is_cut_dropped_or_skipped_is_told(tmp_path: Path, capsys: pytest.C
     async def test() -> None:
         rows = [{"prompt": f"p{n}", "completion": "a b" * (200 if n < 3 else 1)} for n in range(40)]
         rows += [{"prompt": "very long " * 200, "completion": str(n)} for n in range(2)]
-        who = taker(tmp_path, Quick())
+        who = participant(tmp_path, Quick())
         who.data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": 3, "completion": "x"}]))
         (tmp_path / "valid.jsonl").write_text('{"prompt": "p", "completion": "a"}\n')
         who.data.rename(tmp_path / "train.jsonl")

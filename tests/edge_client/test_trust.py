@@ -13,8 +13,8 @@ from coordinator.auth import certificates
 from coordinator.auth import identity as identities
 from edge_client.connection import trust
 from edge_client.connection.identity import Pin, Pins
-from edge_client.connection.target import Way
-from edge_client.connection.trust import Shown, Standing
+from edge_client.connection.target import Target
+from edge_client.connection.trust import KeyStanding, ShownCertificate
 from edge_client.ui.screen import Screen
 from oneround import signing, tls
 from oneround.errors import BadData, Refused, UsageError
@@ -26,33 +26,33 @@ KEYS = [authorities.new_key() for _ in range(4)]
 NAMES = [signing.fingerprint(signing.spki(key)) for key in KEYS]
 
 
-def shown(number: int, *before: int, address: str = HERE) -> Shown:
+def shown(number: int, *before: int, address: str = HERE) -> ShownCertificate:
     """One that shows a key which follows others."""
     keys = [KEYS[each] for each in (*before, number)]
     changes = [tls.change(old, signing.spki(new)) for old, new in itertools.pairwise(keys)]
-    return Shown(address, certificates.self_signed(authorities.pem(KEYS[number]), changes, NOW))
+    return ShownCertificate(address, certificates.self_signed(authorities.pem(KEYS[number]), changes, NOW))
 
 
 @pytest.mark.parametrize(
     ("pins", "seen", "expected"),
     [
-        ({}, shown(0), Standing.NEW),
-        ({}, shown(1, 0), Standing.NEW),
-        ({HERE: Pin(NAMES[0])}, shown(0), Standing.PINNED),
-        ({HERE: Pin(NAMES[0])}, shown(1), Standing.CHANGED),
-        ({HERE: Pin(NAMES[0])}, shown(1, 0), Standing.FOLLOWS),
-        ({HERE: Pin(NAMES[0])}, shown(2, 0, 1), Standing.FOLLOWS),
-        ({HERE: Pin(NAMES[0])}, shown(2, 1), Standing.CHANGED),
-        ({HERE: Pin(NAMES[1], (NAMES[0],))}, shown(0), Standing.GIVEN_UP),
-        ({HERE: Pin(NAMES[1], (NAMES[0],))}, shown(2, 0), Standing.CHANGED),  # signed by one that was given up
-        ({THERE: Pin(NAMES[0])}, shown(0), Standing.ELSEWHERE),
-        ({THERE: Pin(NAMES[0])}, shown(1, 0), Standing.FOLLOWS),
-        ({THERE: Pin(NAMES[0])}, shown(1), Standing.NEW),
-        ({THERE: Pin(NAMES[1], (NAMES[0],))}, shown(0), Standing.GIVEN_UP),
-        ({HERE: Pin(NAMES[2]), THERE: Pin(NAMES[0])}, shown(0), Standing.CHANGED),
+        ({}, shown(0), KeyStanding.NEW),
+        ({}, shown(1, 0), KeyStanding.NEW),
+        ({HERE: Pin(NAMES[0])}, shown(0), KeyStanding.PINNED),
+        ({HERE: Pin(NAMES[0])}, shown(1), KeyStanding.CHANGED),
+        ({HERE: Pin(NAMES[0])}, shown(1, 0), KeyStanding.FOLLOWS),
+        ({HERE: Pin(NAMES[0])}, shown(2, 0, 1), KeyStanding.FOLLOWS),
+        ({HERE: Pin(NAMES[0])}, shown(2, 1), KeyStanding.CHANGED),
+        ({HERE: Pin(NAMES[1], (NAMES[0],))}, shown(0), KeyStanding.GIVEN_UP),
+        ({HERE: Pin(NAMES[1], (NAMES[0],))}, shown(2, 0), KeyStanding.CHANGED),  # signed by one that was given up
+        ({THERE: Pin(NAMES[0])}, shown(0), KeyStanding.ELSEWHERE),
+        ({THERE: Pin(NAMES[0])}, shown(1, 0), KeyStanding.FOLLOWS),
+        ({THERE: Pin(NAMES[0])}, shown(1), KeyStanding.NEW),
+        ({THERE: Pin(NAMES[1], (NAMES[0],))}, shown(0), KeyStanding.GIVEN_UP),
+        ({HERE: Pin(NAMES[2]), THERE: Pin(NAMES[0])}, shown(0), KeyStanding.CHANGED),
     ],
 )
-def test_what_a_key_is(pins: Mapping[str, Pin], seen: Shown, expected: Standing) -> None:
+def test_what_a_key_is(pins: Mapping[str, Pin], seen: ShownCertificate, expected: KeyStanding) -> None:
     assert trust.standing(seen, pins) is expected
 
 
@@ -95,19 +95,22 @@ def test_what_is_only_heard_of_is_not_pinned_without_a_word() -> None:
 
 
 def test_fingerprints_on_the_command_line() -> None:
-    assert Way(trust=tls.grouped(NAMES[0])).trusted == Way(trust=NAMES[0]).trusted == NAMES[0] and not Way().trusted
+    assert (
+        Target(trust=tls.grouped(NAMES[0])).trusted == Target(trust=NAMES[0]).trusted == NAMES[0]
+        and not Target().trusted
+    )
     with pytest.raises(UsageError, match="no whole fingerprint"):
-        _ = Way(trust=NAMES[0][:16]).trusted
+        _ = Target(trust=NAMES[0][:16]).trusted
 
 
 @pytest.mark.parametrize("address", ["192.0.2.1:50051", "example.org:1", "[fe80::1]:1"])
 def test_insecure_is_for_this_machine(address: str) -> None:
     with pytest.raises(UsageError, match="--insecure is for a coordinator on this machine"):
-        Way(insecure=True).require_allowed(address)
-    Way(insecure_anywhere=True).require_allowed(address)
-    Way(insecure=True, insecure_anywhere=True).require_allowed(address)
+        Target(insecure=True).require_allowed(address)
+    Target(insecure_anywhere=True).require_allowed(address)
+    Target(insecure=True, insecure_anywhere=True).require_allowed(address)
     for here in ("127.0.0.1:1", "localhost:1", "[::1]:1"):
-        Way(insecure=True).require_allowed(here)
+        Target(insecure=True).require_allowed(here)
 
 
 def test_a_person_compares_and_answers(tmp_path: Path) -> None:
