@@ -261,7 +261,7 @@ def test_the_script_for_a_tokenizer_that_is_not_known(
     assert (tmp_path / "x.gguf").read_bytes() == helix.gguf.read_bytes()
 
 
-@pytest.mark.parametrize("way", ["model.gguf", "the script"])
+@pytest.mark.parametrize("target", ["model.gguf", "the script"])
 def test_a_whole_job(helix: Other, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
     """From the job file's keys to a publication, whose merged model is that of the Llama."""
     model = {"base": str(helix.folder)}
