@@ -1,6 +1,7 @@
 """Everything that goes wrong on purpose, in one tree.
 
-    OneroundError            base of all; str() is a sentence for the person, `hint` the command to run next
+    OneroundError            base of all; str() is a sentence for the person, `hint` the command to run next;
+                             raised itself for a fault of the other side: exit 1
     ├── UsageError           exit 2   the command line or the job file asks for something that is not there
     ├── Refused              exit 3   the other side understood and said no
     │   ├── NotFound                  what it was asked for is not there
@@ -21,6 +22,7 @@ Each class has an exit code for the command line and the name of a gRPC status f
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 
 
 class OneroundError(Exception):
@@ -94,7 +96,15 @@ class NotEnough(OneroundError):
     status = "RESOURCE_EXHAUSTED"
 
 
+def tree(kind: type[OneroundError] = OneroundError) -> Iterator[type[OneroundError]]:
+    """A class and all that derive from it, each before those that derive from it."""
+    yield kind
+    for each in kind.__subclasses__():
+        yield from tree(each)
+
+
 def from_status(status: str, message: str, hint: str = "") -> OneroundError:
-    """The error that a gRPC status stands for; one that is not ours is a refusal."""
-    kinds = {kind.status: kind for kind in OneroundError.__subclasses__()}
-    return kinds.get(status, Refused)(message, hint=hint)
+    """The error that a gRPC status stands for: of the classes that share a status, the one nearest the root. A status
+    that none of ours has is a refusal, but for UNKNOWN, which stands for a fault like INTERNAL."""
+    kinds = {each.status: each for each in reversed(list(tree()))}
+    return kinds.get("INTERNAL" if status == "UNKNOWN" else status, Refused)(message, hint=hint)
