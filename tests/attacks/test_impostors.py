@@ -26,8 +26,8 @@ from oneround.errors import Refused, Unreachable, UsageError
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
 from tests import authorities, commands
-from tests.coordinator.test_server import SPEC, running
-from tests.edge_client.test_moving import Watched
+from tests.daemons import SPEC, running
+from tests.fakes import RecordingScreen
 from tests.network import Relay
 
 
@@ -39,7 +39,7 @@ async def met(address: str, state: Path, own: ClientCertificate | None = None, *
 
 
 @asynccontextmanager
-async def roaming(address: str, state: Path, screen: Watched) -> AsyncIterator[Remote]:
+async def roaming(address: str, state: Path, screen: RecordingScreen) -> AsyncIterator[Remote]:
     async with reach.connected(Target(address), state, screen) as remote:
         await remote.jobs()
         yield remote
@@ -76,7 +76,7 @@ def test_a_certificate_that_is_renewed_meanwhile(tmp_path: Path, whose: str) -> 
     async def test() -> None:
         if files is not None:
             renew()
-        load, screen = partial(identity.load_or_create, state, files), Watched()
+        load, screen = partial(identity.load_or_create, state, files), RecordingScreen()
         shown = transport.Certificates(load(), load, look_every=0)
         async with Relay() as wire, running(state, certificates=shown) as (_, wire.target):
             async with roaming(wire.address, tmp_path, screen) as remote:
@@ -116,7 +116,7 @@ def test_renewed_files_that_cannot_be_used_change_nothing(tmp_path: Path) -> Non
 
 def test_a_client_follows_a_key_that_was_changed(tmp_path: Path) -> None:
     """One that is at work, and one that was away for two changes; neither goes back to a key that was given up."""
-    state, screen = tmp_path / "state", Watched()
+    state, screen = tmp_path / "state", RecordingScreen()
 
     async def test() -> None:
         async with Relay() as wire, AsyncExitStack() as open_now:
@@ -185,7 +185,7 @@ def test_a_key_that_claims_to_follow_the_pinned_one(tmp_path: Path) -> None:
 
 def test_a_client_at_work_does_not_go_on_with_another(tmp_path: Path) -> None:
     async def test() -> None:
-        screen = Watched()
+        screen = RecordingScreen()
         async with Relay() as wire, running(tmp_path / "one") as (_, one), running(tmp_path / "two") as (_, two):
             wire.target = one
             async with roaming(wire.address, tmp_path / "client", screen) as remote:
@@ -223,7 +223,7 @@ def test_the_trusted_one_is_found_among_others(tmp_path: Path) -> None:
     """By its key, whoever else says the same name; and what says that key and has another is refused."""
 
     async def test() -> None:
-        screen, client = Watched(), tmp_path / "client"
+        screen, client = RecordingScreen(), tmp_path / "client"
         async with running(tmp_path / "true") as (_, true), running(tmp_path / "hostile") as (_, hostile):
             key, other = (identity.load_or_create(tmp_path / name).fingerprint for name in ("true", "hostile"))
             async with (
@@ -246,7 +246,7 @@ def test_a_coordinator_that_has_moved_is_not_looked_for_at_an_impostors(tmp_path
     """The pinned key is said of two places: the hostile one is passed over."""
 
     async def test() -> None:
-        screen, client = Watched(), tmp_path / "client"
+        screen, client = RecordingScreen(), tmp_path / "client"
         async with running(tmp_path / "true") as (_, true), running(tmp_path / "hostile") as (_, hostile):
             key = identity.load_or_create(tmp_path / "true").fingerprint
             Pins(client).pin("127.0.0.1:1", key)

@@ -24,7 +24,8 @@ from oneround.errors import BadData, Refused, UsageError
 from oneround.text import human_size
 from oneround.v1 import federation_pb2 as pb
 from tests import commands, hostile, terminal
-from tests.edge_client.test_session import Quick, participant
+from tests.fakes import FakeBackend
+from tests.participants import participant
 
 NAN, INF = math.nan, math.inf
 LONG = "x" * 100_000
@@ -163,9 +164,9 @@ def test_what_a_job_resolves_to(sound: tuple[pb.Job, Any], says: str) -> None:
     assert says in str(raised.value)
 
 
-def take_part(tmp_path: Path, server: hostile.Hostile, agreed: pb.Job | None = None, **options: Any) -> Quick:
+def take_part(tmp_path: Path, server: hostile.Hostile, agreed: pb.Job | None = None, **options: Any) -> FakeBackend:
     """Join, and whatever comes after."""
-    quick = Quick()
+    quick = FakeBackend()
 
     async def test() -> None:
         who = participant(tmp_path, quick)

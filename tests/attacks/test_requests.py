@@ -42,15 +42,14 @@ from edge_client.connection.remote import Remote
 from oneround import tls
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
+from tests.attacks.refusals import EVALUATION, MALLORY, refused, status_of
 from tests.clients import Crowd, connected, me, session, signed_in, speaking
-from tests.coordinator.test_server import ALICE, BOB, SPEC, join, judged, nothing, running, trained, written
+from tests.daemons import ALICE, BOB, SPEC, join, judged, nothing, running, trained, written
 
-MALLORY = "e" * 32
 _LOSSES = ("base_loss", "own_loss", "published_loss")
 # What gRPC's own client says, in place of the answer, when it was still sending as the answer came.
 _BROKEN = "Internal error from Core"
 HUGE = [2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1]
-EVALUATION = pb.Evaluation(version=1, base_loss=3.0, own_loss=2.5, published_loss=2.4, tokens=1000)
 # Terminal escapes, a title, a line that a log would take for another, right-to-left, and paths.
 NAMES = [
     *("", " ", "\0", "../../x", "/etc/passwd", "a/b", "..", "\x1b[2J\x1b[31mroot", "\x1b]0;owned\x07", "[red]x[/red]"),
@@ -76,25 +75,6 @@ async def attacked(state: Path, **changes: Any) -> AsyncIterator[tuple[Daemon, C
         ):
             await daemon.submit(job.parse({**SPEC, **changes}))
             yield daemon, remote
-
-
-async def status_of(call: Any) -> tuple[StatusCode, str]:
-    """How a call ends; of a stream, after all that it gives."""
-    try:
-        if hasattr(call, "__aiter__"):
-            async for _ in call:
-                pass
-        else:
-            await call
-    except grpc.aio.AioRpcError as error:
-        return error.code(), error.details() or ""
-    return StatusCode.OK, ""
-
-
-async def refused(call: Any, code: StatusCode, says: str = "") -> None:
-    found, details = await status_of(call)
-    assert found == code and says in details, (found, details)
-    assert len(details) < 1000 and all(letter.isprintable() for letter in details), "fit for a terminal and a log"
 
 
 async def honest(remote: Crowd, folder: Path, client: str = ALICE, name: str = "notes") -> None:

@@ -31,10 +31,9 @@ from oneround.errors import Refused
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
 from tests import commands
-from tests.attacks.test_requests import EVALUATION, MALLORY, refused, status_of
+from tests.attacks.refusals import EVALUATION, MALLORY, refused, status_of
 from tests.clients import Crowd, connected, me, session, signed_in, speaking
-from tests.coordinator.test_server import ALICE, BOB, SPEC, join, judged, nothing, running, trained, written
-from tests.edge_client.conftest import namespaces  # noqa: F401  a fixture
+from tests.daemons import ALICE, BOB, SPEC, join, judged, nothing, running, trained, written
 
 WEEK = 7 * 86400.0
 Entry = MutableMapping[str, Any]
@@ -545,7 +544,7 @@ asyncio.run(main(*sys.argv[1:]))
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="takes network namespaces")
 def test_who_joined_an_open_job_keeps_its_place_from_another_network(
-    namespaces: tuple[str, str],  # noqa: F811
+    namespaces: tuple[str, str],
     tmp_path: Path,
 ) -> None:
     """Two addresses on one cable: 10.77.0.1 as on a local network, 11.77.0.1 as on the internet."""

@@ -22,9 +22,8 @@ from oneround import stream
 from oneround.errors import BadData, OneroundError, UsageError
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd
-from tests.coordinator.test_methods import deltas
-from tests.coordinator.test_server import SPEC, described, judged, nothing, with_server
-from tests.coordinator.test_versions import CLIENTS, manifest, version
+from tests.coordinator.references import deltas
+from tests.daemons import CLIENTS, SPEC, described, judged, manifest, nothing, version, with_server
 
 Moved = Callable[[LowRank, np.random.Generator], LowRank]
 FIRST: dict[str, Any] = {

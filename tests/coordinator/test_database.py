@@ -7,13 +7,11 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import text
 
-from converters.adapter import Adapter, LowRank
 from coordinator.daemon import Daemon
 from coordinator.jobs import spec
 from coordinator.storage import backup, migrations
@@ -26,8 +24,13 @@ from edge_client.ui.screen import Screen
 from oneround.errors import BadData, Unreachable, UsageError
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd
-from tests.coordinator.test_server import ALICE, BOB, SPEC, join, judged, nothing, trained, with_server, written
-from tests.coordinator.test_versions import version
+from tests.daemons import (
+    SPEC,
+    nothing,
+    two_contribute,
+    version,
+    with_server,
+)
 
 
 def difference(url: str) -> list[object]:
@@ -58,17 +61,6 @@ def test_a_database_of_another_kind_is_left_alone(tmp_path: Path) -> None:
         opened.dispose()
         with pytest.raises(UsageError, match=says):
             Store(url)
-
-
-async def two_contribute(remote: Crowd, folder: Path) -> None:
-    """Alice and Bob; the round publishes when the operator closes it."""
-    for seed, client in enumerate((ALICE, BOB)):
-        reply = await join(remote, client)
-        made = trained(reply, seed)
-        small = {name: LowRank(factors.a, factors.b * np.float32(0.05)) for name, factors in made.modules.items()}
-        file, declaration = written(Adapter(small, made.metadata), folder / client[0])
-        await remote.upload(reply.lease, declaration, file, nothing)
-        await judged(remote, reply.lease)
 
 
 def test_a_backup_of_a_running_daemon_comes_back(tmp_path: Path) -> None:

@@ -15,9 +15,7 @@ from coordinator.jobs import evaluations
 from oneround.errors import Refused
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd
-from tests.coordinator.test_database import two_contribute
-from tests.coordinator.test_server import ALICE, BOB, join, with_server
-from tests.coordinator.test_versions import version
+from tests.daemons import ALICE, BOB, join, two_contribute, version, with_server
 
 
 def said(base: float, own: float, published: float, version: int = 1) -> pb.Evaluation:

@@ -17,8 +17,7 @@ from oneround import stream
 from oneround.errors import BadAdapter, UsageError
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd
-from tests.coordinator.test_server import SPEC, described, judged, nothing, trained, with_server, written
-from tests.coordinator.test_versions import CLIENTS, version
+from tests.daemons import CLIENTS, SPEC, described, judged, nothing, trained, version, with_server, written
 
 FROZEN = {
     **SPEC,

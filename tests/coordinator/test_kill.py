@@ -36,7 +36,7 @@ from oneround.errors import Refused, Unreachable
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd, connected, me
 from tests.coordinator.dying import HOOK, ROOT, Plan
-from tests.coordinator.test_server import ALICE, BOB, SPEC, judged, trained, written
+from tests.daemons import ALICE, BOB, SPEC, judged, trained, written
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="names open files by /proc, and forks")
 

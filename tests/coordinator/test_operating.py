@@ -25,7 +25,7 @@ import coordinator.cli.app
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.clients import Crowd, connected
-from tests.coordinator.test_server import ALICE, BASE, judged, nothing, trained, written
+from tests.daemons import ALICE, BASE, judged, nothing, trained, written
 
 DEPLOY = Path(coordinator.__file__).parent / "deploy"
 JOB = f"""

@@ -6,48 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
-from converters import adapter, llama
-from converters.adapter import LowRank
+from converters import llama
 from coordinator.daemon import Daemon
 from coordinator.jobs import spec
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd, connected
-from tests.coordinator.test_server import (
-    ALICE,
-    BOB,
+from tests.daemons import (
     SPEC,
-    join,
-    judged,
-    nothing,
+    contribute,
     running,
-    trained,
+    until,
     with_server,
-    written,
 )
-
-EVE = "e" * 32
-
-
-async def contribute(remote: Crowd, folder: Path) -> None:
-    """Alice and Bob send sound adapters, Eve one with NaN."""
-    for seed, client in enumerate((ALICE, BOB, EVE)):
-        reply = await join(remote, client)
-        made = trained(reply, seed)
-        scaled = {name: LowRank(factors.a, factors.b * np.float32(0.05)) for name, factors in made.modules.items()}
-        if client == EVE:
-            scaled[reply.job.modules[0].name].b[0] = np.nan
-        file, declaration = written(adapter.Adapter(scaled, made.metadata), folder, num_examples=10 + 20 * seed)
-        await remote.upload(reply.lease, declaration, file, nothing)
-        verdict = (await judged(remote, reply.lease)).verdict
-        assert verdict == (pb.VERDICT_QUARANTINED if client == EVE else pb.VERDICT_ADMITTED)
-
-
-async def until(daemon: Daemon, *, stage: bool = False, state: pb.State = pb.STATE_PUBLISHED) -> pb.JobStatus:
-    """Wait until the daemon is at work on the publication, or the job is in a state."""
-    async for status in daemon.statuses.watch("notes"):
-        if (stage and status.stage) or status.state == state:
-            return status
-    raise AssertionError("watching never ends")
 
 
 def test_an_interrupted_publication_is_made_again(tmp_path: Path) -> None:

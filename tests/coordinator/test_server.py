@@ -2,9 +2,7 @@
 
 import asyncio
 import stat
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 
 import grpc
@@ -12,12 +10,12 @@ import numpy as np
 import pytest
 
 from converters import adapter
-from converters.adapter import Adapter, LowRank, Shape
+from converters.adapter import Adapter, LowRank
 from coordinator.auth import identity
 from coordinator.cli import client as control
 from coordinator.daemon import Daemon
 from coordinator.jobs import spec
-from coordinator.rpc import server, transport
+from coordinator.rpc import transport
 from coordinator.storage import database
 from coordinator.storage.schema import Job
 from edge_client.connection import remote as remotes
@@ -26,98 +24,20 @@ from oneround import stream, tls
 from oneround.errors import BadData, Refused, Unreachable
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
-from tests.clients import Crowd, connected, me
-
-BASE = Path(__file__).parents[2] / "benchmarks" / "base"
-ALICE, BOB = "a" * 32, "b" * 32
-SPEC = {
-    "name": "notes",
-    "model": {"base": str(BASE)},
-    "lora": {"rank": 2, "target_modules": ["q_proj", "v_proj"]},
-    "round": {"min_clients": 2, "target_clients": 0},
-    "publish": {"gguf": ["f16"]},
-}
-
-
-@asynccontextmanager
-async def running(
-    state: Path,
-    clock: Callable[[], float] = time.time,
-    database: str = "",
-    *,
-    certificates: transport.Certificates | None = None,
-    insecure: bool = False,
-) -> AsyncIterator[tuple[Daemon, str]]:
-    """A daemon and its server on a free port."""
-    daemon = Daemon(state, database, clock=clock)
-    loop = asyncio.create_task(daemon.run())
-    who = identity.load_or_create(state)
-    grpc_server, address = server.create(daemon, who, "127.0.0.1:0", insecure=insecure, certificates=certificates)
-    await grpc_server.start()
-    control.announce(state, address, insecure=insecure, fingerprint=who.fingerprint)
-    try:
-        yield daemon, address
-    finally:
-        await grpc_server.stop(None)
-        loop.cancel()
-        await asyncio.gather(loop, return_exceptions=True)
-        daemon.release()
-
-
-def with_server(state: Path, test: Callable[[Daemon, Crowd], Awaitable[None]], **options) -> None:  # type: ignore[no-untyped-def]
-    """Run a test against a fresh server over a state folder that may have seen others."""
-
-    async def run() -> None:
-        async with (
-            running(state, **options) as (daemon, address),
-            connected(address, state) as remote,
-        ):
-            await daemon.submit(spec.parse(SPEC))
-            await test(daemon, remote)
-
-    asyncio.run(run())
-
-
-async def join(remote: Crowd, client: str = ALICE) -> pb.JoinReply:
-    return await remote.join_as(client, pb.JoinRequest(job="notes", client_name=client[:5]))
-
-
-def trained(reply: pb.JoinReply, seed: int = 0, **changes) -> Adapter:  # type: ignore[no-untyped-def]
-    """An adapter such as training would give."""
-    shapes = {module.name: Shape(module.out_features, module.in_features) for module in reply.job.modules}
-    rng = np.random.default_rng(seed)
-    modules = {
-        name: LowRank(factors.a, rng.standard_normal(factors.b.shape).astype(np.float32))
-        for name, factors in adapter.initial(shapes, 2, 0).modules.items()
-    }
-    return Adapter(modules | changes, described(reply.job))
-
-
-def described(job: pb.Job, **changes: str) -> dict[str, str]:
-    """What a client writes beside its factors."""
-    over = {"base": job.base_fingerprint, "tokenizer": job.tokenizer, "chat_template": job.chat_template}
-    return over | changes
-
-
-async def judged(remote: Crowd, lease: str) -> pb.Judgement:
-    """What is made of a contribution, once it is."""
-    for _ in range(600):
-        judgement = (await remote.heartbeat(pb.HeartbeatRequest(lease=lease))).judgement
-        if judgement.verdict not in (pb.VERDICT_UNSPECIFIED, pb.VERDICT_PENDING):
-            return judgement
-        await asyncio.sleep(0.05)
-    raise AssertionError("nobody looked at it")
-
-
-def written(made: Adapter, folder: Path, num_examples: int = 10) -> tuple[Path, pb.Declaration]:
-    folder.mkdir(exist_ok=True)
-    file = folder / "adapter.safetensors"
-    adapter.write(made, file, "bfloat16")
-    return file, pb.Declaration(digest=stream.digest(file), size=file.stat().st_size, num_examples=num_examples)
-
-
-def nothing(_: int) -> None:
-    pass
+from tests.clients import Crowd, me
+from tests.daemons import (
+    ALICE,
+    BOB,
+    SPEC,
+    described,
+    join,
+    judged,
+    nothing,
+    running,
+    trained,
+    with_server,
+    written,
+)
 
 
 def test_a_contribution_is_taken_once(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """A job's life after its first publication, and around it: late contributions, decisions by hand, other methods."""
 
 import asyncio
-import json
 import re
 from pathlib import Path
 
@@ -16,19 +15,21 @@ from coordinator.publication import diff
 from oneround.errors import Conflict, NotFound, Refused, UsageError
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd
-from tests.coordinator.test_server import (
+from tests.daemons import (
     ALICE,
     BOB,
+    CLIENTS,
     SPEC,
     join,
     judged,
+    manifest,
     nothing,
     trained,
+    version,
     with_server,
     written,
 )
 
-CLIENTS = [letter * 32 for letter in "abcdef"]
 LATE = {**SPEC, "name": "late", "round": {"min_clients": 2, "target_clients": 4, "renew_every": "1s"}}
 
 
@@ -45,22 +46,6 @@ async def contribute(remote: Crowd, folder: Path, client: str, seed: int, job: s
     await remote.upload(reply.lease, declaration, file, nothing)
     await judged(remote, reply.lease)
     return reply.lease
-
-
-async def version(daemon: Daemon, number: int, name: str = "late") -> pb.JobStatus:
-    """The job once this version, and none after it, is there."""
-    async with asyncio.timeout(120):
-        async for status in daemon.statuses.watch(name):
-            assert len(status.publications) <= number, status.publications[-1].reason
-            if status.state == pb.STATE_PUBLISHED and len(status.publications) == number:
-                return status
-    raise AssertionError("watching never ends")
-
-
-def manifest(status: pb.JobStatus) -> dict[str, dict[str, object]]:
-    """The newest version's contributions by client."""
-    written = json.loads((Path(status.publications[-1].folder) / "manifest.json").read_text())
-    return {given["client"]: given for given in written["contributions"]}
 
 
 def decide(client: str, decision: pb.Decision, why: str = "", job: str = "late") -> pb.JudgeRequest:

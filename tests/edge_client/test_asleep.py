@@ -18,7 +18,7 @@ from coordinator.jobs import spec
 from coordinator.jobs.leases import ASLEEP_AFTER
 from edge_client import outbox
 from oneround.v1 import federation_pb2 as pb
-from tests.coordinator.test_server import SPEC, running
+from tests.daemons import SPEC, running
 
 ASLEEP_SECONDS = 4.0  # longer than between two heartbeats
 LATER = 2 * ASLEEP_AFTER  # what passes for the coordinator in that time

@@ -9,13 +9,14 @@ from converters import adapter, tensors
 from coordinator.jobs import spec as job
 from edge_client import outbox
 from edge_client.preflight import disk
-from tests.coordinator.test_server import SPEC, running
-from tests.edge_client.test_session import Quick, participant, take_part
+from tests.daemons import SPEC, running
+from tests.fakes import FakeBackend
+from tests.participants import participant, take_part
 
 
 def test_b_alone_is_sent_and_admitted(tmp_path: Path) -> None:
     async def test() -> None:
-        who = participant(tmp_path, Quick())
+        who = participant(tmp_path, FakeBackend())
         spec = {**SPEC, "lora": {**SPEC["lora"], "freeze_a": True}, "upload": {"dtype": "bfloat16"}}  # type: ignore[dict-item]
         async with running(tmp_path / "one") as (daemon, address):
             await daemon.submit(job.parse(spec))

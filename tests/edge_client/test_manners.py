@@ -27,7 +27,9 @@ from edge_client.pausing.policy import IDLE_SECONDS, Heat, Pause, PausePolicy, R
 from edge_client.ui.screen import Screen
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
-from tests.coordinator.test_server import SPEC, running
+from tests.commands import script
+from tests.daemons import SPEC, running
+from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 FINE = Readings(battery=80.0, idle=9999.0, memory=50.0)
@@ -216,14 +218,6 @@ print(os.nice(0), found[0])
     assert done.stdout.split() == [str(expected)] * 2
 
 
-def script(folder: Path, name: str, text: str) -> None:
-    """A program of the system, in a test's place of it."""
-    folder.mkdir(exist_ok=True)
-    file = folder / name
-    file.write_text(f"#!/bin/sh\n{text}\n")
-    file.chmod(0o755)
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="systemd")
 def test_the_machine_is_kept_awake_for_as_long_as_it_is_asked_to(tmp_path: Path) -> None:
     """By a stand-in that does what systemd-inhibit does to its command; asked for, let go of, and left to kill -9."""
@@ -257,15 +251,6 @@ time.sleep(60)
             process.kill()
     asked = (tmp_path / "asked").read_text().splitlines()
     assert len(asked) == 2 and all("--what=sleep" in line and "--mode=block" in line for line in asked)
-
-
-def eventually(true: Callable[[], object], seconds: float = 10.0) -> bool:
-    end = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 # ---- training that pauses ----

@@ -6,75 +6,28 @@ import socket
 import subprocess
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from converters.adapter import Adapter
 from coordinator import discovery as advertising
 from coordinator.auth import identity
 from coordinator.jobs import spec
 from edge_client import outbox, session
-from edge_client.backends import Progress
 from edge_client.connection import connect, retry
 from edge_client.connection.remote import Remote
 from edge_client.connection.target import Target
-from edge_client.data.batches import Batches
-from edge_client.training.recipe import EXACT, Recipe, Setup
-from edge_client.training.snapshot import Snapshot
 from edge_client.ui.screen import Screen
 from oneround.errors import Unreachable
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
-from tests.coordinator.test_server import SPEC, running
-from tests.edge_client.test_session import Quick, participant
+from tests.daemons import SPEC, running
+from tests.fakes import FakeBackend, RecordingScreen
 from tests.network import Relay, ip
+from tests.participants import participant
+from tests.waiting import LONG
 
 LARGE = {**SPEC, "lora": {"rank": 64, "target_modules": ["all-linear"]}, "upload": {"dtype": "float32"}}
-
-
-class Watched(Screen):
-    """Notes what is said."""
-
-    def __init__(self) -> None:
-        super().__init__(as_json=True)
-        self.said: list[tuple[str, dict[str, Any]]] = []
-        self._events = defaultdict[str, asyncio.Event](asyncio.Event)
-
-    def say(self, event: str, **fields: object) -> None:
-        self.said.append((event, fields))
-        self._events[event].set()
-
-    def times(self, event: str) -> int:
-        return sum(each == event for each, _ in self.said)
-
-    async def until(self, event: str) -> None:
-        async with asyncio.timeout(60):
-            await self._events[event].wait()
-
-
-class Waits(Quick):
-    """Trains until it is let go."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enough = threading.Event()
-
-    def train(
-        self,
-        base: Path,
-        initial: Adapter,
-        recipe: Recipe,
-        plan: Batches,
-        on_step: Callable[[Progress], None],
-        snapshot: Snapshot | None = None,
-        setup: Setup = EXACT,
-    ) -> Adapter:
-        assert self.enough.wait(60)
-        return super().train(base, initial, recipe, plan, on_step, snapshot)
 
 
 async def take_part(address: str, who: session.Participant, screen: Screen) -> pb.Receipt:
@@ -86,7 +39,7 @@ def test_a_network_that_breaks_costs_what_was_on_its_way(tmp_path: Path) -> None
     """While the base comes, while the adapter goes, and by a daemon that starts again meanwhile."""
 
     async def test() -> None:
-        who, screen = participant(tmp_path, Quick()), Watched()
+        who, screen = participant(tmp_path, FakeBackend()), RecordingScreen()
         async with Relay() as wire:
             async with running(tmp_path / "one") as (daemon, wire.target):
                 await daemon.submit(spec.parse(LARGE))
@@ -115,13 +68,14 @@ def test_a_network_that_breaks_costs_what_was_on_its_way(tmp_path: Path) -> None
 @pytest.mark.parametrize("during", ["training", "sending"])
 def test_a_coordinator_that_moves_meanwhile_is_found_by_its_key(tmp_path: Path, during: str) -> None:
     async def test() -> None:
-        who, screen = participant(tmp_path, backend := Waits()), Watched()
+        go_on = threading.Event()
+        who, screen = participant(tmp_path, FakeBackend(lambda _: go_on.wait(LONG))), RecordingScreen()
         async with running(tmp_path / "one") as (daemon, before):
             await daemon.submit(spec.parse(SPEC))
             receiving = asyncio.create_task(take_part(before, who, screen))
             await screen.until("plan")
         if during == "sending":
-            backend.enough.set()
+            go_on.set()
             await screen.until("retry")
         with socket.socket() as taken:
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections to it may still be closing
@@ -130,7 +84,7 @@ def test_a_coordinator_that_moves_meanwhile_is_found_by_its_key(tmp_path: Path, 
                 key = identity.load_or_create(tmp_path / "one").fingerprint
                 saying = asyncio.create_task(advertising.advertise("127.0.0.1", int(after.rpartition(":")[2]), key))
                 await screen.until("moved")
-                backend.enough.set()
+                go_on.set()
                 receipt = await receiving
                 saying.cancel()
                 await asyncio.gather(saying, return_exceptions=True)
@@ -145,7 +99,7 @@ def test_a_coordinator_is_found_where_it_was_before(tmp_path: Path) -> None:
     """Without mDNS: at an address of another day, as with a cable here and Wi-Fi there."""
 
     async def test() -> None:
-        screen = Watched()
+        screen = RecordingScreen()
         async with Relay() as cable, Relay() as wifi, running(tmp_path / "one") as (_, there):
             for wire in (cable, wifi):
                 wire.target = there
@@ -175,7 +129,7 @@ class Away(Remote):
 
 def test_only_the_deadline_ends_the_trying() -> None:
     async def test() -> None:
-        remote, screen, tries = Away(), Watched(), 0
+        remote, screen, tries = Away(), RecordingScreen(), 0
 
         async def never(_: object) -> None:
             nonlocal tries

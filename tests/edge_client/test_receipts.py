@@ -36,10 +36,9 @@ from oneround.errors import BadData, Refused, UsageError
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.clients import Crowd, connected, me
-from tests.coordinator.test_server import BOB, SPEC, join, judged, nothing, running, trained, written
-from tests.coordinator.test_versions import version
-from tests.edge_client.test_published import contributed
-from tests.edge_client.test_session import Quick, participant
+from tests.daemons import BOB, SPEC, join, judged, nothing, running, trained, version, written
+from tests.fakes import FakeBackend
+from tests.participants import contributed, participant
 
 CAROL, EVE = "c" * 32, "e" * 32
 
@@ -337,7 +336,7 @@ def _signed(key: signing.PrivateKey, **changes: str) -> Callable[[pb.Receipt], N
 
 def test_a_wrong_receipt_is_none_and_the_adapter_stays(tmp_path: Path) -> None:
     """Whether it comes after the upload, or to one who joins again. Nothing is trained twice."""
-    who = participant(tmp_path, backend := Quick())
+    who = participant(tmp_path, backend := FakeBackend())
 
     async def take_part(address: str, change: Callable[[pb.Receipt], None]) -> pb.Receipt:
         async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:

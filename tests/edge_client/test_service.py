@@ -32,9 +32,11 @@ from edge_client.unattended.watch import JobWatcher, RetryLater
 from oneround.errors import BadData, NotEnough, Refused, Unreachable
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
-from tests.coordinator.test_server import SPEC, running
-from tests.edge_client.test_manners import eventually, script
-from tests.edge_client.test_session import Quick, participant
+from tests.commands import script
+from tests.daemons import SPEC, running
+from tests.fakes import FakeBackend
+from tests.participants import participant
+from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,7 +97,10 @@ def spec(name: str) -> pb.JobSpec:
 
 
 def quick_stay(
-    address: str, folder: Path, backend: Quick, connect: Callable[[], AbstractAsyncContextManager[Remote]] | None = None
+    address: str,
+    folder: Path,
+    backend: FakeBackend,
+    connect: Callable[[], AbstractAsyncContextManager[Remote]] | None = None,
 ) -> JobWatcher:
     who = participant(folder, backend)
     there = connect or (lambda: remotes.connect(address, Pins(who.state), lambda *_: None))
@@ -113,7 +118,7 @@ async def at_work(staying: JobWatcher) -> AsyncIterator[None]:
 
 
 def test_each_accepted_job_once_as_it_appears(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    heard, backend = Listening(capsys), Quick()
+    heard, backend = Listening(capsys), FakeBackend()
 
     async def joined(daemon: Daemon, name: str) -> int:
         return (await daemon.status(name)).joined
@@ -140,7 +145,7 @@ def test_each_accepted_job_once_as_it_appears(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_job_that_its_person_left_is_not_joined_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    heard, backend = Listening(capsys), Quick(seconds_a_step=0.2)
+    heard, backend = Listening(capsys), FakeBackend(seconds_a_step=0.2)
 
     async def test() -> None:
         async with running(tmp_path / "one") as (daemon, address):
@@ -165,7 +170,7 @@ def test_a_job_that_its_person_left_is_not_joined_again(tmp_path: Path, capsys: 
 
 
 def test_a_coordinator_that_is_away_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    heard, backend, away = Listening(capsys), Quick(), [True]
+    heard, backend, away = Listening(capsys), FakeBackend(), [True]
 
     async def test() -> None:
         async with running(tmp_path / "one") as (daemon, address):
@@ -191,7 +196,7 @@ def test_a_coordinator_that_is_away_is_waited_for(tmp_path: Path, capsys: pytest
 
 
 def test_bad_data_is_said_and_other_jobs_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    heard, backend = Listening(capsys), Quick()
+    heard, backend = Listening(capsys), FakeBackend()
 
     async def test() -> None:
         async with running(tmp_path / "one") as (daemon, address):
@@ -213,7 +218,7 @@ def test_bad_data_is_said_and_other_jobs_go_on(tmp_path: Path, capsys: pytest.Ca
 def test_a_changed_key_ends_it(tmp_path: Path) -> None:
     async def test() -> None:
         async with running(tmp_path / "one") as (_, address):
-            made = quick_stay(address, tmp_path, Quick())
+            made = quick_stay(address, tmp_path, FakeBackend())
             (tmp_path / "client" / "known-coordinators.json").write_text(json.dumps({address: "0" * 64}))
             with pytest.raises(Refused, match="another key"):
                 await asyncio.wait_for(made.stay(), 20)
