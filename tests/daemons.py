@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -62,18 +63,13 @@ async def running(
         daemon.release()
 
 
-def with_server(state: Path, test: Callable[[Daemon, Crowd], Awaitable[None]], **options) -> None:  # type: ignore[no-untyped-def]
-    """Run a test against a fresh server over a state folder that may have seen others."""
-
-    async def run() -> None:
-        async with (
-            running(state, **options) as (daemon, address),
-            connected(address, state) as remote,
-        ):
-            await daemon.submit(spec.parse(SPEC))
-            await test(daemon, remote)
-
-    asyncio.run(run())
+@asynccontextmanager
+async def served(state: Path, **options: Any) -> AsyncIterator[tuple[Daemon, Crowd]]:
+    """A daemon as `running` makes it, over a state folder that may have seen others, with the job of SPEC; and a crowd of
+    clients that is connected to it."""
+    async with running(state, **options) as (daemon, address), connected(address, state) as crowd:
+        await daemon.submit(spec.parse(SPEC))
+        yield daemon, crowd
 
 
 async def join(remote: Crowd, client: str = ALICE) -> pb.JoinReply:

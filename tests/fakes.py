@@ -84,13 +84,14 @@ def snapshot_arrays(factors: Adapter) -> Arrays:
 
 def fail_first_upload(remote: Remote, error: Exception) -> None:
     """Have the first upload over a connection meet this error, and the others go through."""
-    upload = remote.upload
+    upload, errors = remote.upload, [error]
 
-    async def fail(lease: str, declaration: pb.Declaration, file: Path, on_bytes: OnBytes) -> pb.Receipt:
-        remote.upload = upload  # type: ignore[method-assign]
-        raise error
+    async def fail_once(lease: str, declaration: pb.Declaration, file: Path, on_bytes: OnBytes) -> pb.Receipt:
+        if errors:
+            raise errors.pop()
+        return await upload(lease, declaration, file, on_bytes)
 
-    remote.upload = fail  # type: ignore[method-assign]
+    remote.upload = fail_once  # type: ignore[method-assign]
 
 
 class RecordingScreen(Screen):

@@ -27,6 +27,7 @@ from tests.clients import Crowd
 from tests.daemons import (
     SPEC,
     nothing,
+    served,
     two_contribute,
     version,
     with_server,
@@ -63,10 +64,10 @@ def test_a_database_of_another_kind_is_left_alone(tmp_path: Path) -> None:
             Store(url)
 
 
-def test_a_backup_of_a_running_daemon_comes_back(tmp_path: Path) -> None:
+async def test_a_backup_of_a_running_daemon_comes_back(tmp_path: Path) -> None:
     state, kept, again = tmp_path / "state", tmp_path / "kept", tmp_path / "again"
 
-    async def before(daemon: Daemon, remote: Crowd) -> None:
+    async with served(state) as (daemon, remote):
         await two_contribute(remote, tmp_path)
         early = await asyncio.to_thread(backup.backup, state, kept)
         assert (early.jobs, early.files) == (1, 1 + 2 + 4), "the initial adapter, the contributions, the identity"
@@ -75,8 +76,12 @@ def test_a_backup_of_a_running_daemon_comes_back(tmp_path: Path) -> None:
         late = await asyncio.to_thread(backup.backup, state, kept)
         published = [file for file in (state / "publications" / "notes" / "v1").rglob("*") if file.is_file()]
         assert late.files == len(published) + 4, "what was there is not copied again"
-
-    async def after(daemon: Daemon, remote: Crowd) -> None:
+    with pytest.raises(UsageError, match="already"):
+        backup.restore(kept, state)
+    backup.restore(kept, again)
+    assert (again / "key.pem").read_bytes() == (state / "key.pem").read_bytes(), "clients know it again"
+    assert (again / "key.pem").stat().st_mode & 0o077 == 0 and kept.stat().st_mode & 0o077 == 0
+    async with served(again) as (daemon, remote):
         status = await daemon.status("notes")
         assert (status.admitted, status.state) == (2, pb.STATE_PUBLISHED)
         (publication,) = status.publications
@@ -87,26 +92,16 @@ def test_a_backup_of_a_running_daemon_comes_back(tmp_path: Path) -> None:
         await daemon.publish(pb.PublishRequest(job="notes"))  # the contributions are there too
         await version(daemon, 2, "notes")
 
-    with_server(state, before)
-    with pytest.raises(UsageError, match="already"):
-        backup.restore(kept, state)
-    backup.restore(kept, again)
-    assert (again / "key.pem").read_bytes() == (state / "key.pem").read_bytes(), "clients know it again"
-    assert (again / "key.pem").stat().st_mode & 0o077 == 0 and kept.stat().st_mode & 0o077 == 0
-    with_server(again, after)
 
-
-def test_a_backup_that_is_not_whole(tmp_path: Path) -> None:
+async def test_a_backup_that_is_not_whole(tmp_path: Path) -> None:
     state, kept = tmp_path / "state", tmp_path / "kept"
-
-    async def contribute(_: Daemon, remote: Crowd) -> None:
-        await two_contribute(remote, tmp_path)
 
     with pytest.raises(UsageError, match="no coordinator has run"):
         backup.backup(tmp_path / "nothing", kept)
     with pytest.raises(UsageError, match="not a whole backup"):
         backup.restore(tmp_path, tmp_path / "new")
-    with_server(state, contribute)
+    async with served(state) as (_, remote):
+        await two_contribute(remote, tmp_path)
     backup.backup(state, kept)
     blob = max((kept / "blobs").iterdir(), key=lambda file: file.stat().st_size)
     blob.write_bytes(b"\0" * blob.stat().st_size)
@@ -151,16 +146,9 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.mark.postgres
-def test_postgresql(tmp_path: Path, postgres: str) -> None:
+async def test_postgresql(tmp_path: Path, postgres: str) -> None:
     assert difference(postgres) == []
     state, kept, again = tmp_path / "state", tmp_path / "kept", tmp_path / "again"
-
-    async def before(daemon: Daemon, remote: Crowd) -> None:
-        await two_contribute(remote, tmp_path)
-        await daemon.submit(spec.parse(SPEC))  # again, which changes nothing
-        await daemon.close("notes")
-        await version(daemon, 1, "notes")
-        await asyncio.to_thread(backup.backup, state, kept, postgres)
 
     async def after(daemon: Daemon, remote: Crowd) -> None:
         assert (await daemon.status("notes")).admitted == 2
@@ -168,7 +156,12 @@ def test_postgresql(tmp_path: Path, postgres: str) -> None:
         await version(daemon, 2, "notes")
         await daemon.delete("notes")
 
-    with_server(state, before, database=postgres)
+    async with served(state, database=postgres) as (daemon, remote):
+        await two_contribute(remote, tmp_path)
+        await daemon.submit(spec.parse(SPEC))  # again, which changes nothing
+        await daemon.close("notes")
+        await version(daemon, 1, "notes")
+        await asyncio.to_thread(backup.backup, state, kept, postgres)
     assert not (state / "coordinator.sqlite").exists()
     backup.restore(kept, again)  # from PostgreSQL into SQLite
     with_server(again, after)

@@ -34,14 +34,15 @@ from tests.daemons import (
     judged,
     nothing,
     running,
+    served,
     trained,
     with_server,
     written,
 )
 
 
-def test_a_contribution_is_taken_once(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Crowd) -> None:
+async def test_a_contribution_is_taken_once(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (daemon, remote):
         reply = await join(remote)
         assert (await join(remote)).lease == reply.lease, "joining again renews"
         file, declaration = written(trained(reply), tmp_path)
@@ -57,13 +58,11 @@ def test_a_contribution_is_taken_once(tmp_path: Path) -> None:
         status = await daemon.status("notes")
         assert [client.contribution.declaration.digest for client in status.clients] == [declaration.digest]
 
-    with_server(tmp_path / "state", test)
 
-
-def test_an_upload_that_breaks_off_goes_on_after_a_restart(tmp_path: Path) -> None:
+async def test_an_upload_that_breaks_off_goes_on_after_a_restart(tmp_path: Path) -> None:
     sent = 20_000
 
-    async def half(_: Daemon, remote: Crowd) -> None:
+    async with served(tmp_path / "state") as (_, remote):
         reply = await join(remote)
         file, declaration = written(trained(reply), tmp_path)
         await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
@@ -73,8 +72,7 @@ def test_an_upload_that_breaks_off_goes_on_after_a_restart(tmp_path: Path) -> No
 
         with pytest.raises(grpc.aio.AioRpcError, match="ended at byte 20000"):
             await remote._stub.Upload(messages())
-
-    async def rest(_: Daemon, remote: Crowd) -> None:
+    async with served(tmp_path / "state") as (_, remote):
         reply = await join(remote)
         file, declaration = written(trained(reply), tmp_path)
         opened = await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
@@ -84,12 +82,9 @@ def test_an_upload_that_breaks_off_goes_on_after_a_restart(tmp_path: Path) -> No
         assert (await judged(remote, reply.lease)).verdict == pb.VERDICT_ADMITTED
         assert min(seen) > sent, "what was there is not sent again"
 
-    with_server(tmp_path / "state", half)
-    with_server(tmp_path / "state", rest)
 
-
-def test_a_lying_digest_drops_what_came(tmp_path: Path) -> None:
-    async def test(_: Daemon, remote: Crowd) -> None:
+async def test_a_lying_digest_drops_what_came(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (_, remote):
         reply = await join(remote)
         file, declaration = written(trained(reply), tmp_path)
         lie = pb.Declaration(digest="0" * 64, size=declaration.size, num_examples=1)
@@ -98,11 +93,9 @@ def test_a_lying_digest_drops_what_came(tmp_path: Path) -> None:
         assert not list((tmp_path / "state" / "uploads").glob(f"notes.{me(ALICE).client_id}*"))
         assert (await remote.upload(reply.lease, declaration, file, nothing)).digest == declaration.digest
 
-    with_server(tmp_path / "state", test)
 
-
-def test_unsound_adapters_are_quarantined_and_the_round_goes_on(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Crowd) -> None:
+async def test_unsound_adapters_are_quarantined_and_the_round_goes_on(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (daemon, remote):
         reply = await join(remote)
         module = reply.job.modules[0]
         good = trained(reply).modules[module.name]
@@ -157,15 +150,13 @@ def test_unsound_adapters_are_quarantined_and_the_round_goes_on(tmp_path: Path) 
         assert (status.admitted, status.contributed) == (1, 13)
         assert status.state == pb.STATE_OPEN
 
-    with_server(tmp_path / "state", test)
-
 
 @pytest.mark.parametrize(
     ("offset", "data", "says"),
     [(7, b"x", "starts at byte 7; 0 are here"), (0, b"x" * 500_000, "more bytes came"), (0, b"x", "ended at byte 1")],
 )
-def test_chunks_that_do_not_fit(tmp_path: Path, offset: int, data: bytes, says: str) -> None:
-    async def test(_: Daemon, remote: Crowd) -> None:
+async def test_chunks_that_do_not_fit(tmp_path: Path, offset: int, data: bytes, says: str) -> None:
+    async with served(tmp_path / "state") as (_, remote):
         reply = await join(remote)
         _, declaration = written(trained(reply), tmp_path)
         await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
@@ -176,11 +167,12 @@ def test_chunks_that_do_not_fit(tmp_path: Path, offset: int, data: bytes, says: 
         with pytest.raises(grpc.aio.AioRpcError, match=says):
             await remote._stub.Upload(messages())
 
-    with_server(tmp_path / "state", test)
 
+async def test_one_stream_at_a_time(tmp_path: Path) -> None:
+    async def _receipt(call: Awaitable[pb.Receipt]) -> pb.Receipt:
+        return await call
 
-def test_one_stream_at_a_time(tmp_path: Path) -> None:
-    async def test(_: Daemon, remote: Crowd) -> None:
+    async with served(tmp_path / "state") as (_, remote):
         reply = await join(remote)
         file, declaration = written(trained(reply), tmp_path)
         await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
@@ -205,14 +197,9 @@ def test_one_stream_at_a_time(tmp_path: Path) -> None:
         go_on.set()
         assert (await first).digest == declaration.digest
 
-    async def _receipt(call: Awaitable[pb.Receipt]) -> pb.Receipt:
-        return await call
 
-    with_server(tmp_path / "state", test)
-
-
-def test_what_a_stranger_may_not(tmp_path: Path) -> None:
-    async def test(_: Daemon, remote: Crowd) -> None:
+async def test_what_a_stranger_may_not(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (_, remote):
         stub = remote._stub
         beat = pb.HeartbeatRequest(lease="0" * 64)
         with pytest.raises(Refused, match="lease"):
@@ -239,40 +226,33 @@ def test_what_a_stranger_may_not(tmp_path: Path) -> None:
         with pytest.raises(grpc.aio.AioRpcError, match="empty upload"):
             await stub.Upload(nothing_at_all())
 
-    with_server(tmp_path / "state", test)
 
-
-def test_only_the_operator_administers(tmp_path: Path) -> None:
+async def test_only_the_operator_administers(tmp_path: Path) -> None:
     state = tmp_path / "state"
 
-    async def test() -> None:
-        async with running(state):
-            await control.submit(state, spec.parse(SPEC))
-            assert [found.spec.name for found in await control.jobs(state)] == ["notes"]
-            async with control.channel(state) as (channel, _):
-                for metadata in ((), (("authorization", "Bearer wrong"),)):
-                    with pytest.raises(grpc.aio.AioRpcError) as caught:
-                        await rpc.AdminStub(channel).Close(pb.CloseRequest(job="notes"), metadata=metadata)
-                    assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
-            socket = Path(transport.socket(state).removeprefix("unix:"))
-            mode = stat.S_IMODE((await asyncio.to_thread(socket.stat)).st_mode)
-            assert mode == 0o600, "nobody else can connect"
-            assert (await control.show(state, "notes")).state == pb.STATE_OPEN
-            assert (await control.close(state, "notes")).state == pb.STATE_EXPIRED
-
-    asyncio.run(test())
+    async with running(state):
+        await control.submit(state, spec.parse(SPEC))
+        assert [found.spec.name for found in await control.jobs(state)] == ["notes"]
+        async with control.channel(state) as (channel, _):
+            for metadata in ((), (("authorization", "Bearer wrong"),)):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await rpc.AdminStub(channel).Close(pb.CloseRequest(job="notes"), metadata=metadata)
+                assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        socket = Path(transport.socket(state).removeprefix("unix:"))
+        mode = stat.S_IMODE((await asyncio.to_thread(socket.stat)).st_mode)
+        assert mode == 0o600, "nobody else can connect"
+        assert (await control.show(state, "notes")).state == pb.STATE_OPEN
+        assert (await control.close(state, "notes")).state == pb.STATE_EXPIRED
 
 
-def test_submitting_again_is_idempotent_and_another_job_of_the_name_is_refused(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, _: Crowd) -> None:
+async def test_submitting_again_is_idempotent_and_another_job_of_the_name_is_refused(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (daemon, _):
         again = await daemon.submit(spec.parse(SPEC))
         assert again.spec.name == "notes" and len(await daemon.names()) == 1
         with pytest.raises(Refused, match="different job"):
             await daemon.submit(spec.parse({**SPEC, "train": {"epochs": 1}}))
         with pytest.raises(BadData, match="is not there"):
             await daemon.submit(spec.parse({**SPEC, "name": "other", "model": {"base": "/no/such/base"}}))
-
-    with_server(tmp_path / "state", test)
 
 
 def test_a_job_from_before_a_key_was_there_means_the_keys_default(tmp_path: Path) -> None:
@@ -292,10 +272,10 @@ def test_a_job_from_before_a_key_was_there_means_the_keys_default(tmp_path: Path
     with_server(state, one_job)  # submits the same job again
 
 
-def test_silent_clients_sleep_and_the_deadline_closes(tmp_path: Path) -> None:
+async def test_silent_clients_sleep_and_the_deadline_closes(tmp_path: Path) -> None:
     now = [1000.0]
 
-    async def test(daemon: Daemon, remote: Crowd) -> None:
+    async with served(tmp_path / "state", clock=lambda: now[0]) as (daemon, remote):
         reply = await join(remote)
         now[0] += 61
         assert (await daemon.status("notes")).clients[0].phase == pb.PHASE_ASLEEP
@@ -314,11 +294,9 @@ def test_silent_clients_sleep_and_the_deadline_closes(tmp_path: Path) -> None:
         with pytest.raises(Refused, match="no more contributions"):
             await join(remote, BOB)
 
-    with_server(tmp_path / "state", test, clock=lambda: now[0])
 
-
-def test_downloads_resume_and_are_checked(tmp_path: Path) -> None:
-    async def test(_: Daemon, remote: Crowd) -> None:
+async def test_downloads_resume_and_are_checked(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (_, remote):
         reply = await join(remote)
         to = tmp_path / "initial.safetensors"
         partial = tmp_path / f".initial.safetensors.{reply.job.initial.digest[:12]}"
@@ -336,35 +314,27 @@ def test_downloads_resume_and_are_checked(tmp_path: Path) -> None:
         with pytest.raises(BadData, match="not a path inside"):
             remotes.local_path(tmp_path, hostile)
 
-    with_server(tmp_path / "state", test)
 
+async def test_a_coordinator_with_another_key_is_refused(tmp_path: Path) -> None:
+    first_use: list[str] = []
+    pins = Pins(tmp_path)
+    async with running(tmp_path / "one") as (_, address):
+        async with remotes.connect(address, pins, lambda shown: first_use.append(shown.fingerprint)) as remote:
+            with pytest.raises(Refused, match="no job is open"):
+                await remote.join(pb.JoinRequest())
+        async with remotes.connect(address, pins, lambda shown: first_use.append(shown.fingerprint)):
+            pass
+    assert first_use == [identity.load_or_create(tmp_path / "one").fingerprint]
 
-def test_a_coordinator_with_another_key_is_refused(tmp_path: Path) -> None:
-    async def test() -> None:
-        first_use: list[str] = []
-        pins = Pins(tmp_path)
-        async with running(tmp_path / "one") as (_, address):
-            async with remotes.connect(address, pins, lambda shown: first_use.append(shown.fingerprint)) as remote:
-                with pytest.raises(Refused, match="no job is open"):
-                    await remote.join(pb.JoinRequest())
-            async with remotes.connect(address, pins, lambda shown: first_use.append(shown.fingerprint)):
+    async with running(tmp_path / "two") as (_, other):
+        pins.pin(other, first_use[0])  # that of another coordinator
+        with pytest.raises(Refused, match="another key") as caught:
+            async with remotes.connect(other, pins, lambda *_: None):
                 pass
-        assert first_use == [identity.load_or_create(tmp_path / "one").fingerprint]
-
-        async with running(tmp_path / "two") as (_, other):
-            pins.pin(other, first_use[0])  # that of another coordinator
-            with pytest.raises(Refused, match="another key") as caught:
-                async with remotes.connect(other, pins, lambda *_: None):
-                    pass
-            assert tls.grouped(first_use[0]) in str(caught.value)
-
-    asyncio.run(test())
+        assert tls.grouped(first_use[0]) in str(caught.value)
 
 
-def test_nobody_there(tmp_path: Path) -> None:
-    async def test() -> None:
-        with pytest.raises(Unreachable, match="no coordinator answers at"):
-            async with remotes.connect("127.0.0.1:1", Pins(tmp_path), lambda *_: None):
-                pass
-
-    asyncio.run(test())
+async def test_nobody_there(tmp_path: Path) -> None:
+    with pytest.raises(Unreachable, match="no coordinator answers at"):
+        async with remotes.connect("127.0.0.1:1", Pins(tmp_path), lambda *_: None):
+            pass

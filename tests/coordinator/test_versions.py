@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from converters.adapter import Adapter, LowRank
-from coordinator.daemon import Daemon
 from coordinator.jobs import spec
 from coordinator.publication import diff
 from oneround.errors import Conflict, NotFound, Refused, UsageError
@@ -24,9 +23,9 @@ from tests.daemons import (
     judged,
     manifest,
     nothing,
+    served,
     trained,
     version,
-    with_server,
     written,
 )
 
@@ -52,8 +51,8 @@ def decide(client: str, decision: pb.Decision, why: str = "", job: str = "late")
     return pb.JudgeRequest(job=job, client=client, decision=decision, why=why)
 
 
-def test_versions_of_a_job(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Crowd) -> None:
+async def test_versions_of_a_job(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (daemon, remote):
         await daemon.submit(spec.parse(LATE))
         for seed, client in enumerate(CLIENTS[:3]):
             await contribute(remote, tmp_path, client, seed)
@@ -113,11 +112,9 @@ def test_versions_of_a_job(tmp_path: Path) -> None:
         assert not (state / "publications" / "late").exists() and not list((state / "uploads").iterdir())
         assert len(list((state / "blobs").iterdir())) == 1, "the other job's initial adapter"
 
-    with_server(tmp_path / "state", test)
 
-
-def test_decisions_that_cannot_be(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Crowd) -> None:
+async def test_decisions_that_cannot_be(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (daemon, remote):
         reply = await join(remote)
         with pytest.raises(NotFound, match="no client 'nobody'"):
             await daemon.judge(decide("nobody", pb.DECISION_ADMIT, job="notes"))
@@ -141,13 +138,11 @@ def test_decisions_that_cannot_be(tmp_path: Path) -> None:
         with pytest.raises(Refused, match="2 clients are called"):
             await daemon.judge(decide("aaaaa", pb.DECISION_EXCLUDE, job="notes"))
 
-    with_server(tmp_path / "state", test)
 
-
-def test_a_method_that_needs_more_than_came_leaves_the_way_to_another(tmp_path: Path) -> None:
+async def test_a_method_that_needs_more_than_came_leaves_the_way_to_another(tmp_path: Path) -> None:
     few = {**SPEC, "name": "few", "round": {"min_clients": 5, "target_clients": 0}, "aggregate": {"method": "krum"}}
 
-    async def test(daemon: Daemon, remote: Crowd) -> None:
+    async with served(tmp_path / "state") as (daemon, remote):
         await daemon.submit(spec.parse(few))
         for seed, client in enumerate(CLIENTS[:2]):
             await contribute(remote, tmp_path, client, seed, "few")
@@ -165,11 +160,9 @@ def test_a_method_that_needs_more_than_came_leaves_the_way_to_another(tmp_path: 
         made = await version(daemon, 1, "few")
         assert made.publications[0].contributions == 2 and not made.takes_contributions
 
-    with_server(tmp_path / "state", test)
 
-
-def test_another_contribution_only_where_the_operator_lets_it(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Crowd) -> None:
+async def test_another_contribution_only_where_the_operator_lets_it(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (daemon, remote):
         reply = await join(remote)
         file, declaration = written(trained(reply), tmp_path / "one")
         first = await remote.upload(reply.lease, declaration, file, nothing)
@@ -187,11 +180,9 @@ def test_another_contribution_only_where_the_operator_lets_it(tmp_path: Path) ->
         assert [client.contribution.declaration.digest for client in status.clients] == [another.digest]
         assert (await judged(remote, reply.lease)).verdict == pb.VERDICT_ADMITTED
 
-    with_server(tmp_path / "state", test)
 
-
-def test_leaving_and_coming_back(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Crowd) -> None:
+async def test_leaving_and_coming_back(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (daemon, remote):
         reply = await join(remote)
         file, declaration = written(trained(reply), tmp_path)
         await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
@@ -205,11 +196,9 @@ def test_leaving_and_coming_back(tmp_path: Path) -> None:
         with pytest.raises(Refused, match="not known"):
             await remote.withdraw("0" * 64)
 
-    with_server(tmp_path / "state", test)
 
-
-def test_a_cancelled_job_tells_its_clients(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Crowd) -> None:
+async def test_a_cancelled_job_tells_its_clients(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (daemon, remote):
         reply = await join(remote)
         assert (await daemon.cancel("notes")).state == pb.STATE_CANCELLED
         answer = await remote.heartbeat(pb.HeartbeatRequest(lease=reply.lease))
@@ -219,5 +208,3 @@ def test_a_cancelled_job_tells_its_clients(tmp_path: Path) -> None:
         await daemon.delete("notes")
         assert (await daemon.submit(spec.parse(SPEC))).state == pb.STATE_OPEN, "the name is free again"
         assert (await join(remote, ALICE)).lease != reply.lease
-
-    with_server(tmp_path / "state", test)

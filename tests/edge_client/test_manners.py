@@ -299,47 +299,44 @@ def spec(**train: object) -> pb.JobSpec:
     return job.parse({**SPEC, "train": {"batch_size": 4, "max_seq_len": 32, "epochs": 2, **train}})
 
 
-def test_a_run_that_pauses_gives_the_same_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_a_run_that_pauses_gives_the_same_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     laptop = Laptop()
     laptop.readings = ON_BATTERY  # waits before it begins, too
 
-    async def test() -> None:
-        paused, whole = (
-            participant(tmp_path / "paused", laptop.pausing()),
-            participant(tmp_path / "whole", PauseController()),
-        )
-        async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(spec())
-            taking = asyncio.create_task(take_part(address, paused))
+    paused, whole = (
+        participant(tmp_path / "paused", laptop.pausing()),
+        participant(tmp_path / "whole", PauseController()),
+    )
+    async with running(tmp_path / "one") as (daemon, address):
+        await daemon.submit(spec())
+        taking = asyncio.create_task(take_part(address, paused))
 
-            async def step() -> tuple[int, float, bool]:
-                (client,) = (await daemon.status("notes")).clients
-                return client.step, client.tokens_per_second, client.phase == pb.PHASE_TRAINING
+        async def step() -> tuple[int, float, bool]:
+            (client,) = (await daemon.status("notes")).clients
+            return client.step, client.tokens_per_second, client.phase == pb.PHASE_TRAINING
 
-            await asyncio.sleep(0.5)
-            assert laptop.awake == 0 and laptop.reads > 1
-            laptop.readings = FINE
-            while not list((tmp_path / "paused").rglob("initial.safetensors")):  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-            laptop.readings = ON_BATTERY
-            while not list((tmp_path / "paused").rglob("training.safetensors")):  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(3.0)  # heartbeats go on
-            assert laptop.awake == 0
-            before, speed, training = await step()
-            assert training and speed == 0.0 and before >= 1
-            await asyncio.sleep(0.3)
-            assert (await step())[0] == before
-            laptop.readings = FINE
-            await taking
-            assert laptop.awake == 0
-            await take_part(address, whole)
-        one, other = (adapter.read(outbox.find(who.state, "notes").adapter) for who in (paused, whole))
-        for name, factors in one.modules.items():
-            assert np.array_equal(factors.a, other.modules[name].a)
-            assert np.array_equal(factors.b, other.modules[name].b)
-
-    asyncio.run(test())
+        await asyncio.sleep(0.5)
+        assert laptop.awake == 0 and laptop.reads > 1
+        laptop.readings = FINE
+        while not list((tmp_path / "paused").rglob("initial.safetensors")):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        laptop.readings = ON_BATTERY
+        while not list((tmp_path / "paused").rglob("training.safetensors")):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(3.0)  # heartbeats go on
+        assert laptop.awake == 0
+        before, speed, training = await step()
+        assert training and speed == 0.0 and before >= 1
+        await asyncio.sleep(0.3)
+        assert (await step())[0] == before
+        laptop.readings = FINE
+        await taking
+        assert laptop.awake == 0
+        await take_part(address, whole)
+    one, other = (adapter.read(outbox.find(who.state, "notes").adapter) for who in (paused, whole))
+    for name, factors in one.modules.items():
+        assert np.array_equal(factors.a, other.modules[name].a)
+        assert np.array_equal(factors.b, other.modules[name].b)
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     events = [line["event"] for line in said]
     assert events.count("paused") == events.count("unpaused") == 2
@@ -352,22 +349,19 @@ def test_a_run_that_pauses_gives_the_same_bits(tmp_path: Path, capsys: pytest.Ca
     assert slow < fast + 2.0, "a pause is not training"
 
 
-def test_a_coordinators_stop_ends_a_pause(tmp_path: Path) -> None:
+async def test_a_coordinators_stop_ends_a_pause(tmp_path: Path) -> None:
     laptop = Laptop()
     laptop.readings = ON_BATTERY
 
-    async def test() -> None:
-        async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(spec())
-            taking = asyncio.create_task(take_part(address, participant(tmp_path / "client", laptop.pausing())))
-            async for status in daemon.statuses.watch("notes"):
-                if status.joined:
-                    break
-            await daemon.close("notes")
-            with pytest.raises(session.Refused, match="stopped this job"):
-                await asyncio.wait_for(taking, 10)
-
-    asyncio.run(test())
+    async with running(tmp_path / "one") as (daemon, address):
+        await daemon.submit(spec())
+        taking = asyncio.create_task(take_part(address, participant(tmp_path / "client", laptop.pausing())))
+        async for status in daemon.statuses.watch("notes"):
+            if status.joined:
+                break
+        await daemon.close("notes")
+        with pytest.raises(session.Refused, match="stopped this job"):
+            await asyncio.wait_for(taking, 10)
 
 
 JOB = """

@@ -35,85 +35,76 @@ async def take_part(address: str, who: session.Participant, screen: Screen) -> p
         return await session.take_part(remote, "notes", who, screen)
 
 
-def test_a_network_that_breaks_costs_what_was_on_its_way(tmp_path: Path) -> None:
+async def test_a_network_that_breaks_costs_what_was_on_its_way(tmp_path: Path) -> None:
     """While the base comes, while the adapter goes, and by a daemon that starts again meanwhile."""
 
-    async def test() -> None:
-        who, screen = participant(tmp_path, FakeBackend()), RecordingScreen()
-        async with Relay() as wire:
-            async with running(tmp_path / "one") as (daemon, wire.target):
-                await daemon.submit(spec.parse(LARGE))
-                wire.cut_at_down = [2_000_000, 4_000_000]
-                receiving = asyncio.create_task(take_part(wire.address, who, screen))
-                await screen.until("trained")
-                assert screen.times("retry") > 0 and not wire.cut_at_down
-                sizes = sum(file.stat().st_size for file in (who.state / "models").rglob("*") if file.is_file())
-                (box,) = outbox.all_outboxes(who.state)
-                assert wire.down < 1.3 * (sizes + box.initial.stat().st_size), "downloads go on where they broke off"
-                size, before = box.adapter.stat().st_size, wire.up
-                wire.cut_at_up = [before + size // 3]
-                wire.broken.clear()
-                async with asyncio.timeout(30):
-                    await wire.broken.wait()
-                wire.target = ""
-            async with running(tmp_path / "one") as (daemon, wire.target):
-                receipt = await receiving
-            assert receipt.size == size
-            assert wire.up - before < 1.3 * size, "the upload goes on where it broke off"
-            assert screen.times("moved") == 0 and screen.times("pinned") == 1
-
-    asyncio.run(test())
+    who, screen = participant(tmp_path, FakeBackend()), RecordingScreen()
+    async with Relay() as wire:
+        async with running(tmp_path / "one") as (daemon, wire.target):
+            await daemon.submit(spec.parse(LARGE))
+            wire.cut_at_down = [2_000_000, 4_000_000]
+            receiving = asyncio.create_task(take_part(wire.address, who, screen))
+            await screen.until("trained")
+            assert screen.times("retry") > 0 and not wire.cut_at_down
+            sizes = sum(file.stat().st_size for file in (who.state / "models").rglob("*") if file.is_file())
+            (box,) = outbox.all_outboxes(who.state)
+            assert wire.down < 1.3 * (sizes + box.initial.stat().st_size), "downloads go on where they broke off"
+            size, before = box.adapter.stat().st_size, wire.up
+            wire.cut_at_up = [before + size // 3]
+            wire.broken.clear()
+            async with asyncio.timeout(30):
+                await wire.broken.wait()
+            wire.target = ""
+        async with running(tmp_path / "one") as (daemon, wire.target):
+            receipt = await receiving
+        assert receipt.size == size
+        assert wire.up - before < 1.3 * size, "the upload goes on where it broke off"
+        assert screen.times("moved") == 0 and screen.times("pinned") == 1
 
 
 @pytest.mark.parametrize("during", ["training", "sending"])
-def test_a_coordinator_that_moves_meanwhile_is_found_by_its_key(tmp_path: Path, during: str) -> None:
-    async def test() -> None:
-        go_on = threading.Event()
-        who, screen = participant(tmp_path, FakeBackend(lambda _: go_on.wait(LONG))), RecordingScreen()
-        async with running(tmp_path / "one") as (daemon, before):
-            await daemon.submit(spec.parse(SPEC))
-            receiving = asyncio.create_task(take_part(before, who, screen))
-            await screen.until("plan")
-        if during == "sending":
+async def test_a_coordinator_that_moves_meanwhile_is_found_by_its_key(tmp_path: Path, during: str) -> None:
+    go_on = threading.Event()
+    who, screen = participant(tmp_path, FakeBackend(lambda _: go_on.wait(LONG))), RecordingScreen()
+    async with running(tmp_path / "one") as (daemon, before):
+        await daemon.submit(spec.parse(SPEC))
+        receiving = asyncio.create_task(take_part(before, who, screen))
+        await screen.until("plan")
+    if during == "sending":
+        go_on.set()
+        await screen.until("retry")
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections to it may still be closing
+        taken.bind(("127.0.0.1", int(before.rpartition(":")[2])))  # so that the next daemon gets another port
+        async with running(tmp_path / "one") as (_, after):
+            key = identity.load_or_create(tmp_path / "one").fingerprint
+            saying = asyncio.create_task(advertising.advertise("127.0.0.1", int(after.rpartition(":")[2]), key))
+            await screen.until("moved")
             go_on.set()
-            await screen.until("retry")
-        with socket.socket() as taken:
-            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections to it may still be closing
-            taken.bind(("127.0.0.1", int(before.rpartition(":")[2])))  # so that the next daemon gets another port
-            async with running(tmp_path / "one") as (_, after):
-                key = identity.load_or_create(tmp_path / "one").fingerprint
-                saying = asyncio.create_task(advertising.advertise("127.0.0.1", int(after.rpartition(":")[2]), key))
-                await screen.until("moved")
-                go_on.set()
-                receipt = await receiving
-                saying.cancel()
-                await asyncio.gather(saying, return_exceptions=True)
-        assert dict(screen.said)["moved"] == {"before": before, "server": after}
-        (box,) = outbox.all_outboxes(who.state)
-        assert box.receipt() == receipt and box.server() == after
-
-    asyncio.run(test())
+            receipt = await receiving
+            saying.cancel()
+            await asyncio.gather(saying, return_exceptions=True)
+    assert dict(screen.said)["moved"] == {"before": before, "server": after}
+    (box,) = outbox.all_outboxes(who.state)
+    assert box.receipt() == receipt and box.server() == after
 
 
-def test_a_coordinator_is_found_where_it_was_before(tmp_path: Path) -> None:
+async def test_a_coordinator_is_found_where_it_was_before(tmp_path: Path) -> None:
     """Without mDNS: at an address of another day, as with a cable here and Wi-Fi there."""
 
-    async def test() -> None:
-        screen = RecordingScreen()
-        async with Relay() as cable, Relay() as wifi, running(tmp_path / "one") as (_, there):
-            for wire in (cable, wifi):
-                wire.target = there
-                async with connect.connected(Target(wire.address), tmp_path, screen):
-                    pass
-            async with connect.connected(Target(cable.address), tmp_path, screen) as remote:
-                assert not await remote.find_again(cable.address), "it answers there, so there it stays"
-                cable.target = ""
-                cable.cut()
-                assert await remote.find_again(cable.address)
-                assert remote.server == wifi.address and not (await remote.jobs()).jobs
-                assert await remote.find_again(cable.address), "found already, for another who has lost it"
-
-    asyncio.run(test())
+    screen = RecordingScreen()
+    async with Relay() as cable, Relay() as wifi, running(tmp_path / "one") as (_, there):
+        for wire in (cable, wifi):
+            wire.target = there
+            async with connect.connected(Target(wire.address), tmp_path, screen):
+                pass
+        async with connect.connected(Target(cable.address), tmp_path, screen) as remote:
+            assert not await remote.find_again(cable.address), "it answers there, so there it stays"
+            cable.target = ""
+            cable.cut()
+            assert await remote.find_again(cable.address)
+            assert remote.server == wifi.address and not (await remote.jobs()).jobs
+            assert await remote.find_again(cable.address), "found already, for another who has lost it"
 
 
 class Away(Remote):
@@ -127,23 +118,20 @@ class Away(Remote):
         return False
 
 
-def test_only_the_deadline_ends_the_trying() -> None:
-    async def test() -> None:
-        remote, screen, tries = Away(), RecordingScreen(), 0
+async def test_only_the_deadline_ends_the_trying() -> None:
+    remote, screen, tries = Away(), RecordingScreen(), 0
 
-        async def never(_: object) -> None:
-            nonlocal tries
-            tries += 1
-            raise Unreachable("nobody answers")
+    async def never(_: object) -> None:
+        nonlocal tries
+        tries += 1
+        raise Unreachable("nobody answers")
 
-        now = asyncio.get_running_loop().time()
-        with pytest.raises(Unreachable, match="nobody answers"):
-            await retry.through(remote, time.time() + 2.5, screen, never)
-        assert asyncio.get_running_loop().time() - now > 2.4
-        assert 3 <= tries <= 6 and remote.looked == tries - 2
-        assert screen.times("retry") == 1, "the same trouble is told once"
-
-    asyncio.run(test())
+    now = asyncio.get_running_loop().time()
+    with pytest.raises(Unreachable, match="nobody answers"):
+        await retry.through(remote, time.time() + 2.5, screen, never)
+    assert asyncio.get_running_loop().time() - now > 2.4
+    assert 3 <= tries <= 6 and remote.looked == tries - 2
+    assert screen.times("retry") == 1, "the same trouble is told once"
 
 
 def test_pauses_grow_and_differ() -> None:

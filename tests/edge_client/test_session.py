@@ -20,89 +20,71 @@ from tests.fakes import FakeBackend
 from tests.participants import participant, take_part
 
 
-def test_running_it_again_gives_the_same_receipt_and_trains_once(tmp_path: Path) -> None:
-    async def test() -> None:
-        who = participant(tmp_path, backend := FakeBackend())
-        async with running(tmp_path / "one") as (daemon, address):
+async def test_running_it_again_gives_the_same_receipt_and_trains_once(tmp_path: Path) -> None:
+    who = participant(tmp_path, backend := FakeBackend())
+    async with running(tmp_path / "one") as (daemon, address):
+        await daemon.submit(spec.parse(SPEC))
+        receipt = await take_part(address, who)
+        assert receipt.digest and await take_part(address, who) == receipt
+    assert backend.runs == 1
+
+
+async def test_a_job_of_the_same_name_elsewhere_is_another_job(tmp_path: Path) -> None:
+    who = participant(tmp_path, backend := FakeBackend())
+    for coordinator in ("one", "two"):
+        async with running(tmp_path / coordinator) as (daemon, address):
             await daemon.submit(spec.parse(SPEC))
-            receipt = await take_part(address, who)
-            assert receipt.digest and await take_part(address, who) == receipt
-        assert backend.runs == 1
-
-    asyncio.run(test())
+            assert (await take_part(address, who)).digest
+    assert backend.runs == 2, "an adapter of one job is never sent to another"
 
 
-def test_a_job_of_the_same_name_elsewhere_is_another_job(tmp_path: Path) -> None:
-    async def test() -> None:
-        who = participant(tmp_path, backend := FakeBackend())
-        for coordinator in ("one", "two"):
-            async with running(tmp_path / coordinator) as (daemon, address):
-                await daemon.submit(spec.parse(SPEC))
-                assert (await take_part(address, who)).digest
-        assert backend.runs == 2, "an adapter of one job is never sent to another"
-
-    asyncio.run(test())
+async def test_a_trained_adapter_waits_for_its_receipt(tmp_path: Path) -> None:
+    who = participant(tmp_path, backend := FakeBackend())
+    async with running(tmp_path / "one") as (daemon, address):
+        await daemon.submit(spec.parse(SPEC))
+        with pytest.raises(RuntimeError):
+            await take_part(address, who, RuntimeError("the machine goes down"))
+        assert (await take_part(address, who, Unreachable("the coordinator is away for a moment"))).digest
+    assert backend.runs == 1
 
 
-def test_a_trained_adapter_waits_for_its_receipt(tmp_path: Path) -> None:
-    async def test() -> None:
-        who = participant(tmp_path, backend := FakeBackend())
-        async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(spec.parse(SPEC))
-            with pytest.raises(RuntimeError):
-                await take_part(address, who, RuntimeError("the machine goes down"))
-            assert (await take_part(address, who, Unreachable("the coordinator is away for a moment"))).digest
-        assert backend.runs == 1
+async def test_a_closed_round_stops_training(tmp_path: Path) -> None:
+    who = participant(tmp_path, FakeBackend(seconds_a_step=0.2), rows=2000)
+    async with running(tmp_path / "one") as (daemon, address):
+        await daemon.submit(spec.parse(SPEC))
 
-    asyncio.run(test())
+        async def close() -> None:
+            async for status in daemon.statuses.watch("notes"):
+                if status.joined:
+                    break
+            await daemon.close("notes")
 
-
-def test_a_closed_round_stops_training(tmp_path: Path) -> None:
-    async def test() -> None:
-        who = participant(tmp_path, FakeBackend(seconds_a_step=0.2), rows=2000)
-        async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(spec.parse(SPEC))
-
-            async def close() -> None:
-                async for status in daemon.statuses.watch("notes"):
-                    if status.joined:
-                        break
-                await daemon.close("notes")
-
-            closing = asyncio.create_task(close())
-            with pytest.raises(Refused, match=r"stopped this job.*closed by the operator"):
-                await take_part(address, who)
-            await closing
-
-    asyncio.run(test())
+        closing = asyncio.create_task(close())
+        with pytest.raises(Refused, match=r"stopped this job.*closed by the operator"):
+            await take_part(address, who)
+        await closing
 
 
-def test_a_model_of_ones_own_has_to_be_the_jobs(tmp_path: Path) -> None:
-    async def test() -> None:
-        who = participant(tmp_path, backend := FakeBackend())
-        async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(spec.parse(SPEC))
-            async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
-                announced = (await remote.join(pb.JoinRequest(job="notes"))).job
-                found = await session.fetch_base(remote, announced, who.state, BASE, Screen())
-                assert found == BASE
-                with pytest.raises(BadData, match="is not the job's base model"):
-                    await session.fetch_base(remote, announced, who.state, tmp_path, Screen())
-        assert backend.runs == 0
-
-    asyncio.run(test())
+async def test_a_model_of_ones_own_has_to_be_the_jobs(tmp_path: Path) -> None:
+    who = participant(tmp_path, backend := FakeBackend())
+    async with running(tmp_path / "one") as (daemon, address):
+        await daemon.submit(spec.parse(SPEC))
+        async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
+            announced = (await remote.join(pb.JoinRequest(job="notes"))).job
+            found = await session.fetch_base(remote, announced, who.state, BASE, Screen())
+            assert found == BASE
+            with pytest.raises(BadData, match="is not the job's base model"):
+                await session.fetch_base(remote, announced, who.state, tmp_path, Screen())
+    assert backend.runs == 0
 
 
-def test_a_batch_that_is_too_large_is_taken_in_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_a_batch_that_is_too_large_is_taken_in_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = FakeBackend()
 
-    async def test() -> None:
-        who = participant(tmp_path, quick)
-        async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(spec.parse({**SPEC, "train": {"batch_size": 65536}}))
-            assert (await take_part(address, who)).digest
-
-    asyncio.run(test())
+    who = participant(tmp_path, quick)
+    async with running(tmp_path / "one") as (daemon, address):
+        await daemon.submit(spec.parse({**SPEC, "train": {"batch_size": 65536}}))
+        assert (await take_part(address, who)).digest
     parts = quick.setup.parts
     assert parts > 1 and f"A batch is taken in {parts} parts" in capsys.readouterr().out
 
@@ -124,21 +106,18 @@ def test_packing_takes_fewer_steps(tmp_path: Path, capsys: pytest.CaptureFixture
     assert steps[1] < steps[0] / 2, "rows of a few tokens leave most of 2 × 512 empty"
 
 
-def test_what_is_cut_dropped_or_skipped_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    async def test() -> None:
-        rows = [{"prompt": f"p{n}", "completion": "a b" * (200 if n < 3 else 1)} for n in range(40)]
-        rows += [{"prompt": "very long " * 200, "completion": str(n)} for n in range(2)]
-        who = participant(tmp_path, FakeBackend())
-        who.data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": 3, "completion": "x"}]))
-        (tmp_path / "valid.jsonl").write_text('{"prompt": "p", "completion": "a"}\n')
-        who.data.rename(tmp_path / "train.jsonl")
-        who = replace(who, data=tmp_path / "train.jsonl", skip_bad_rows=True)
-        async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(spec.parse({**SPEC, "train": {"max_seq_len": 64}}))
-            async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
-                await session.take_part(remote, "notes", who, Screen(as_json=True))
-
-    asyncio.run(test())
+async def test_what_is_cut_dropped_or_skipped_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"p{n}", "completion": "a b" * (200 if n < 3 else 1)} for n in range(40)]
+    rows += [{"prompt": "very long " * 200, "completion": str(n)} for n in range(2)]
+    who = participant(tmp_path, FakeBackend())
+    who.data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": 3, "completion": "x"}]))
+    (tmp_path / "valid.jsonl").write_text('{"prompt": "p", "completion": "a"}\n')
+    who.data.rename(tmp_path / "train.jsonl")
+    who = replace(who, data=tmp_path / "train.jsonl", skip_bad_rows=True)
+    async with running(tmp_path / "one") as (daemon, address):
+        await daemon.submit(spec.parse({**SPEC, "train": {"max_seq_len": 64}}))
+        async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
+            await session.take_part(remote, "notes", who, Screen(as_json=True))
     events = [
         line for line in capsys.readouterr().out.splitlines() if line.startswith("{")
     ]  # the daemon logs there too
