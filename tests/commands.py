@@ -56,3 +56,11 @@ def coordinator(state: Path, *options: object, advertise: bool = False) -> Itera
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) == 0, Path(log.name).read_text()
         log.close()
+
+
+def script(folder: Path, name: str, text: str) -> None:
+    """A program of the system, in a test's place of it."""
+    folder.mkdir(exist_ok=True)
+    file = folder / name
+    file.write_text(f"#!/bin/sh\n{text}\n")
+    file.chmod(0o755)

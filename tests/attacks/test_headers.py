@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import struct
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from converters.gguf import base as gguf_base
 from converters.gguf import file as gguf_file
 from converters.gguf import sentencepiece
 from oneround.errors import BadData, BadModel
-from tests.attacks.test_mutations import mutations
+from tests.attacks.damage import JUNK, mutations, survives
 
 CODES = sorted(tensors.DTYPES)
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
@@ -52,16 +51,6 @@ def test_tensors_come_back_byte_for_byte(wanted: dict[str, Any], metadata: dict[
     for name, tensor in source.items():
         assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape
         assert found[name].tobytes() == tensor.tobytes()
-
-
-def survives(read: Callable[[], object]) -> bool:
-    """True when the file was read after all: a flipped bit can fall where any value is sound."""
-    try:
-        read()
-    except BadData as error:
-        assert str(error)
-        return False
-    return True
 
 
 @pytest.mark.parametrize(
@@ -149,13 +138,6 @@ def test_gguf_lengths_that_cannot_be_end_at_once(tmp_path: Path) -> None:
         path.write_bytes(start + body + bytes(64))
         with pytest.raises(BadModel):
             gguf_file.read(path)
-
-
-JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=6,
-)
 
 
 @settings(max_examples=150, deadline=None)

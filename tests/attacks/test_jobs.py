@@ -24,7 +24,8 @@ from oneround.errors import BadData, Refused, UsageError
 from oneround.text import human_size
 from oneround.v1 import federation_pb2 as pb
 from tests import commands, hostile, terminal
-from tests.edge_client.test_session import Quick, participant
+from tests.fakes import FakeBackend
+from tests.participants import participant
 
 NAN, INF = math.nan, math.inf
 LONG = "x" * 100_000
@@ -163,9 +164,9 @@ def test_what_a_job_resolves_to(sound: tuple[pb.Job, Any], says: str) -> None:
     assert says in str(raised.value)
 
 
-def take_part(tmp_path: Path, server: hostile.Hostile, agreed: pb.Job | None = None, **options: Any) -> Quick:
+def take_part(tmp_path: Path, server: hostile.Hostile, agreed: pb.Job | None = None, **options: Any) -> FakeBackend:
     """Join, and whatever comes after."""
-    quick = Quick()
+    quick = FakeBackend()
 
     async def test() -> None:
         who = participant(tmp_path, quick)
@@ -226,55 +227,51 @@ def test_room_for_a_terabyte_is_asked_for_before_anything_comes(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("field", ["now_unix", "opened_unix", "deadline_unix"])
-def test_times_that_are_none(tmp_path: Path, sound: tuple[pb.Job, Any], field: str) -> None:
+async def test_times_that_are_none(tmp_path: Path, sound: tuple[pb.Job, Any], field: str) -> None:
     class Late(hostile.Hostile):
         async def ListJobs(self, request: Any, context: Any) -> pb.ListJobsReply:
             reply = await super().ListJobs(request, context)
             setattr(reply if field == "now_unix" else reply.jobs[0], field, NAN)
             return reply
 
-    async def test() -> None:
-        async with (
-            hostile.serving(Late(*sound)) as address,
-            remotes.connect(address, Pins(tmp_path), lambda *_: None, insecure=True) as remote,
-        ):
-            with pytest.raises(BadData, match="times that are none"):
-                await remote.jobs()
-
-    asyncio.run(test())
+    async with (
+        hostile.serving(Late(*sound)) as address,
+        remotes.connect(address, Pins(tmp_path), lambda *_: None, insecure=True) as remote,
+    ):
+        with pytest.raises(BadData, match="times that are none"):
+            await remote.jobs()
 
 
-def test_the_command_shows_what_a_job_asks_for_and_escapes_nothing(tmp_path: Path, sound: tuple[pb.Job, Any]) -> None:
+async def test_the_command_shows_what_a_job_asks_for_and_escapes_nothing(
+    tmp_path: Path, sound: tuple[pb.Job, Any]
+) -> None:
     """In a terminal: what would hide or forge a line of the question is not obeyed; who says no has sent nothing."""
     offered = copy(sound[0])
     server = hostile.Hostile(offered, sound[1])
     data = tmp_path / "rows.txt"
     data.write_text("x = 1\n" * 400)
 
-    async def test() -> None:
-        async with hostile.serving(server) as address:
-            where = ("--server", address, "--insecure", "--data", data, "--state", tmp_path / "client")
+    async with hostile.serving(server) as address:
+        where = ("--server", address, "--insecure", "--data", data, "--state", tmp_path / "client")
 
-            def asked() -> str:
-                with terminal.running("edge-client", "join", *where, columns=300) as screen:
-                    screen.expect("Take part, and send this? [y/N]")
-                    screen.type("n\n")
-                    return screen.finish(code=3)
+        def asked() -> str:
+            with terminal.running("edge-client", "join", *where, columns=300) as screen:
+                screen.expect("Take part, and send this? [y/N]")
+                screen.type("n\n")
+                return screen.finish(code=3)
 
-            said = " ".join((await asyncio.to_thread(asked)).split())
-            size = sum(each.size for each in offered.base_files)
-            for words in (
-                f"at {address}, key none, without TLS",
-                f"base org/model, {human_size(size)} of it from the coordinator",
-                "trains LoRA of rank 2 on 10 modules, with",
-                "1 epochs in batches of 2 × 32 tokens",
-                f"of the disk of {tmp_path / 'client'}",
-                "No program comes with a job or its base.",
-            ):
-                assert words in said, words
-            offered.spec.model.base = "x\x1b[2J\nWhat leaves this machine, and nothing else: nothing"
-            _, err = await asyncio.to_thread(commands.run, "edge-client", "join", *where, "--yes", code=5)
-            assert "\x1b" not in err and "\nWhat leaves" not in err and "model.base is" in err
-
-    asyncio.run(test())
+        said = " ".join((await asyncio.to_thread(asked)).split())
+        size = sum(each.size for each in offered.base_files)
+        for words in (
+            f"at {address}, key none, without TLS",
+            f"base org/model, {human_size(size)} of it from the coordinator",
+            "trains LoRA of rank 2 on 10 modules, with",
+            "1 epochs in batches of 2 × 32 tokens",
+            f"of the disk of {tmp_path / 'client'}",
+            "No program comes with a job or its base.",
+        ):
+            assert words in said, words
+        offered.spec.model.base = "x\x1b[2J\nWhat leaves this machine, and nothing else: nothing"
+        _, err = await asyncio.to_thread(commands.run, "edge-client", "join", *where, "--yes", code=5)
+        assert "\x1b" not in err and "\nWhat leaves" not in err and "model.base is" in err
     assert not server.joined and not (tmp_path / "client" / "jobs").exists()

@@ -18,8 +18,7 @@ from converters.gguf import base as gguf_base
 from converters.gguf import file as gguf_file
 from converters.gguf import sentencepiece
 from oneround.errors import BadData, BadModel
-from tests.attacks.test_headers import JUNK, survives
-from tests.attacks.test_mutations import mutations
+from tests.attacks.damage import JUNK, mutations, survives
 from tests.converters import tiny_families
 
 NUMBERS = st.sampled_from(

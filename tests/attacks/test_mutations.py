@@ -5,10 +5,9 @@ from __future__ import annotations
 import collections
 import io
 import json
-import re
 import shutil
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,10 +25,9 @@ from converters.gguf import file as gguf_file
 from converters.gguf import sentencepiece
 from converters.gguf.file import FLOATS
 from oneround.errors import OneroundError
+from tests.attacks.damage import mutations
 
 FEW, MANY = 300, 10_000
-EXTREMES = [0, 1, 2**7, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
-NAMES = [b"../../etc/passwd", b"/dev/zero", b"..", b"a\\u0000b", b"model.layers.0.self_attn.q_proj" * 9, b"\xff\xfe"]
 
 
 class Format(NamedTuple):
@@ -171,59 +169,6 @@ def formats(bases: dict[str, Path], stories: Path, tmp_path_factory: pytest.Temp
         "tokenizer.json": Format(tied, "tokenizer.json", whole(tied, "tokenizer.json"), builder),
         "tokenizer_config.json": Format(tied, "tokenizer_config.json", whole(tied, "tokenizer_config.json"), builder),
     }
-
-
-def mutations(raw: bytes, header: int, count: int) -> Iterator[bytes]:
-    """`count` damaged copies, most of them in the first `header` bytes; the same for the same file."""
-    rng = np.random.default_rng(0)
-
-    def somewhere(most: int = 0) -> int:
-        return int(rng.integers(max((header if rng.random() < 0.9 else len(raw)) - most, 1)))
-
-    def cut() -> bytes:
-        return raw[: somewhere()]
-
-    def flipped() -> bytes:
-        changed = bytearray(raw)
-        for _ in range(int(rng.integers(1, 4))):
-            changed[somewhere()] ^= 1 << int(rng.integers(8))
-        return bytes(changed)
-
-    def extreme() -> bytes:
-        at, size = somewhere(8), int(rng.choice([4, 8]))
-        value = int(rng.choice(len(EXTREMES)))
-        return raw[:at] + (EXTREMES[value] % 2 ** (8 * size)).to_bytes(size, "little") + raw[at + size :]
-
-    def number() -> bytes:
-        """A number in JSON becomes another."""
-        found = [match.span() for match in re.finditer(rb"-?\d+(\.\d+)?", raw[:header])]
-        start, stop = found[int(rng.integers(len(found)))] if found else (0, 0)
-        values = [str(EXTREMES[int(rng.integers(len(EXTREMES)))]), "-1", "1e999", "NaN", "null", "[]", '"x"', "9" * 400]
-        return raw[:start] + values[int(rng.integers(len(values)))].encode() + raw[stop:]
-
-    def renamed() -> bytes:
-        """A name becomes a path, is too long, or no text."""
-        found = [match.span(1) for match in re.finditer(rb'"([^"\\]{1,200})"', raw[:header])]
-        start, stop = found[int(rng.integers(len(found)))] if found else (somewhere(), somewhere())
-        return raw[:start] + NAMES[int(rng.integers(len(NAMES)))] + raw[max(start, stop) :]
-
-    def swapped() -> bytes:
-        a, b, length = somewhere(64), somewhere(64), int(rng.integers(1, 64))
-        changed = bytearray(raw)
-        changed[a : a + length], changed[b : b + length] = raw[b : b + length], raw[a : a + length]
-        return bytes(changed)
-
-    def doubled() -> bytes:
-        at, length = somewhere(64), int(rng.integers(1, 64))
-        return raw[: at + length] + raw[at:]
-
-    def left_out() -> bytes:
-        at, length = somewhere(64), int(rng.integers(1, 64))
-        return raw[:at] + raw[at + length :]
-
-    ways = [cut, flipped, extreme, number, renamed, swapped, doubled, left_out]
-    for n in range(count):
-        yield ways[n % len(ways)]()
 
 
 def attack(formats: dict[str, Format], name: str, count: int, tmp_path: Path) -> None:

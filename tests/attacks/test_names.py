@@ -134,21 +134,18 @@ def test_names_in_refusals() -> None:
         assert fit_for_a_terminal(said) and "\n" not in said and len(said) < 600
 
 
-def test_what_a_coordinator_says_of_an_error(tmp_path: Path) -> None:
+async def test_what_a_coordinator_says_of_an_error(tmp_path: Path) -> None:
     class Rude(hostile.Hostile):
         async def Describe(self, request: Any, context: Any) -> pb.Job:
             trailing = (("hint-bin", (ESCAPES + "\xff").encode("latin-1", "replace")),)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, ESCAPES * 50, trailing)
             raise AssertionError
 
-    async def test() -> None:
-        async with (
-            hostile.serving(Rude(*hostile.announced(tmp_path))) as address,
-            remotes.connect(address, Pins(tmp_path), lambda *_: None, insecure=True) as remote,
-        ):
-            with pytest.raises(Refused) as raised:
-                await remote.describe("notes")
-            for said in (str(raised.value), raised.value.hint):
-                assert said and fit_for_a_terminal(said) and "\n" not in said and len(said) < 600
-
-    asyncio.run(test())
+    async with (
+        hostile.serving(Rude(*hostile.announced(tmp_path))) as address,
+        remotes.connect(address, Pins(tmp_path), lambda *_: None, insecure=True) as remote,
+    ):
+        with pytest.raises(Refused) as raised:
+            await remote.describe("notes")
+        for said in (str(raised.value), raised.value.hint):
+            assert said and fit_for_a_terminal(said) and "\n" not in said and len(said) < 600

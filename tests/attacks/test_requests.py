@@ -42,15 +42,14 @@ from edge_client.connection.remote import Remote
 from oneround import tls
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
+from tests.attacks.refusals import EVALUATION, MALLORY, refused, status_of
 from tests.clients import Crowd, connected, me, session, signed_in, speaking
-from tests.coordinator.test_server import ALICE, BOB, SPEC, join, judged, nothing, running, trained, written
+from tests.daemons import ALICE, BOB, SPEC, join, judged, nothing, running, trained, written
 
-MALLORY = "e" * 32
 _LOSSES = ("base_loss", "own_loss", "published_loss")
 # What gRPC's own client says, in place of the answer, when it was still sending as the answer came.
 _BROKEN = "Internal error from Core"
 HUGE = [2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1]
-EVALUATION = pb.Evaluation(version=1, base_loss=3.0, own_loss=2.5, published_loss=2.4, tokens=1000)
 # Terminal escapes, a title, a line that a log would take for another, right-to-left, and paths.
 NAMES = [
     *("", " ", "\0", "../../x", "/etc/passwd", "a/b", "..", "\x1b[2J\x1b[31mroot", "\x1b]0;owned\x07", "[red]x[/red]"),
@@ -78,25 +77,6 @@ async def attacked(state: Path, **changes: Any) -> AsyncIterator[tuple[Daemon, C
             yield daemon, remote
 
 
-async def status_of(call: Any) -> tuple[StatusCode, str]:
-    """How a call ends; of a stream, after all that it gives."""
-    try:
-        if hasattr(call, "__aiter__"):
-            async for _ in call:
-                pass
-        else:
-            await call
-    except grpc.aio.AioRpcError as error:
-        return error.code(), error.details() or ""
-    return StatusCode.OK, ""
-
-
-async def refused(call: Any, code: StatusCode, says: str = "") -> None:
-    found, details = await status_of(call)
-    assert found == code and says in details, (found, details)
-    assert len(details) < 1000 and all(letter.isprintable() for letter in details), "fit for a terminal and a log"
-
-
 async def honest(remote: Crowd, folder: Path, client: str = ALICE, name: str = "notes") -> None:
     """A client that does as it should, and is served."""
     reply = await remote.join_as(client, pb.JoinRequest(job=name, client_name="honest"))
@@ -108,118 +88,107 @@ async def honest(remote: Crowd, folder: Path, client: str = ALICE, name: str = "
     assert (await judged(remote, reply.lease)).verdict == pb.VERDICT_ADMITTED
 
 
-def test_who_one_is_cannot_be_guessed(tmp_path: Path) -> None:
-    async def test() -> None:
-        async with attacked(tmp_path / "state") as (daemon, remote):
-            stub, lease = remote._stub, (await join(remote)).lease
-            alice = me(ALICE).client_id
-            tries = ["", "0" * 64, alice, public_id(alice), lease[:-1], lease + "0", lease.upper(), "%", "' OR 1=1 --"]
-            for guess in [*tries, "\0", "\x1b[2J", "x" * 10_000]:
-                assert guess != lease
-                await refused(stub.Heartbeat(pb.HeartbeatRequest(lease=guess)), StatusCode.PERMISSION_DENIED)
-                await refused(stub.Withdraw(pb.WithdrawRequest(lease=guess)), StatusCode.PERMISSION_DENIED)
-                reported = pb.ReportRequest(lease=guess, evaluation=EVALUATION)
-                await refused(stub.Report(reported), StatusCode.PERMISSION_DENIED)
-                opened = pb.OpenUploadRequest(lease=guess, declaration=pb.Declaration(digest="0" * 64, size=1))
-                await refused(stub.OpenUpload(opened), StatusCode.PERMISSION_DENIED)
-                await refused(stub.Upload(iter([pb.UploadRequest(lease=guess)])), StatusCode.PERMISSION_DENIED)
-            # Sessions cannot be guessed either, nor made from what is public.
-            beat = pb.HeartbeatRequest(lease=lease)
-            _, whole = (await session(await remote.speaker(ALICE)))[0]
-            await refused(stub.Heartbeat(beat, metadata=[]), StatusCode.UNAUTHENTICATED)
-            raw = base64.urlsafe_b64decode(whole.removeprefix("Session "))
-            later = raw[:16] + struct.pack(">d", 1e12) + raw[24:]
-            another = bytes.fromhex(me(MALLORY).client_id) + raw[16:]
-            forged = [
-                base64.urlsafe_b64encode(made).decode() for made in (later, another, raw[:-1], raw + b"x", raw[:24])
+async def test_who_one_is_cannot_be_guessed(tmp_path: Path) -> None:
+    async with attacked(tmp_path / "state") as (daemon, remote):
+        stub, lease = remote._stub, (await join(remote)).lease
+        alice = me(ALICE).client_id
+        tries = ["", "0" * 64, alice, public_id(alice), lease[:-1], lease + "0", lease.upper(), "%", "' OR 1=1 --"]
+        for guess in [*tries, "\0", "\x1b[2J", "x" * 10_000]:
+            assert guess != lease
+            await refused(stub.Heartbeat(pb.HeartbeatRequest(lease=guess)), StatusCode.PERMISSION_DENIED)
+            await refused(stub.Withdraw(pb.WithdrawRequest(lease=guess)), StatusCode.PERMISSION_DENIED)
+            reported = pb.ReportRequest(lease=guess, evaluation=EVALUATION)
+            await refused(stub.Report(reported), StatusCode.PERMISSION_DENIED)
+            opened = pb.OpenUploadRequest(lease=guess, declaration=pb.Declaration(digest="0" * 64, size=1))
+            await refused(stub.OpenUpload(opened), StatusCode.PERMISSION_DENIED)
+            await refused(stub.Upload(iter([pb.UploadRequest(lease=guess)])), StatusCode.PERMISSION_DENIED)
+        # Sessions cannot be guessed either, nor made from what is public.
+        beat = pb.HeartbeatRequest(lease=lease)
+        _, whole = (await session(await remote.speaker(ALICE)))[0]
+        await refused(stub.Heartbeat(beat, metadata=[]), StatusCode.UNAUTHENTICATED)
+        raw = base64.urlsafe_b64decode(whole.removeprefix("Session "))
+        later = raw[:16] + struct.pack(">d", 1e12) + raw[24:]
+        another = bytes.fromhex(me(MALLORY).client_id) + raw[16:]
+        forged = [base64.urlsafe_b64encode(made).decode() for made in (later, another, raw[:-1], raw + b"x", raw[:24])]
+        for shape in ["", "a", alice, "=" * 9999, "é", f"{raw!r}", *forged]:
+            given = [("authorization", f"Session {shape}")]
+            if shape.isascii():
+                await refused(stub.Heartbeat(beat, metadata=given), StatusCode.UNAUTHENTICATED)
+        for given in (whole.removeprefix("Session "), whole.lower(), whole.replace("Session", "Bearer")):
+            await refused(stub.Heartbeat(beat, metadata=[("authorization", given)]), StatusCode.UNAUTHENTICATED)
+
+        # What anybody may ask tells nobody enough to speak for another.
+        public = (await stub.ListJobs(pb.ListJobsRequest())).SerializeToString()
+        public += (await stub.Describe(pb.DescribeRequest(job="notes"))).SerializeToString()
+        async for status in stub.Watch(pb.WatchRequest(job="notes")):
+            public += status.SerializeToString()
+            break
+        for secret in (lease, alice, public_id(alice), ALICE[:5]):
+            assert secret.encode() not in public
+        shown = (await daemon.status("notes")).SerializeToString()  # and neither what the operator may
+        assert lease.encode() not in shown and alice.encode() not in shown
+        await honest(remote, tmp_path)
+
+
+async def test_only_the_token_administers(tmp_path: Path) -> None:
+    async with attacked(tmp_path / "state") as (daemon, remote):
+        async with control.channel(tmp_path / "state") as (channel, right):
+            token = right[0][1]
+            stub = rpc.AdminStub(channel)
+            calls = [
+                (stub.Submit, pb.SubmitRequest(spec=job.parse({**SPEC, "name": "mine"}))),
+                (stub.Show, pb.ShowRequest(job="notes")),
+                (stub.Close, pb.CloseRequest(job="notes")),
+                (stub.Cancel, pb.CancelRequest(job="notes")),
+                (stub.Delete, pb.DeleteRequest(job="notes")),
+                (stub.Publish, pb.PublishRequest(job="notes")),
+                (stub.Judge, pb.JudgeRequest(job="notes", client="aaaaa", decision=pb.DECISION_EXCLUDE)),
+                (stub.CreateToken, pb.CreateTokenRequest(job="notes", holds_seconds=60)),
+                (stub.ListTokens, pb.ListTokensRequest()),
+                (stub.RevokeToken, pb.RevokeTokenRequest(id="0" * 8)),
+                (stub.ListClients, pb.ListClientsRequest()),
+                (stub.Settle, pb.SettleRequest(client="aaaaa", settlement=pb.SETTLEMENT_BAN)),
             ]
-            for shape in ["", "a", alice, "=" * 9999, "é", f"{raw!r}", *forged]:
-                given = [("authorization", f"Session {shape}")]
-                if shape.isascii():
-                    await refused(stub.Heartbeat(beat, metadata=given), StatusCode.UNAUTHENTICATED)
-            for given in (whole.removeprefix("Session "), whole.lower(), whole.replace("Session", "Bearer")):
-                await refused(stub.Heartbeat(beat, metadata=[("authorization", given)]), StatusCode.UNAUTHENTICATED)
-
-            # What anybody may ask tells nobody enough to speak for another.
-            public = (await stub.ListJobs(pb.ListJobsRequest())).SerializeToString()
-            public += (await stub.Describe(pb.DescribeRequest(job="notes"))).SerializeToString()
-            async for status in stub.Watch(pb.WatchRequest(job="notes")):
-                public += status.SerializeToString()
-                break
-            for secret in (lease, alice, public_id(alice), ALICE[:5]):
-                assert secret.encode() not in public
-            shown = (await daemon.status("notes")).SerializeToString()  # and neither what the operator may
-            assert lease.encode() not in shown and alice.encode() not in shown
-            await honest(remote, tmp_path)
-
-    asyncio.run(test())
+            assert {call._method.decode().rpartition("/")[2] for call, _ in calls} == {
+                method.name for method in pb.DESCRIPTOR.services_by_name["Admin"].methods
+            }
+            wrong = (None, "", "Bearer", "Bearer ", token[:-1], token.removeprefix("Bearer "), token + "x")
+            ((_, whole),) = await session(remote)
+            for value in (*wrong, whole, whole.replace("Session", "Bearer")):
+                metadata = [] if value is None else [("authorization", value)]
+                for call, request in calls:
+                    await refused(call(request, metadata=metadata), StatusCode.UNAUTHENTICATED)
+            twice = [("authorization", "Bearer x"), ("authorization", token), ("authorization", "Bearer y")]
+            await refused(stub.Close(pb.CloseRequest(job="notes"), metadata=twice), StatusCode.UNAUTHENTICATED)
+        assert [status.state for status in await daemon.outlines(await daemon.names())] == [pb.STATE_OPEN]
+        await honest(remote, tmp_path)
 
 
-def test_only_the_token_administers(tmp_path: Path) -> None:
-    async def test() -> None:
-        async with attacked(tmp_path / "state") as (daemon, remote):
-            async with control.channel(tmp_path / "state") as (channel, right):
-                token = right[0][1]
-                stub = rpc.AdminStub(channel)
-                calls = [
-                    (stub.Submit, pb.SubmitRequest(spec=job.parse({**SPEC, "name": "mine"}))),
-                    (stub.Show, pb.ShowRequest(job="notes")),
-                    (stub.Close, pb.CloseRequest(job="notes")),
-                    (stub.Cancel, pb.CancelRequest(job="notes")),
-                    (stub.Delete, pb.DeleteRequest(job="notes")),
-                    (stub.Publish, pb.PublishRequest(job="notes")),
-                    (stub.Judge, pb.JudgeRequest(job="notes", client="aaaaa", decision=pb.DECISION_EXCLUDE)),
-                    (stub.CreateToken, pb.CreateTokenRequest(job="notes", holds_seconds=60)),
-                    (stub.ListTokens, pb.ListTokensRequest()),
-                    (stub.RevokeToken, pb.RevokeTokenRequest(id="0" * 8)),
-                    (stub.ListClients, pb.ListClientsRequest()),
-                    (stub.Settle, pb.SettleRequest(client="aaaaa", settlement=pb.SETTLEMENT_BAN)),
-                ]
-                assert {call._method.decode().rpartition("/")[2] for call, _ in calls} == {
-                    method.name for method in pb.DESCRIPTOR.services_by_name["Admin"].methods
-                }
-                wrong = (None, "", "Bearer", "Bearer ", token[:-1], token.removeprefix("Bearer "), token + "x")
-                ((_, whole),) = await session(remote)
-                for value in (*wrong, whole, whole.replace("Session", "Bearer")):
-                    metadata = [] if value is None else [("authorization", value)]
-                    for call, request in calls:
-                        await refused(call(request, metadata=metadata), StatusCode.UNAUTHENTICATED)
-                twice = [("authorization", "Bearer x"), ("authorization", token), ("authorization", "Bearer y")]
-                await refused(stub.Close(pb.CloseRequest(job="notes"), metadata=twice), StatusCode.UNAUTHENTICATED)
-            assert [status.state for status in await daemon.outlines(await daemon.names())] == [pb.STATE_OPEN]
-            await honest(remote, tmp_path)
-
-    asyncio.run(test())
-
-
-def test_names_that_mean_harm(tmp_path: Path) -> None:
-    async def test() -> None:
-        state = tmp_path / "state"
-        async with attacked(state) as (daemon, remote):
-            stub = remote._stub
-            before = {file.relative_to(state) for file in state.rglob("*")}
-            for number, name in enumerate(NAMES):
-                machine = pb.Machine(platform=name, backend=name, device=name)
-                asked = pb.JoinRequest(job="notes", client_name=name, machine=machine)
-                await remote.join_as(f"{number:032x}", asked)
-                if name:  # an empty one is the only job that is open
-                    await refused(stub.Join(pb.JoinRequest(job=name)), StatusCode.NOT_FOUND)
-                await refused(stub.Watch(pb.WatchRequest(job=name)), StatusCode.NOT_FOUND)
-                for asked_of, digest in [("notes", name), (name, "0" * 64)]:
-                    wanted = pb.DownloadRequest(job=asked_of, digest=digest)
-                    await refused(stub.Download(wanted), StatusCode.NOT_FOUND)
-            shown = await daemon.status("notes")
-            assert len(shown.clients) == len(NAMES)
-            for client in shown.clients:
-                machine = client.machine
-                for text in (client.name, machine.platform, machine.backend, machine.device):
-                    assert len(text) <= 64 and text.isprintable()
-                assert client.name, "everybody is called something"
-            assert "\x1b" not in _printed(shown) and "[red]x[/red]" in _printed(shown)
-            assert {file.relative_to(state) for file in state.rglob("*")} == before, "no name becomes a file"
-            await honest(remote, tmp_path)
-
-    asyncio.run(test())
+async def test_names_that_mean_harm(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    async with attacked(state) as (daemon, remote):
+        stub = remote._stub
+        before = {file.relative_to(state) for file in state.rglob("*")}
+        for number, name in enumerate(NAMES):
+            machine = pb.Machine(platform=name, backend=name, device=name)
+            asked = pb.JoinRequest(job="notes", client_name=name, machine=machine)
+            await remote.join_as(f"{number:032x}", asked)
+            if name:  # an empty one is the only job that is open
+                await refused(stub.Join(pb.JoinRequest(job=name)), StatusCode.NOT_FOUND)
+            await refused(stub.Watch(pb.WatchRequest(job=name)), StatusCode.NOT_FOUND)
+            for asked_of, digest in [("notes", name), (name, "0" * 64)]:
+                wanted = pb.DownloadRequest(job=asked_of, digest=digest)
+                await refused(stub.Download(wanted), StatusCode.NOT_FOUND)
+        shown = await daemon.status("notes")
+        assert len(shown.clients) == len(NAMES)
+        for client in shown.clients:
+            machine = client.machine
+            for text in (client.name, machine.platform, machine.backend, machine.device):
+                assert len(text) <= 64 and text.isprintable()
+            assert client.name, "everybody is called something"
+        assert "\x1b" not in _printed(shown) and "[red]x[/red]" in _printed(shown)
+        assert {file.relative_to(state) for file in state.rglob("*")} == before, "no name becomes a file"
+        await honest(remote, tmp_path)
 
 
 def _printed(shown: pb.JobStatus) -> str:
@@ -229,283 +198,254 @@ def _printed(shown: pb.JobStatus) -> str:
     return paper.getvalue()
 
 
-def test_numbers_that_cannot_be(tmp_path: Path) -> None:
-    async def test() -> None:
-        async with attacked(tmp_path / "state") as (_, remote):
-            stub, reply = remote._stub, await join(remote, MALLORY)
-            lease = reply.lease
-            for odd in (math.nan, math.inf, -math.inf, -1.0, 1e300):
-                for field in ("loss", "tokens_per_second"):
-                    beat = pb.HeartbeatRequest(lease=lease, **{field: odd})
-                    await refused(stub.Heartbeat(beat), StatusCode.INVALID_ARGUMENT)
-            await stub.Heartbeat(pb.HeartbeatRequest(lease=lease, step=2**32 - 1, total_steps=0))
+async def test_numbers_that_cannot_be(tmp_path: Path) -> None:
+    async with attacked(tmp_path / "state") as (_, remote):
+        stub, reply = remote._stub, await join(remote, MALLORY)
+        lease = reply.lease
+        for odd in (math.nan, math.inf, -math.inf, -1.0, 1e300):
+            for field in ("loss", "tokens_per_second"):
+                beat = pb.HeartbeatRequest(lease=lease, **{field: odd})
+                await refused(stub.Heartbeat(beat), StatusCode.INVALID_ARGUMENT)
+        await stub.Heartbeat(pb.HeartbeatRequest(lease=lease, step=2**32 - 1, total_steps=0))
 
-            for offset in HUGE:  # nothing is there, which is no error, or it is said that nothing can be
-                for digest in (reply.job.initial.digest, reply.job.base_files[0].digest):
-                    wanted = pb.DownloadRequest(job="notes", digest=digest, offset=offset)
-                    code, details = await status_of(stub.Download(wanted))
-                    assert code in (StatusCode.OK, StatusCode.INVALID_ARGUMENT), (offset, code, details)
+        for offset in HUGE:  # nothing is there, which is no error, or it is said that nothing can be
+            for digest in (reply.job.initial.digest, reply.job.base_files[0].digest):
+                wanted = pb.DownloadRequest(job="notes", digest=digest, offset=offset)
+                code, details = await status_of(stub.Download(wanted))
+                assert code in (StatusCode.OK, StatusCode.INVALID_ARGUMENT), (offset, code, details)
 
-            for changes in [
-                *({loss: odd} for loss in _LOSSES for odd in (math.nan, math.inf, -math.inf, -1e-9, 1001.0)),
-                *({"tokens": odd} for odd in (0, *HUGE[1:])),
-            ]:
-                told = pb.Evaluation()
-                told.CopyFrom(EVALUATION)
-                told.MergeFrom(pb.Evaluation(**changes))
-                report = pb.ReportRequest(lease=lease, evaluation=told)
-                await refused(stub.Report(report), StatusCode.INVALID_ARGUMENT, "cannot be")
-            for field in pb.Evaluation.DESCRIPTOR.fields:
-                told = pb.Evaluation()
-                told.CopyFrom(EVALUATION)
-                told.ClearField(field.name)  # type: ignore[arg-type]
-                report = pb.ReportRequest(lease=lease, evaluation=told)
-                await refused(stub.Report(report), StatusCode.INVALID_ARGUMENT, field.name)
-            for version in (0, 1, 2**31, 2**32 - 1):
-                told = pb.Evaluation()
-                told.CopyFrom(EVALUATION)
-                told.version = version
-                report = pb.ReportRequest(lease=lease, evaluation=told)
-                await refused(stub.Report(report), StatusCode.NOT_FOUND, "no version")
+        for changes in [
+            *({loss: odd} for loss in _LOSSES for odd in (math.nan, math.inf, -math.inf, -1e-9, 1001.0)),
+            *({"tokens": odd} for odd in (0, *HUGE[1:])),
+        ]:
+            told = pb.Evaluation()
+            told.CopyFrom(EVALUATION)
+            told.MergeFrom(pb.Evaluation(**changes))
+            report = pb.ReportRequest(lease=lease, evaluation=told)
+            await refused(stub.Report(report), StatusCode.INVALID_ARGUMENT, "cannot be")
+        for field in pb.Evaluation.DESCRIPTOR.fields:
+            told = pb.Evaluation()
+            told.CopyFrom(EVALUATION)
+            told.ClearField(field.name)  # type: ignore[arg-type]
+            report = pb.ReportRequest(lease=lease, evaluation=told)
+            await refused(stub.Report(report), StatusCode.INVALID_ARGUMENT, field.name)
+        for version in (0, 1, 2**31, 2**32 - 1):
+            told = pb.Evaluation()
+            told.CopyFrom(EVALUATION)
+            told.version = version
+            report = pb.ReportRequest(lease=lease, evaluation=told)
+            await refused(stub.Report(report), StatusCode.NOT_FOUND, "no version")
 
-            for size in [0, *HUGE]:
-                declared = pb.Declaration(digest="0" * 64, size=size, num_examples=1)
-                opened = pb.OpenUploadRequest(lease=lease, declaration=declared)
-                await refused(stub.OpenUpload(opened), StatusCode.INVALID_ARGUMENT, "at most")
-            for digest in ("", "0" * 63, "0" * 65, "G" * 64, "A" * 64, "../" * 21 + "a", "\0" * 64, "٣" * 64):
-                opened = pb.OpenUploadRequest(lease=lease, declaration=pb.Declaration(digest=digest, size=10))
-                await refused(stub.OpenUpload(opened), StatusCode.INVALID_ARGUMENT, "SHA-256")
-            assert not list((tmp_path / "state" / "uploads").iterdir())
-
-    asyncio.run(test())
+        for size in [0, *HUGE]:
+            declared = pb.Declaration(digest="0" * 64, size=size, num_examples=1)
+            opened = pb.OpenUploadRequest(lease=lease, declaration=declared)
+            await refused(stub.OpenUpload(opened), StatusCode.INVALID_ARGUMENT, "at most")
+        for digest in ("", "0" * 63, "0" * 65, "G" * 64, "A" * 64, "../" * 21 + "a", "\0" * 64, "٣" * 64):
+            opened = pb.OpenUploadRequest(lease=lease, declaration=pb.Declaration(digest=digest, size=10))
+            await refused(stub.OpenUpload(opened), StatusCode.INVALID_ARGUMENT, "SHA-256")
+        assert not list((tmp_path / "state" / "uploads").iterdir())
 
 
 @pytest.mark.parametrize("field", ["num_examples", "num_tokens", "steps", "train_loss"])
-def test_declarations_that_cannot_be(tmp_path: Path, field: str) -> None:
+async def test_declarations_that_cannot_be(tmp_path: Path, field: str) -> None:
     """Refused at once, or taken and judged: either way the operator can still look at the job."""
 
-    async def test() -> None:
-        async with attacked(tmp_path / "state") as (_, remote):
-            odd = [math.nan, math.inf, -math.inf, -1e300] if field == "train_loss" else HUGE
-            for number, value in enumerate(odd):
-                reply = await join(remote, f"{number:032x}")
-                file, declaration = written(trained(reply, seed=number), tmp_path / "odd")
-                declaration.MergeFrom(pb.Declaration(**{field: value}))
-                opened = pb.OpenUploadRequest(lease=reply.lease, declaration=declaration)
-                code, _ = await status_of(remote._stub.OpenUpload(opened))
-                assert code in (StatusCode.OK, StatusCode.INVALID_ARGUMENT)
-                if code == StatusCode.OK:
-                    await remote.upload(reply.lease, declaration, file, nothing)
-                    verdict = (await judged(remote, reply.lease)).verdict
-                    if field == "num_examples":
-                        assert verdict == pb.VERDICT_QUARANTINED
-                shown = await control.show(tmp_path / "state", "notes")
-                assert len(shown.clients) == number + 1
-                assert "notes" in _printed(shown)
-                assert json.loads(json_format.MessageToJson(shown))["state"] == "STATE_OPEN"
-            await honest(remote, tmp_path)
-
-    asyncio.run(test())
+    async with attacked(tmp_path / "state") as (_, remote):
+        odd = [math.nan, math.inf, -math.inf, -1e300] if field == "train_loss" else HUGE
+        for number, value in enumerate(odd):
+            reply = await join(remote, f"{number:032x}")
+            file, declaration = written(trained(reply, seed=number), tmp_path / "odd")
+            declaration.MergeFrom(pb.Declaration(**{field: value}))
+            opened = pb.OpenUploadRequest(lease=reply.lease, declaration=declaration)
+            code, _ = await status_of(remote._stub.OpenUpload(opened))
+            assert code in (StatusCode.OK, StatusCode.INVALID_ARGUMENT)
+            if code == StatusCode.OK:
+                await remote.upload(reply.lease, declaration, file, nothing)
+                verdict = (await judged(remote, reply.lease)).verdict
+                if field == "num_examples":
+                    assert verdict == pb.VERDICT_QUARANTINED
+            shown = await control.show(tmp_path / "state", "notes")
+            assert len(shown.clients) == number + 1
+            assert "notes" in _printed(shown)
+            assert json.loads(json_format.MessageToJson(shown))["state"] == "STATE_OPEN"
+        await honest(remote, tmp_path)
 
 
-def test_streams_that_do_not_fit(tmp_path: Path) -> None:
+async def test_streams_that_do_not_fit(tmp_path: Path) -> None:
     """Each is refused by name, and its client can still send what it declared."""
 
-    async def test() -> None:
-        async with attacked(tmp_path / "state") as (_, remote):
-            stub, reply = remote._stub, await join(remote, MALLORY)
-            lease = reply.lease
-            file, declaration = written(trained(reply), tmp_path / "mallory")
-            data = file.read_bytes()
+    async with attacked(tmp_path / "state") as (_, remote):
+        stub, reply = remote._stub, await join(remote, MALLORY)
+        lease = reply.lease
+        file, declaration = written(trained(reply), tmp_path / "mallory")
+        data = file.read_bytes()
 
-            def sent(*pieces: tuple[int, bytes]) -> Iterator[pb.UploadRequest]:
-                for number, (offset, content) in enumerate(pieces):
-                    yield pb.UploadRequest(lease="" if number else lease, offset=offset, data=content)
+        def sent(*pieces: tuple[int, bytes]) -> Iterator[pb.UploadRequest]:
+            for number, (offset, content) in enumerate(pieces):
+                yield pb.UploadRequest(lease="" if number else lease, offset=offset, data=content)
 
-            async def tried(code: StatusCode, *pieces: tuple[int, bytes], here: int) -> None:
-                """A stream while so many bytes are here already."""
-                opened = pb.OpenUploadRequest(lease=lease, declaration=declaration)
-                assert (await stub.OpenUpload(opened)).committed_offset == here
-                await refused(stub.Upload(sent(*pieces)), code)
+        async def tried(code: StatusCode, *pieces: tuple[int, bytes], here: int) -> None:
+            """A stream while so many bytes are here already."""
+            opened = pb.OpenUploadRequest(lease=lease, declaration=declaration)
+            assert (await stub.OpenUpload(opened)).committed_offset == here
+            await refused(stub.Upload(sent(*pieces)), code)
 
-            await tried(StatusCode.INVALID_ARGUMENT, here=0)
-            await tried(StatusCode.ABORTED, (1, data[1:]), here=0)
-            await tried(StatusCode.ABORTED, (2**64 - 1, data), here=0)
-            # What came before a chunk that does not fit is good, and stays.
-            await tried(StatusCode.ABORTED, (0, data[:10]), (11, data[11:]), here=0)
-            await tried(StatusCode.ABORTED, (10, data[10:20]), (15, data[15:]), here=10)
-            await tried(StatusCode.ABORTED, (20, data[20:30]), (0, data[:20]), here=20)
-            await tried(StatusCode.ABORTED, (0, data), here=30)
-            await tried(StatusCode.INVALID_ARGUMENT, (30, data[30:] + b"x"), here=30)
-            await tried(StatusCode.INVALID_ARGUMENT, (30, bytes(1024 * 1024 + 1)), here=30)
-            await tried(StatusCode.RESOURCE_EXHAUSTED, (30, bytes(8 << 20)), here=30)
-            await tried(StatusCode.INVALID_ARGUMENT, (30, data[30:]), (len(data), b"x"), here=30)
-            # All of it is here now. One that then sends a byte too many has said something else than it declared, and
-            # sends it from the start or not at all; either way the honest bytes still come through.
-            assert (await remote.upload(lease, declaration, file, nothing)).digest == declaration.digest
-
-    asyncio.run(test())
+        await tried(StatusCode.INVALID_ARGUMENT, here=0)
+        await tried(StatusCode.ABORTED, (1, data[1:]), here=0)
+        await tried(StatusCode.ABORTED, (2**64 - 1, data), here=0)
+        # What came before a chunk that does not fit is good, and stays.
+        await tried(StatusCode.ABORTED, (0, data[:10]), (11, data[11:]), here=0)
+        await tried(StatusCode.ABORTED, (10, data[10:20]), (15, data[15:]), here=10)
+        await tried(StatusCode.ABORTED, (20, data[20:30]), (0, data[:20]), here=20)
+        await tried(StatusCode.ABORTED, (0, data), here=30)
+        await tried(StatusCode.INVALID_ARGUMENT, (30, data[30:] + b"x"), here=30)
+        await tried(StatusCode.INVALID_ARGUMENT, (30, bytes(1024 * 1024 + 1)), here=30)
+        await tried(StatusCode.RESOURCE_EXHAUSTED, (30, bytes(8 << 20)), here=30)
+        await tried(StatusCode.INVALID_ARGUMENT, (30, data[30:]), (len(data), b"x"), here=30)
+        # All of it is here now. One that then sends a byte too many has said something else than it declared, and
+        # sends it from the start or not at all; either way the honest bytes still come through.
+        assert (await remote.upload(lease, declaration, file, nothing)).digest == declaration.digest
 
 
-def test_crumbs(tmp_path: Path) -> None:
+async def test_crumbs(tmp_path: Path) -> None:
     """A message costs a hundred times what a byte costs; an upload of single bytes is cut off."""
 
-    async def test() -> None:
-        async with attacked(tmp_path / "state") as (_, remote):
-            reply = await join(remote, MALLORY)
-            file, declaration = written(trained(reply), tmp_path / "mallory")
-            data = file.read_bytes()
-            opened = pb.OpenUploadRequest(lease=reply.lease, declaration=declaration)
+    async with attacked(tmp_path / "state") as (_, remote):
+        reply = await join(remote, MALLORY)
+        file, declaration = written(trained(reply), tmp_path / "mallory")
+        data = file.read_bytes()
+        opened = pb.OpenUploadRequest(lease=reply.lease, declaration=declaration)
 
-            async def crumbs(here: int, crumb: int, pause: float) -> AsyncIterator[pb.UploadRequest]:
-                yield pb.UploadRequest(lease=reply.lease, offset=here)
-                for start in range(here, len(data)):
-                    await asyncio.sleep(pause)  # who is not sending hears the answer
-                    yield pb.UploadRequest(data=data[start : start + crumb])
+        async def crumbs(here: int, crumb: int, pause: float) -> AsyncIterator[pb.UploadRequest]:
+            yield pb.UploadRequest(lease=reply.lease, offset=here)
+            for start in range(here, len(data)):
+                await asyncio.sleep(pause)  # who is not sending hears the answer
+                yield pb.UploadRequest(data=data[start : start + crumb])
 
-            for crumb in (1, 0):
-                for attempt in range(12):
-                    here = (await remote._stub.OpenUpload(opened)).committed_offset
-                    code, details = await status_of(remote._stub.Upload(crumbs(here, crumb, attempt / 1000)))
-                    if details != _BROKEN:
-                        break
-                assert code == StatusCode.INVALID_ARGUMENT and "small pieces" in details, (code, details)
-            await remote.upload(reply.lease, declaration, file, nothing)
-
-    asyncio.run(test())
+        for crumb in (1, 0):
+            for attempt in range(12):
+                here = (await remote._stub.OpenUpload(opened)).committed_offset
+                code, details = await status_of(remote._stub.Upload(crumbs(here, crumb, attempt / 1000)))
+                if details != _BROKEN:
+                    break
+            assert code == StatusCode.INVALID_ARGUMENT and "small pieces" in details, (code, details)
+        await remote.upload(reply.lease, declaration, file, nothing)
 
 
-def test_lies_about_the_content(tmp_path: Path) -> None:
-    async def test() -> None:
-        async with attacked(tmp_path / "state") as (daemon, remote):
-            stub, alice, mallory = remote._stub, await join(remote), await join(remote, MALLORY)
-            file, declaration = written(trained(alice), tmp_path / "alice")
-            junk = os.urandom(declaration.size)
-            lying = pb.UploadRequest(lease=mallory.lease, offset=0, data=junk)
-            # That another's digest is known gives nothing: bytes that do not have it are dropped.
-            await stub.OpenUpload(pb.OpenUploadRequest(lease=mallory.lease, declaration=declaration))
-            await refused(stub.Upload(iter([lying])), StatusCode.DATA_LOSS, "was declared")
-            await remote.upload(alice.lease, declaration, file, nothing)
-            await stub.OpenUpload(pb.OpenUploadRequest(lease=mallory.lease, declaration=declaration))
-            await refused(stub.Upload(iter([lying])), StatusCode.DATA_LOSS, "was declared")
-            assert not list((tmp_path / "state" / "uploads").iterdir())
-            stored = tmp_path / "state" / "blobs" / declaration.digest
-            assert stored.read_bytes() == file.read_bytes()
+async def test_lies_about_the_content(tmp_path: Path) -> None:
+    async with attacked(tmp_path / "state") as (daemon, remote):
+        stub, alice, mallory = remote._stub, await join(remote), await join(remote, MALLORY)
+        file, declaration = written(trained(alice), tmp_path / "alice")
+        junk = os.urandom(declaration.size)
+        lying = pb.UploadRequest(lease=mallory.lease, offset=0, data=junk)
+        # That another's digest is known gives nothing: bytes that do not have it are dropped.
+        await stub.OpenUpload(pb.OpenUploadRequest(lease=mallory.lease, declaration=declaration))
+        await refused(stub.Upload(iter([lying])), StatusCode.DATA_LOSS, "was declared")
+        await remote.upload(alice.lease, declaration, file, nothing)
+        await stub.OpenUpload(pb.OpenUploadRequest(lease=mallory.lease, declaration=declaration))
+        await refused(stub.Upload(iter([lying])), StatusCode.DATA_LOSS, "was declared")
+        assert not list((tmp_path / "state" / "uploads").iterdir())
+        stored = tmp_path / "state" / "blobs" / declaration.digest
+        assert stored.read_bytes() == file.read_bytes()
 
-            other = pb.Declaration(digest="1" * 64, size=100, num_examples=1)
-            again = pb.OpenUploadRequest(lease=alice.lease, declaration=other)
-            await refused(stub.OpenUpload(again), StatusCode.ALREADY_EXISTS, "in already")
-            undeclared = await join(remote, BOB)
-            sent = pb.UploadRequest(lease=undeclared.lease, offset=0, data=b"x")
-            await refused(stub.Upload(iter([sent])), StatusCode.FAILED_PRECONDITION, "OpenUpload")
-            await daemon.close("notes")
-            late = await remote.stub("d" * 32)
-            await refused(
-                late.Join(pb.JoinRequest(job="notes")), StatusCode.FAILED_PRECONDITION, "no more contributions"
-            )
-
-    asyncio.run(test())
+        other = pb.Declaration(digest="1" * 64, size=100, num_examples=1)
+        again = pb.OpenUploadRequest(lease=alice.lease, declaration=other)
+        await refused(stub.OpenUpload(again), StatusCode.ALREADY_EXISTS, "in already")
+        undeclared = await join(remote, BOB)
+        sent = pb.UploadRequest(lease=undeclared.lease, offset=0, data=b"x")
+        await refused(stub.Upload(iter([sent])), StatusCode.FAILED_PRECONDITION, "OpenUpload")
+        await daemon.close("notes")
+        late = await remote.stub("d" * 32)
+        await refused(late.Join(pb.JoinRequest(job="notes")), StatusCode.FAILED_PRECONDITION, "no more contributions")
 
 
-def test_quotas(tmp_path: Path) -> None:
+async def test_quotas(tmp_path: Path) -> None:
     """Of a job's bytes, of a job's clients, and of one client's bytes."""
 
-    async def test() -> None:
-        limits = {"round": {**SPEC["round"], "max_clients": 4}, "upload": {"quota": "70kB"}}  # type: ignore[dict-item]
-        async with attacked(tmp_path / "state", **limits) as (_, remote):
-            stub, clients = remote._stub, [f"{number:032x}" for number in range(4)]
-            leases = [(await join(remote, client)).lease for client in clients]
-            for number in range(4, 20):
-                stranger = await remote.stub(f"{number:032x}")
-                await refused(stranger.Join(pb.JoinRequest(job="notes")), StatusCode.RESOURCE_EXHAUSTED, "max_clients")
-            assert [(await join(remote, client)).lease for client in clients] == leases, "who is in stays in"
+    limits = {"round": {**SPEC["round"], "max_clients": 4}, "upload": {"quota": "70kB"}}  # type: ignore[dict-item]
+    async with attacked(tmp_path / "state", **limits) as (_, remote):
+        stub, clients = remote._stub, [f"{number:032x}" for number in range(4)]
+        leases = [(await join(remote, client)).lease for client in clients]
+        for number in range(4, 20):
+            stranger = await remote.stub(f"{number:032x}")
+            await refused(stranger.Join(pb.JoinRequest(job="notes")), StatusCode.RESOURCE_EXHAUSTED, "max_clients")
+        assert [(await join(remote, client)).lease for client in clients] == leases, "who is in stays in"
 
-            def opens(lease: str, size: int, digest: str = "0" * 64) -> Awaitable[pb.OpenUploadReply]:
-                declared = pb.Declaration(digest=digest, size=size, num_examples=1)
-                return stub.OpenUpload(pb.OpenUploadRequest(lease=lease, declaration=declared))  # type: ignore[no-any-return]
+        def opens(lease: str, size: int, digest: str = "0" * 64) -> Awaitable[pb.OpenUploadReply]:
+            declared = pb.Declaration(digest=digest, size=size, num_examples=1)
+            return stub.OpenUpload(pb.OpenUploadRequest(lease=lease, declaration=declared))  # type: ignore[no-any-return]
 
-            await opens(leases[0], 30_000)
-            await opens(leases[1], 30_000)
-            await refused(opens(leases[2], 30_000), StatusCode.RESOURCE_EXHAUSTED, "quota")
-            await opens(leases[0], 40_000, "1" * 64)  # another declaration takes the place of the first
-            await refused(opens(leases[2], 1), StatusCode.RESOURCE_EXHAUSTED, "quota")
-            await refused(opens(leases[0], 40_001, "2" * 64), StatusCode.RESOURCE_EXHAUSTED, "quota")
-            await opens(leases[0], 10, "3" * 64)
-            await opens(leases[2], 30_000)
-            await refused(opens(leases[3], 10**7), StatusCode.INVALID_ARGUMENT, "at most")
-
-    asyncio.run(test())
+        await opens(leases[0], 30_000)
+        await opens(leases[1], 30_000)
+        await refused(opens(leases[2], 30_000), StatusCode.RESOURCE_EXHAUSTED, "quota")
+        await opens(leases[0], 40_000, "1" * 64)  # another declaration takes the place of the first
+        await refused(opens(leases[2], 1), StatusCode.RESOURCE_EXHAUSTED, "quota")
+        await refused(opens(leases[0], 40_001, "2" * 64), StatusCode.RESOURCE_EXHAUSTED, "quota")
+        await opens(leases[0], 10, "3" * 64)
+        await opens(leases[2], 30_000)
+        await refused(opens(leases[3], 10**7), StatusCode.INVALID_ARGUMENT, "at most")
 
 
-def test_a_quota_that_many_reach_for_at_once(tmp_path: Path) -> None:
-    async def test() -> None:
-        quota = {"upload": {"quota": "70kB"}}
-        async with attacked(tmp_path / "state") as (daemon, remote):
-            for name in ("once", "twice", "thrice"):
-                await daemon.submit(job.parse({**SPEC, **quota, "name": name}))
-                asked = pb.JoinRequest(job=name)
-                leases = [(await remote.join_as(f"{number:032x}", asked)).lease for number in range(8)]
-                declared = pb.Declaration(digest="0" * 64, size=30_000, num_examples=1)
-                opened = [pb.OpenUploadRequest(lease=lease, declaration=declared) for lease in leases]
-                answers = await asyncio.gather(*(status_of(remote._stub.OpenUpload(request)) for request in opened))
-                found = Counter(code for code, _ in answers)
-                assert found == {StatusCode.OK: 2, StatusCode.RESOURCE_EXHAUSTED: 6}
-
-    asyncio.run(test())
+async def test_a_quota_that_many_reach_for_at_once(tmp_path: Path) -> None:
+    quota = {"upload": {"quota": "70kB"}}
+    async with attacked(tmp_path / "state") as (daemon, remote):
+        for name in ("once", "twice", "thrice"):
+            await daemon.submit(job.parse({**SPEC, **quota, "name": name}))
+            asked = pb.JoinRequest(job=name)
+            leases = [(await remote.join_as(f"{number:032x}", asked)).lease for number in range(8)]
+            declared = pb.Declaration(digest="0" * 64, size=30_000, num_examples=1)
+            opened = [pb.OpenUploadRequest(lease=lease, declaration=declared) for lease in leases]
+            answers = await asyncio.gather(*(status_of(remote._stub.OpenUpload(request)) for request in opened))
+            found = Counter(code for code, _ in answers)
+            assert found == {StatusCode.OK: 2, StatusCode.RESOURCE_EXHAUSTED: 6}
 
 
-def test_a_job_that_goes_while_it_is_sent_to(tmp_path: Path) -> None:
-    async def test() -> None:
-        state = tmp_path / "state"
-        async with attacked(state) as (daemon, remote):
-            await daemon.submit(job.parse({**SPEC, "name": "other"}))
-            reply = await join(remote, MALLORY)
-            file, declaration = written(trained(reply), tmp_path / "mallory")
-            stub, data = remote._stub, file.read_bytes()
-            await stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
-            gone = asyncio.Event()
+async def test_a_job_that_goes_while_it_is_sent_to(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    async with attacked(state) as (daemon, remote):
+        await daemon.submit(job.parse({**SPEC, "name": "other"}))
+        reply = await join(remote, MALLORY)
+        file, declaration = written(trained(reply), tmp_path / "mallory")
+        stub, data = remote._stub, file.read_bytes()
+        await stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
+        gone = asyncio.Event()
 
-            async def messages() -> AsyncIterator[pb.UploadRequest]:
-                yield pb.UploadRequest(lease=reply.lease, offset=0, data=data[:100])
-                await gone.wait()
-                yield pb.UploadRequest(data=data[100:])
+        async def messages() -> AsyncIterator[pb.UploadRequest]:
+            yield pb.UploadRequest(lease=reply.lease, offset=0, data=data[:100])
+            await gone.wait()
+            yield pb.UploadRequest(data=data[100:])
 
-            sending = asyncio.create_task(status_of(stub.Upload(messages())))
-            for _ in range(1000):  # until the coordinator has taken the stream
-                if list((state / "uploads").iterdir()):
-                    break
-                await asyncio.sleep(0.01)
-            await daemon.cancel("notes")
-            await daemon.delete("notes")
-            gone.set()
-            code, details = await sending
-            assert code in (StatusCode.NOT_FOUND, StatusCode.FAILED_PRECONDITION, StatusCode.ABORTED), details
-            assert not list((state / "uploads").iterdir())
-            assert len(list((state / "blobs").iterdir())) == 1, "the other job's initial adapter; nothing is left over"
-            await refused(stub.Heartbeat(pb.HeartbeatRequest(lease=reply.lease)), StatusCode.PERMISSION_DENIED)
-            await honest(remote, tmp_path, name="other")
-
-    asyncio.run(test())
+        sending = asyncio.create_task(status_of(stub.Upload(messages())))
+        for _ in range(1000):  # until the coordinator has taken the stream
+            if list((state / "uploads").iterdir()):
+                break
+            await asyncio.sleep(0.01)
+        await daemon.cancel("notes")
+        await daemon.delete("notes")
+        gone.set()
+        code, details = await sending
+        assert code in (StatusCode.NOT_FOUND, StatusCode.FAILED_PRECONDITION, StatusCode.ABORTED), details
+        assert not list((state / "uploads").iterdir())
+        assert len(list((state / "blobs").iterdir())) == 1, "the other job's initial adapter; nothing is left over"
+        await refused(stub.Heartbeat(pb.HeartbeatRequest(lease=reply.lease)), StatusCode.PERMISSION_DENIED)
+        await honest(remote, tmp_path, name="other")
 
 
-def test_a_job_that_is_submitted_twice_at_once(tmp_path: Path) -> None:
+async def test_a_job_that_is_submitted_twice_at_once(tmp_path: Path) -> None:
     """By an operator who does not wait for an answer: one job comes of it, and another one of its name is refused."""
 
-    async def test() -> None:
-        state = tmp_path / "state"
-        async with attacked(state) as (daemon, _):
-            same, other = {**SPEC, "name": "twice"}, {**SPEC, "name": "twice", "train": {"seed": 7}}
-            specs = [job.parse(spec) for spec in (same, same, other, same)]
-            answers = await asyncio.gather(*(control.submit(state, spec) for spec in specs), return_exceptions=True)
-            seeds = {answer.spec.train.seed for answer in answers if isinstance(answer, pb.JobStatus)}
-            assert len(seeds) == 1
-            refusals = [answer for answer in answers if not isinstance(answer, pb.JobStatus)]
-            assert 1 <= len(refusals) <= 3 and all("different job" in str(refusal) for refusal in refusals), refusals
-            assert len(await daemon.names()) == 2
-            initial = {daemon._store.announced(name).job.initial.digest for name in ("notes", "twice")}
-            assert {file.name for file in (state / "blobs").iterdir()} == initial
-
-    asyncio.run(test())
+    state = tmp_path / "state"
+    async with attacked(state) as (daemon, _):
+        same, other = {**SPEC, "name": "twice"}, {**SPEC, "name": "twice", "train": {"seed": 7}}
+        specs = [job.parse(spec) for spec in (same, same, other, same)]
+        answers = await asyncio.gather(*(control.submit(state, spec) for spec in specs), return_exceptions=True)
+        seeds = {answer.spec.train.seed for answer in answers if isinstance(answer, pb.JobStatus)}
+        assert len(seeds) == 1
+        refusals = [answer for answer in answers if not isinstance(answer, pb.JobStatus)]
+        assert 1 <= len(refusals) <= 3 and all("different job" in str(refusal) for refusal in refusals), refusals
+        assert len(await daemon.names()) == 2
+        initial = {daemon._store.announced(name).job.initial.digest for name in ("notes", "twice")}
+        assert {file.name for file in (state / "blobs").iterdir()} == initial
 
 
 # ---- crowds, against a daemon in a process of its own ----

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
 
 from converters import adapter, architectures, mlx, peft, tensors
 from converters.adapter import Adapter, LowRank
-from converters.cli import app
 from converters.gguf import adapter as gguf_adapter
 from oneround.errors import BadData, LayoutMismatch, UsageError
 from tests import commands
 from tests.converters import tiny, tiny_families
+from tests.converters.cli import call
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +38,6 @@ def sources(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
         "mlx": folder / "mlx",
         "gguf": folder / "adapter.gguf",
     }
-
-
-def call(*arguments: object) -> Result:
-    """Run the app here; what goes wrong is raised."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
 
 
 def modules(path: Path, kind: str, base: Path) -> Adapter:

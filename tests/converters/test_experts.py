@@ -23,7 +23,7 @@ from converters.gguf import write as gguf_write
 from converters.gguf.file import Info
 from oneround.errors import LayoutMismatch
 from tests.converters import tiny
-from tests.converters.test_cli import call
+from tests.converters.cli import call
 
 EXPERTS, INNER, BLOCKS = 4, 96, 3
 STACKED = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}

@@ -34,8 +34,7 @@ from oneround.errors import BadModel
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import connected
 from tests.converters import tiny, tiny_families
-from tests.coordinator.test_publishing import contribute, until
-from tests.coordinator.test_server import SPEC, running
+from tests.daemons import SPEC, contribute, running, until
 
 
 class Other:

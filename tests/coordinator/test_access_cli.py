@@ -20,7 +20,7 @@ from edge_client.connection.identity import Pins, me
 from oneround import invitation
 from oneround.errors import OneroundError
 from tests import authorities, commands
-from tests.coordinator.test_server import BASE
+from tests.daemons import BASE
 
 JOB = """
 name = "{who}-notes"

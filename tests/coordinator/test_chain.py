@@ -22,9 +22,8 @@ from oneround import stream
 from oneround.errors import BadData, OneroundError, UsageError
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd
-from tests.coordinator.test_methods import deltas
-from tests.coordinator.test_server import SPEC, described, judged, nothing, with_server
-from tests.coordinator.test_versions import CLIENTS, manifest, version
+from tests.coordinator.references import deltas
+from tests.daemons import CLIENTS, SPEC, described, judged, manifest, nothing, served, version
 
 Moved = Callable[[LowRank, np.random.Generator], LowRank]
 FIRST: dict[str, Any] = {
@@ -80,8 +79,8 @@ def mean(sent: list[Adapter]) -> dict[str, np.ndarray]:
     return {name: np.mean([one[name] for one in whole], axis=0) for name in whole[0]}
 
 
-def test_three_rounds(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Crowd) -> None:
+async def test_three_rounds(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (daemon, remote):
         await daemon.submit(job.parse(FIRST))
         with pytest.raises(UsageError, match="'first', from which this one is to start, has published nothing yet"):
             await daemon.submit(after("first"))
@@ -163,11 +162,9 @@ def test_three_rounds(tmp_path: Path) -> None:
         assert all(np.array_equal(made.modules[name].a, given.modules[name].a) for name in given.modules)
         assert "It started from an adapter" in (Path(last.publications[0].folder) / "README.md").read_text()
 
-    with_server(tmp_path / "state", test)
 
-
-def test_what_a_job_cannot_start_from(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Crowd) -> None:
+async def test_what_a_job_cannot_start_from(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (daemon, remote):
         described_ = await daemon.describe("notes")
         fresh = adapter.read(await daemon.file("notes", described_.initial.digest))
         fits = adapter.initial(fresh.shapes, 2, 1)
@@ -196,8 +193,6 @@ def test_what_a_job_cannot_start_from(tmp_path: Path) -> None:
             assert hint in caught.value.hint, start
         assert [one.spec.name for one in daemon.every()] == ["notes"], "nothing is left of them"
         assert not list((tmp_path / "state" / "uploads").iterdir())
-
-    with_server(tmp_path / "state", test)
 
 
 def test_a_start_in_a_job_file(tmp_path: Path) -> None:

@@ -18,32 +18,11 @@ from coordinator.admission import outliers
 from coordinator.admission.outliers import Assessment, Member, judge
 from coordinator.aggregate.gram import inner
 from oneround.v1 import federation_pb2 as pb
+from tests.coordinator.cohorts import SHAPES, dense, honest, member
 
-SHAPES = {"q": Shape(24, 16), "v": Shape(12, 16), "down": Shape(16, 40)}
 RULES = pb.AdmissionSpec()
 ANY = pb.AdmissionSpec(outlier=0, clip=0, min_cosine=-1)
 SEEDS = st.integers(0, 2**31)
-
-
-def member(n: int, update: Adapter, *, by_hand: bool = False) -> Member:
-    return Member(f"{n:012x}", f"client-{n}", update, 10, by_hand)
-
-
-def honest(seed: int, n_clients: int, spread: float = 2.5, alike: float = 0.4) -> list[Member]:
-    """Clients that start from one A and drift; B has a common part and their own, pairwise cosines are about `alike`,
-    and every module's norms lie within a factor of `spread`."""
-    rng, start = np.random.default_rng(seed), adapter.initial(SHAPES, 4, seed=7)
-    common = {name: rng.standard_normal(update.b.shape) for name, update in start.modules.items()}
-    members = []
-    for n in range(n_clients):
-        modules = {}
-        for name, update in start.modules.items():
-            a = update.a + 0.05 * np.abs(update.a).mean() * rng.standard_normal(update.a.shape)
-            b = np.sqrt(alike) * common[name] + np.sqrt(1 - alike) * rng.standard_normal(update.b.shape)
-            b *= spread ** rng.uniform(0, 1) / np.linalg.norm(b @ a)
-            modules[name] = LowRank(a.astype(np.float32), b.astype(np.float32))
-        members.append(member(n, Adapter(modules)))
-    return members
 
 
 def times(update: Adapter, factor: float, only: str = "") -> Adapter:
@@ -67,10 +46,6 @@ def noise(update: Adapter, seed: int) -> Adapter:
 
 def put(members: Sequence[Member], n: int, update: Adapter, *, by_hand: bool = False) -> list[Member]:
     return [*members[:n], member(n, update, by_hand=by_hand), *members[n + 1 :]]
-
-
-def dense(update: Adapter) -> np.ndarray:
-    return np.concatenate([one.delta().astype(np.float64).ravel() for _, one in sorted(update.modules.items())])
 
 
 def verdicts(findings: Sequence[Assessment]) -> list[str]:

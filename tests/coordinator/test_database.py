@@ -7,13 +7,11 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import text
 
-from converters.adapter import Adapter, LowRank
 from coordinator.daemon import Daemon
 from coordinator.jobs import spec
 from coordinator.storage import backup, migrations
@@ -26,8 +24,14 @@ from edge_client.ui.screen import Screen
 from oneround.errors import BadData, Unreachable, UsageError
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd
-from tests.coordinator.test_server import ALICE, BOB, SPEC, join, judged, nothing, trained, with_server, written
-from tests.coordinator.test_versions import version
+from tests.daemons import (
+    SPEC,
+    nothing,
+    served,
+    two_contribute,
+    version,
+    with_server,
+)
 
 
 def difference(url: str) -> list[object]:
@@ -60,21 +64,10 @@ def test_a_database_of_another_kind_is_left_alone(tmp_path: Path) -> None:
             Store(url)
 
 
-async def two_contribute(remote: Crowd, folder: Path) -> None:
-    """Alice and Bob; the round publishes when the operator closes it."""
-    for seed, client in enumerate((ALICE, BOB)):
-        reply = await join(remote, client)
-        made = trained(reply, seed)
-        small = {name: LowRank(factors.a, factors.b * np.float32(0.05)) for name, factors in made.modules.items()}
-        file, declaration = written(Adapter(small, made.metadata), folder / client[0])
-        await remote.upload(reply.lease, declaration, file, nothing)
-        await judged(remote, reply.lease)
-
-
-def test_a_backup_of_a_running_daemon_comes_back(tmp_path: Path) -> None:
+async def test_a_backup_of_a_running_daemon_comes_back(tmp_path: Path) -> None:
     state, kept, again = tmp_path / "state", tmp_path / "kept", tmp_path / "again"
 
-    async def before(daemon: Daemon, remote: Crowd) -> None:
+    async with served(state) as (daemon, remote):
         await two_contribute(remote, tmp_path)
         early = await asyncio.to_thread(backup.backup, state, kept)
         assert (early.jobs, early.files) == (1, 1 + 2 + 4), "the initial adapter, the contributions, the identity"
@@ -83,8 +76,12 @@ def test_a_backup_of_a_running_daemon_comes_back(tmp_path: Path) -> None:
         late = await asyncio.to_thread(backup.backup, state, kept)
         published = [file for file in (state / "publications" / "notes" / "v1").rglob("*") if file.is_file()]
         assert late.files == len(published) + 4, "what was there is not copied again"
-
-    async def after(daemon: Daemon, remote: Crowd) -> None:
+    with pytest.raises(UsageError, match="already"):
+        backup.restore(kept, state)
+    backup.restore(kept, again)
+    assert (again / "key.pem").read_bytes() == (state / "key.pem").read_bytes(), "clients know it again"
+    assert (again / "key.pem").stat().st_mode & 0o077 == 0 and kept.stat().st_mode & 0o077 == 0
+    async with served(again) as (daemon, remote):
         status = await daemon.status("notes")
         assert (status.admitted, status.state) == (2, pb.STATE_PUBLISHED)
         (publication,) = status.publications
@@ -95,26 +92,16 @@ def test_a_backup_of_a_running_daemon_comes_back(tmp_path: Path) -> None:
         await daemon.publish(pb.PublishRequest(job="notes"))  # the contributions are there too
         await version(daemon, 2, "notes")
 
-    with_server(state, before)
-    with pytest.raises(UsageError, match="already"):
-        backup.restore(kept, state)
-    backup.restore(kept, again)
-    assert (again / "key.pem").read_bytes() == (state / "key.pem").read_bytes(), "clients know it again"
-    assert (again / "key.pem").stat().st_mode & 0o077 == 0 and kept.stat().st_mode & 0o077 == 0
-    with_server(again, after)
 
-
-def test_a_backup_that_is_not_whole(tmp_path: Path) -> None:
+async def test_a_backup_that_is_not_whole(tmp_path: Path) -> None:
     state, kept = tmp_path / "state", tmp_path / "kept"
-
-    async def contribute(_: Daemon, remote: Crowd) -> None:
-        await two_contribute(remote, tmp_path)
 
     with pytest.raises(UsageError, match="no coordinator has run"):
         backup.backup(tmp_path / "nothing", kept)
     with pytest.raises(UsageError, match="not a whole backup"):
         backup.restore(tmp_path, tmp_path / "new")
-    with_server(state, contribute)
+    async with served(state) as (_, remote):
+        await two_contribute(remote, tmp_path)
     backup.backup(state, kept)
     blob = max((kept / "blobs").iterdir(), key=lambda file: file.stat().st_size)
     blob.write_bytes(b"\0" * blob.stat().st_size)
@@ -159,16 +146,9 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.mark.postgres
-def test_postgresql(tmp_path: Path, postgres: str) -> None:
+async def test_postgresql(tmp_path: Path, postgres: str) -> None:
     assert difference(postgres) == []
     state, kept, again = tmp_path / "state", tmp_path / "kept", tmp_path / "again"
-
-    async def before(daemon: Daemon, remote: Crowd) -> None:
-        await two_contribute(remote, tmp_path)
-        await daemon.submit(spec.parse(SPEC))  # again, which changes nothing
-        await daemon.close("notes")
-        await version(daemon, 1, "notes")
-        await asyncio.to_thread(backup.backup, state, kept, postgres)
 
     async def after(daemon: Daemon, remote: Crowd) -> None:
         assert (await daemon.status("notes")).admitted == 2
@@ -176,7 +156,12 @@ def test_postgresql(tmp_path: Path, postgres: str) -> None:
         await version(daemon, 2, "notes")
         await daemon.delete("notes")
 
-    with_server(state, before, database=postgres)
+    async with served(state, database=postgres) as (daemon, remote):
+        await two_contribute(remote, tmp_path)
+        await daemon.submit(spec.parse(SPEC))  # again, which changes nothing
+        await daemon.close("notes")
+        await version(daemon, 1, "notes")
+        await asyncio.to_thread(backup.backup, state, kept, postgres)
     assert not (state / "coordinator.sqlite").exists()
     backup.restore(kept, again)  # from PostgreSQL into SQLite
     with_server(again, after)

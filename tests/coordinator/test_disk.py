@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import subprocess
-import sys
 import tomllib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -29,29 +27,10 @@ from oneround.errors import NotEnough, Unreachable
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.clients import Crowd, connected
-from tests.coordinator.test_server import ALICE, BASE, BOB, SPEC, join, judged, nothing, running, trained, written
+from tests.daemons import ALICE, BASE, BOB, SPEC, join, judged, nothing, running, trained, written
+from tests.disks import disk, full
 
 MB = 1 << 20
-INODES = 200
-
-
-@contextmanager
-def disk(folder: Path, megabytes: int = 32) -> Iterator[Path]:
-    """A file system of its own at a folder."""
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("mounts a small file system, which takes Linux and root")
-    folder.mkdir()
-    options = f"size={megabytes}m,nr_inodes={INODES}"
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "oneround-test", str(folder)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"mounting is not permitted here: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        if subprocess.run(["umount", str(folder)], capture_output=True).returncode:
-            subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @contextmanager
@@ -61,18 +40,6 @@ def read_only(folder: Path) -> Iterator[None]:
         yield
     finally:
         subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
-
-
-@contextmanager
-def full(folder: Path, *, but: int = 0) -> Iterator[None]:
-    """No room but for so many bytes."""
-    filler = folder / "filler"
-    filler.write_bytes(bytes(max(shutil.disk_usage(folder).free - but, 0)))
-    assert shutil.disk_usage(folder).free <= but
-    try:
-        yield
-    finally:
-        filler.unlink()
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import struct
 from collections.abc import Callable
@@ -430,93 +429,78 @@ def caller(gate: Gate, sessions: Sessions, label: str, peer: str = HERE) -> Call
     return gate.caller({"authorization": SCHEME + sessions.issue(me(label).client_id)}, peer)
 
 
-def test_what_each_may_know_of(gate: Gate, sessions: Sessions) -> None:
+async def test_what_each_may_know_of(gate: Gate, sessions: Sessions) -> None:
     async def seen(who: Caller) -> list[str]:
         return await gate.visible(who, list(JOBS))
 
-    async def test() -> None:
-        alice, far = (caller(gate, sessions, "alice", peer) for peer in (HERE, THERE))
-        assert await seen(alice) == ["open", "by-approval"] and await seen(far) == []
-        assert await seen(gate.caller({"authorization": "Bearer admin"}, THERE)) == list(JOBS)
-        assert await gate.enter(alice, "open", "alice") and not await gate.enter(alice, "by-approval", "alice")
-        assert await seen(far) == []
-        await gate.joined(alice, "open", "alice")
-        assert await seen(far) == ["open"], "it joined, and goes on from another network"
-        await gate.settle(pb.SettleRequest(client="alice", job="by-approval", settlement=pb.SETTLEMENT_APPROVE))
-        assert await seen(far) == ["open", "by-approval"]
-        made = await gate.create_token(pb.CreateTokenRequest(job="by-token", holds_seconds=60, uses=1))
-        reply = await gate.sign_in(signed_in(gate.challenge().challenge, token=made.secret))
-        assert reply.job == "by-token" and await seen(far) == list(JOBS)
-        await gate.settle(pb.SettleRequest(client="alice", settlement=pb.SETTLEMENT_REFUSE))
-        assert await seen(far) == [] and await seen(alice) == ["open", "by-approval"]
-
-    asyncio.run(test())
+    alice, far = (caller(gate, sessions, "alice", peer) for peer in (HERE, THERE))
+    assert await seen(alice) == ["open", "by-approval"] and await seen(far) == []
+    assert await seen(gate.caller({"authorization": "Bearer admin"}, THERE)) == list(JOBS)
+    assert await gate.enter(alice, "open", "alice") and not await gate.enter(alice, "by-approval", "alice")
+    assert await seen(far) == []
+    await gate.joined(alice, "open", "alice")
+    assert await seen(far) == ["open"], "it joined, and goes on from another network"
+    await gate.settle(pb.SettleRequest(client="alice", job="by-approval", settlement=pb.SETTLEMENT_APPROVE))
+    assert await seen(far) == ["open", "by-approval"]
+    made = await gate.create_token(pb.CreateTokenRequest(job="by-token", holds_seconds=60, uses=1))
+    reply = await gate.sign_in(signed_in(gate.challenge().challenge, token=made.secret))
+    assert reply.job == "by-token" and await seen(far) == list(JOBS)
+    await gate.settle(pb.SettleRequest(client="alice", settlement=pb.SETTLEMENT_REFUSE))
+    assert await seen(far) == [] and await seen(alice) == ["open", "by-approval"]
 
 
-def test_hidden_and_missing_jobs_are_told_in_the_same_words(gate: Gate, sessions: Sessions) -> None:
+async def test_hidden_and_missing_jobs_are_told_in_the_same_words(gate: Gate, sessions: Sessions) -> None:
     async def said(call: Callable[..., object], *arguments: object) -> tuple[str, str]:
         with pytest.raises(NotFound) as caught:
             await call(*arguments)  # type: ignore[misc]
         return str(caught.value), caught.value.hint
 
-    async def test() -> None:
-        alice = caller(gate, sessions, "alice")
-        for hidden, missing in (("by-token", "no-token"),):
-            for call, more in ((gate.see, ()), (gate.be_in, ()), (gate.enter, ("alice",))):
-                one, other = await said(call, alice, hidden, *more), await said(call, alice, missing, *more)
-                assert (one[0].replace(hidden, missing), one[1].replace(hidden, missing)) == other
-
-    asyncio.run(test())
+    alice = caller(gate, sessions, "alice")
+    for hidden, missing in (("by-token", "no-token"),):
+        for call, more in ((gate.see, ()), (gate.be_in, ()), (gate.enter, ("alice",))):
+            one, other = await said(call, alice, hidden, *more), await said(call, alice, missing, *more)
+            assert (one[0].replace(hidden, missing), one[1].replace(hidden, missing)) == other
 
 
-def test_who_may_ask_gets_nothing_meanwhile(gate: Gate, sessions: Sessions) -> None:
-    async def test() -> None:
-        alice = caller(gate, sessions, "alice")
-        await gate.see(alice, "by-approval")
-        for _ in range(2):
-            with pytest.raises(Denied, match="has not let this client into") as caught:
-                await gate.be_in(alice, "by-approval")
-            assert public_id(alice.client_id) in caught.value.hint
-            assert not await gate.enter(alice, "by-approval", "alice")
-        with pytest.raises(UsageError, match="no client's"):
-            await gate.enter(Caller(operator=True), "open", "the operator")
-
-    asyncio.run(test())
-
-
-def test_who_is_refused_while_it_joins_is_not_let_in_by_that(gate: Gate, sessions: Sessions) -> None:
-    async def test() -> None:
-        alice = caller(gate, sessions, "alice")
-        await gate.enter(alice, "by-approval", "alice")
-        asked = pb.SettleRequest(client="alice", job="by-approval", settlement=pb.SETTLEMENT_APPROVE)
-        await gate.settle(asked)
-        assert await gate.enter(alice, "by-approval", "alice")
-        asked.settlement = pb.SETTLEMENT_REFUSE
-        await gate.settle(asked)
-        await gate.joined(alice, "by-approval", "alice")
+async def test_who_may_ask_gets_nothing_meanwhile(gate: Gate, sessions: Sessions) -> None:
+    alice = caller(gate, sessions, "alice")
+    await gate.see(alice, "by-approval")
+    for _ in range(2):
+        with pytest.raises(Denied, match="has not let this client into") as caught:
+            await gate.be_in(alice, "by-approval")
+        assert public_id(alice.client_id) in caught.value.hint
         assert not await gate.enter(alice, "by-approval", "alice")
+    with pytest.raises(UsageError, match="no client's"):
+        await gate.enter(Caller(operator=True), "open", "the operator")
 
-    asyncio.run(test())
+
+async def test_who_is_refused_while_it_joins_is_not_let_in_by_that(gate: Gate, sessions: Sessions) -> None:
+    alice = caller(gate, sessions, "alice")
+    await gate.enter(alice, "by-approval", "alice")
+    asked = pb.SettleRequest(client="alice", job="by-approval", settlement=pb.SETTLEMENT_APPROVE)
+    await gate.settle(asked)
+    assert await gate.enter(alice, "by-approval", "alice")
+    asked.settlement = pb.SETTLEMENT_REFUSE
+    await gate.settle(asked)
+    await gate.joined(alice, "by-approval", "alice")
+    assert not await gate.enter(alice, "by-approval", "alice")
 
 
-def test_who_is_banned_gets_nowhere(gate: Gate, sessions: Sessions, people: People, clock: Clock) -> None:
-    async def test() -> None:
-        await gate.joined(caller(gate, sessions, "alice"), "open", "alice")
-        request = pb.SettleRequest(client="alice", settlement=pb.SETTLEMENT_BAN, why="a lost\x1b[2J laptop")
-        settled = await gate.settle(request)
-        assert settled.banned and settled.why == "a lost[2J laptop"
-        with pytest.raises(Denied, match="has banned this client") as caught:
-            caller(gate, sessions, "alice")
-        assert settled.id in caught.value.hint
-        with pytest.raises(Denied, match="has banned"):
-            await gate.sign_in(signed_in(gate.challenge().challenge))
-        after = Gate(people, _who, sessions, "admin", clock)
-        with pytest.raises(Denied, match="has banned"):
-            caller(after, sessions, "alice")
-        await gate.settle(pb.SettleRequest(client=settled.id, settlement=pb.SETTLEMENT_UNBAN))
-        assert caller(gate, sessions, "alice").client_id == ALICE
-
-    asyncio.run(test())
+async def test_who_is_banned_gets_nowhere(gate: Gate, sessions: Sessions, people: People, clock: Clock) -> None:
+    await gate.joined(caller(gate, sessions, "alice"), "open", "alice")
+    request = pb.SettleRequest(client="alice", settlement=pb.SETTLEMENT_BAN, why="a lost\x1b[2J laptop")
+    settled = await gate.settle(request)
+    assert settled.banned and settled.why == "a lost[2J laptop"
+    with pytest.raises(Denied, match="has banned this client") as caught:
+        caller(gate, sessions, "alice")
+    assert settled.id in caught.value.hint
+    with pytest.raises(Denied, match="has banned"):
+        await gate.sign_in(signed_in(gate.challenge().challenge))
+    after = Gate(people, _who, sessions, "admin", clock)
+    with pytest.raises(Denied, match="has banned"):
+        caller(after, sessions, "alice")
+    await gate.settle(pb.SettleRequest(client=settled.id, settlement=pb.SETTLEMENT_UNBAN))
+    assert caller(gate, sessions, "alice").client_id == ALICE
 
 
 def test_metadata_that_says_nothing(gate: Gate, sessions: Sessions) -> None:
@@ -539,23 +523,20 @@ def test_metadata_that_says_nothing(gate: Gate, sessions: Sessions) -> None:
         gate.caller({"authorization": b"\xff"}, HERE)
 
 
-def test_names_do_not_stand_in_the_way(gate: Gate, sessions: Sessions) -> None:
+async def test_names_do_not_stand_in_the_way(gate: Gate, sessions: Sessions) -> None:
     """Of two with one name none is meant; who takes another's id for a name is not taken for the other."""
 
-    async def test() -> None:
-        ids = {label: public_id(me(label).client_id) for label in ("alice", "bob", "mallory")}
-        for label, name in (("alice", "ward"), ("bob", "ward"), ("mallory", ids["alice"])):
-            await gate.joined(caller(gate, sessions, label), "open", name)
-        with pytest.raises(Refused, match="2 clients are called 'ward'"):
-            await gate.settle(pb.SettleRequest(client="ward", settlement=pb.SETTLEMENT_BAN))
-        with pytest.raises(NotFound, match="no client 'nobody'"):
-            await gate.settle(pb.SettleRequest(client="nobody", settlement=pb.SETTLEMENT_BAN))
-        settled = await gate.settle(pb.SettleRequest(client=ids["alice"], settlement=pb.SETTLEMENT_BAN))
-        assert (settled.id, settled.name, settled.banned) == (ids["alice"], "ward", True)
-        await gate.settle(pb.SettleRequest(client=ids["mallory"], settlement=pb.SETTLEMENT_BAN))
-        assert {each.id for each in (await gate.clients()).clients if each.banned} == {ids["alice"], ids["mallory"]}
-
-    asyncio.run(test())
+    ids = {label: public_id(me(label).client_id) for label in ("alice", "bob", "mallory")}
+    for label, name in (("alice", "ward"), ("bob", "ward"), ("mallory", ids["alice"])):
+        await gate.joined(caller(gate, sessions, label), "open", name)
+    with pytest.raises(Refused, match="2 clients are called 'ward'"):
+        await gate.settle(pb.SettleRequest(client="ward", settlement=pb.SETTLEMENT_BAN))
+    with pytest.raises(NotFound, match="no client 'nobody'"):
+        await gate.settle(pb.SettleRequest(client="nobody", settlement=pb.SETTLEMENT_BAN))
+    settled = await gate.settle(pb.SettleRequest(client=ids["alice"], settlement=pb.SETTLEMENT_BAN))
+    assert (settled.id, settled.name, settled.banned) == (ids["alice"], "ward", True)
+    await gate.settle(pb.SettleRequest(client=ids["mallory"], settlement=pb.SETTLEMENT_BAN))
+    assert {each.id for each in (await gate.clients()).clients if each.banned} == {ids["alice"], ids["mallory"]}
 
 
 @pytest.mark.parametrize(
@@ -572,16 +553,13 @@ def test_names_do_not_stand_in_the_way(gate: Gate, sessions: Sessions) -> None:
         (pb.SettleRequest(client="alice", job="nothing", settlement=pb.SETTLEMENT_APPROVE), "no job"),
     ],
 )
-def test_what_an_operator_cannot_ask_for(
+async def test_what_an_operator_cannot_ask_for(
     gate: Gate, sessions: Sessions, request_: pb.CreateTokenRequest | pb.SettleRequest, says: str
 ) -> None:
-    async def test() -> None:
-        await gate.joined(caller(gate, sessions, "alice"), "open", "alice")
-        with pytest.raises((UsageError, NotFound), match=says):
-            if isinstance(request_, pb.CreateTokenRequest):
-                await gate.create_token(request_)
-            else:
-                await gate.settle(request_)
-        assert not (await gate.tokens()).tokens
-
-    asyncio.run(test())
+    await gate.joined(caller(gate, sessions, "alice"), "open", "alice")
+    with pytest.raises((UsageError, NotFound), match=says):
+        if isinstance(request_, pb.CreateTokenRequest):
+            await gate.create_token(request_)
+        else:
+            await gate.settle(request_)
+    assert not (await gate.tokens()).tokens

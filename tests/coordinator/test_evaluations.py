@@ -10,14 +10,10 @@ from google.protobuf import json_format
 from rich.console import Console
 
 from coordinator.cli import tables
-from coordinator.daemon import Daemon
 from coordinator.jobs import evaluations
 from oneround.errors import Refused
 from oneround.v1 import federation_pb2 as pb
-from tests.clients import Crowd
-from tests.coordinator.test_database import two_contribute
-from tests.coordinator.test_server import ALICE, BOB, join, with_server
-from tests.coordinator.test_versions import version
+from tests.daemons import ALICE, BOB, join, served, two_contribute, version
 
 
 def said(base: float, own: float, published: float, version: int = 1) -> pb.Evaluation:
@@ -38,10 +34,10 @@ def test_the_mean_counts_every_client_once() -> None:
     assert evaluations.compare([]) == []
 
 
-def test_reports_are_kept_and_shown_to_the_operator(tmp_path: Path) -> None:
+async def test_reports_are_kept_and_shown_to_the_operator(tmp_path: Path) -> None:
     state = tmp_path / "state"
 
-    async def before(daemon: Daemon, remote: Crowd) -> None:
+    async with served(state) as (daemon, remote):
         await two_contribute(remote, tmp_path)
         leases = {client: (await join(remote, client)).lease for client in (ALICE, BOB)}
         with pytest.raises(Refused, match="has no version 1"):
@@ -53,8 +49,7 @@ def test_reports_are_kept_and_shown_to_the_operator(tmp_path: Path) -> None:
         await remote.report(leases[BOB], said(3.5, 2.0, 2.6))
         with pytest.raises(Refused, match="lease is not known"):
             await remote.report("0" * 64, said(3.0, 2.5, 2.4))
-
-    async def after(daemon: Daemon, remote: Crowd) -> None:
+    async with served(state) as (daemon, remote):
         status = await daemon.status("notes")
         (whole,) = status.comparisons
         assert (whole.clients, whole.better_than_base, whole.better_than_own) == (2, 2, 1)
@@ -71,6 +66,3 @@ def test_reports_are_kept_and_shown_to_the_operator(tmp_path: Path) -> None:
         assert not public.comparisons and not public.clients
         await daemon.delete("notes")
         assert await asyncio.to_thread(daemon._store.evaluations, "notes") == {}
-
-    with_server(state, before)
-    with_server(state, after)

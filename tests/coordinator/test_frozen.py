@@ -11,14 +11,12 @@ import pytest
 
 from converters import adapter, peft, tensors
 from converters.adapter import Adapter, LowRank, Shape
-from coordinator.daemon import Daemon
 from coordinator.jobs import spec
 from oneround import stream
 from oneround.errors import BadAdapter, UsageError
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd
-from tests.coordinator.test_server import SPEC, described, judged, nothing, trained, with_server, written
-from tests.coordinator.test_versions import CLIENTS, version
+from tests.daemons import CLIENTS, SPEC, described, judged, nothing, served, trained, version, written
 
 FROZEN = {
     **SPEC,
@@ -105,8 +103,8 @@ async def contribute(remote: Crowd, folder: Path, client: str, frozen_a: str | N
     return await judged(remote, reply.lease)
 
 
-def test_a_round_with_a_frozen(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Crowd) -> None:
+async def test_a_round_with_a_frozen(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (daemon, remote):
         await daemon.submit(spec.parse(FROZEN))
         whole = await contribute(remote, tmp_path, "d" * 32, frozen_a="")
         assert whole.verdict == pb.VERDICT_QUARANTINED and "only B is taken" in whole.reason
@@ -134,13 +132,11 @@ def test_a_round_with_a_frozen(tmp_path: Path) -> None:
             with pytest.raises(UsageError, match=why):
                 await daemon.publish(pb.PublishRequest(job="frozen", aggregate=refused))
 
-    with_server(tmp_path / "state", test)
 
-
-def test_what_is_in_and_cannot_be_taken_is_refused_at_once(tmp_path: Path) -> None:
+async def test_what_is_in_and_cannot_be_taken_is_refused_at_once(tmp_path: Path) -> None:
     """Nothing is begun: the round stays as it is."""
 
-    async def test(daemon: Daemon, remote: Crowd) -> None:
+    async with served(tmp_path / "state") as (daemon, remote):
         for client, rank in ((CLIENTS[0], 1), (CLIENTS[1], 2)):
             reply = await remote.join_as(client, pb.JoinRequest(job="notes", client_name=client[:3]))
             modules = {
@@ -154,5 +150,3 @@ def test_what_is_in_and_cannot_be_taken_is_refused_at_once(tmp_path: Path) -> No
                 await daemon.publish(pb.PublishRequest(job="notes", aggregate=pb.AggregateSpec(method=method)))
         status = await daemon.status("notes")
         assert status.state == pb.STATE_OPEN and not status.publications
-
-    with_server(tmp_path / "state", test)

@@ -36,7 +36,7 @@ from oneround.errors import Refused, Unreachable
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd, connected, me
 from tests.coordinator.dying import HOOK, ROOT, Plan
-from tests.coordinator.test_server import ALICE, BOB, SPEC, judged, trained, written
+from tests.daemons import ALICE, BOB, SPEC, judged, trained, written
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="names open files by /proc, and forks")
 
@@ -647,47 +647,44 @@ class Load:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_kills_at_random_under_load(tmp_path: Path) -> None:
-    async def run() -> None:
-        chance = random.Random(SEED)
-        state = tmp_path / "state"
-        state.mkdir()
-        async with daemons(tmp_path) as known:
-            plan = Plan(str(state), str(tmp_path / "steps"))
-            daemon = await known.start(plan)
-            await _listening(state, daemon)
-            for name in JOBS:
-                spec = job.parse({**SPEC, "name": name, "round": {**QUORUM, "target_clients": 0, "max_clients": 10**6}})
-                await control.submit(state, spec)
-            load = Load(tmp_path, chance, await _sendable(tmp_path))
-            async with asyncio.TaskGroup() as group:
-                for _ in range(AT_ONCE):
-                    group.create_task(load.clients())
-                for _ in range(KILLS):
-                    if chance.random() < 0.9:  # the others die while they start
-                        await _listening(state, daemon)
-                    await asyncio.sleep(chance.uniform(0.02, 0.8))
-                    assert await daemon.kill(signal.SIGKILL) == -9, "it died by itself"
-                    daemon = await known.start(plan)
-                load.over = True  # and everybody ends what they are at
-            assert await daemon.kill(signal.SIGTERM) == 0
-
-        log = (tmp_path / "state.log").read_text()
-        print(f"{KILLS} kills, {len(load.receipts)} receipts, {len(load.left)} left, {dict(load.broken)}")
-        assert "event=fault" not in log and "Traceback" not in log, log[log.find("Traceback") - 500 :][:5000]
-        rows = at_rest(state)
-        found = {(name, client): (digest, size) for name, client, digest, size, _, _ in rows.contributions}
-        assert len(found) == len(rows.contributions), "each once"
-        assert found == {
-            (name, me(client).client_id): (receipt.digest, receipt.size)
-            for (name, client), receipt in load.receipts.items()
-        }
-        assert len(load.receipts) > KILLS // 4, "the load was one"
-
+async def test_kills_at_random_under_load(tmp_path: Path) -> None:
     async def _sendable(folder: Path) -> list[tuple[Path, pb.Declaration]]:
         address = json.loads((folder / "state" / "daemon.json").read_text())["address"]
         async with connected(address, folder) as remote:
             reply = await remote.join_as(ALICE, pb.JoinRequest(job="notes"))
             return [written(trained(reply, seed), folder / f"adapter-{seed}") for seed in range(40)]
 
-    asyncio.run(run())
+    chance = random.Random(SEED)
+    state = tmp_path / "state"
+    state.mkdir()
+    async with daemons(tmp_path) as known:
+        plan = Plan(str(state), str(tmp_path / "steps"))
+        daemon = await known.start(plan)
+        await _listening(state, daemon)
+        for name in JOBS:
+            spec = job.parse({**SPEC, "name": name, "round": {**QUORUM, "target_clients": 0, "max_clients": 10**6}})
+            await control.submit(state, spec)
+        load = Load(tmp_path, chance, await _sendable(tmp_path))
+        async with asyncio.TaskGroup() as group:
+            for _ in range(AT_ONCE):
+                group.create_task(load.clients())
+            for _ in range(KILLS):
+                if chance.random() < 0.9:  # the others die while they start
+                    await _listening(state, daemon)
+                await asyncio.sleep(chance.uniform(0.02, 0.8))
+                assert await daemon.kill(signal.SIGKILL) == -9, "it died by itself"
+                daemon = await known.start(plan)
+            load.over = True  # and everybody ends what they are at
+        assert await daemon.kill(signal.SIGTERM) == 0
+
+    log = (tmp_path / "state.log").read_text()
+    print(f"{KILLS} kills, {len(load.receipts)} receipts, {len(load.left)} left, {dict(load.broken)}")
+    assert "event=fault" not in log and "Traceback" not in log, log[log.find("Traceback") - 500 :][:5000]
+    rows = at_rest(state)
+    found = {(name, client): (digest, size) for name, client, digest, size, _, _ in rows.contributions}
+    assert len(found) == len(rows.contributions), "each once"
+    assert found == {
+        (name, me(client).client_id): (receipt.digest, receipt.size)
+        for (name, client), receipt in load.receipts.items()
+    }
+    assert len(load.receipts) > KILLS // 4, "the load was one"

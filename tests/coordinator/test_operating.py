@@ -25,7 +25,7 @@ import coordinator.cli.app
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.clients import Crowd, connected
-from tests.coordinator.test_server import ALICE, BASE, judged, nothing, trained, written
+from tests.daemons import ALICE, BASE, judged, nothing, trained, written
 
 DEPLOY = Path(coordinator.__file__).parent / "deploy"
 JOB = f"""
@@ -118,7 +118,7 @@ def test_reflection_names_every_call(tmp_path: Path) -> None:
         process.communicate(timeout=30)
 
 
-def test_sigterm_lets_an_open_upload_end(tmp_path: Path) -> None:
+async def test_sigterm_lets_an_open_upload_end(tmp_path: Path) -> None:
     state = tmp_path / "state"
     process = serve(state)
 
@@ -136,11 +136,8 @@ def test_sigterm_lets_an_open_upload_end(tmp_path: Path) -> None:
 
         return await remote._stub.Upload(messages())
 
-    async def test() -> None:
-        async with connected(_address(state), tmp_path) as remote:
-            assert (await upload(remote)).size > 1000
-
-    asyncio.run(test())
+    async with connected(_address(state), tmp_path) as remote:
+        assert (await upload(remote)).size > 1000
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
     assert commands.run("coordinator", "health", "--state", state, code=4)

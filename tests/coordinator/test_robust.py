@@ -11,7 +11,7 @@ from converters.adapter import Adapter, LowRank
 from coordinator.admission.outliers import Member, judge
 from coordinator.aggregate import METHODS, ClientUpdate, aggregate
 from oneround.v1 import federation_pb2 as pb
-from tests.coordinator.test_cohort import dense, honest
+from tests.coordinator.cohorts import dense, honest
 
 Attack = Callable[[list[Adapter], np.random.Generator, int], list[Adapter]]
 K, BAD = 15, 4

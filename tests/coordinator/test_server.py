@@ -2,9 +2,7 @@
 
 import asyncio
 import stat
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 
 import grpc
@@ -12,12 +10,12 @@ import numpy as np
 import pytest
 
 from converters import adapter
-from converters.adapter import Adapter, LowRank, Shape
+from converters.adapter import Adapter, LowRank
 from coordinator.auth import identity
 from coordinator.cli import client as control
 from coordinator.daemon import Daemon
 from coordinator.jobs import spec
-from coordinator.rpc import server, transport
+from coordinator.rpc import transport
 from coordinator.storage import database
 from coordinator.storage.schema import Job
 from edge_client.connection import remote as remotes
@@ -26,102 +24,25 @@ from oneround import stream, tls
 from oneround.errors import BadData, Refused, Unreachable
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
-from tests.clients import Crowd, connected, me
-
-BASE = Path(__file__).parents[2] / "benchmarks" / "base"
-ALICE, BOB = "a" * 32, "b" * 32
-SPEC = {
-    "name": "notes",
-    "model": {"base": str(BASE)},
-    "lora": {"rank": 2, "target_modules": ["q_proj", "v_proj"]},
-    "round": {"min_clients": 2, "target_clients": 0},
-    "publish": {"gguf": ["f16"]},
-}
-
-
-@asynccontextmanager
-async def running(
-    state: Path,
-    clock: Callable[[], float] = time.time,
-    database: str = "",
-    *,
-    certificates: transport.Certificates | None = None,
-    insecure: bool = False,
-) -> AsyncIterator[tuple[Daemon, str]]:
-    """A daemon and its server on a free port."""
-    daemon = Daemon(state, database, clock=clock)
-    loop = asyncio.create_task(daemon.run())
-    who = identity.load_or_create(state)
-    grpc_server, address = server.create(daemon, who, "127.0.0.1:0", insecure=insecure, certificates=certificates)
-    await grpc_server.start()
-    control.announce(state, address, insecure=insecure, fingerprint=who.fingerprint)
-    try:
-        yield daemon, address
-    finally:
-        await grpc_server.stop(None)
-        loop.cancel()
-        await asyncio.gather(loop, return_exceptions=True)
-        daemon.release()
+from tests.clients import Crowd, me
+from tests.daemons import (
+    ALICE,
+    BOB,
+    SPEC,
+    described,
+    join,
+    judged,
+    nothing,
+    running,
+    served,
+    trained,
+    with_server,
+    written,
+)
 
 
-def with_server(state: Path, test: Callable[[Daemon, Crowd], Awaitable[None]], **options) -> None:  # type: ignore[no-untyped-def]
-    """Run a test against a fresh server over a state folder that may have seen others."""
-
-    async def run() -> None:
-        async with (
-            running(state, **options) as (daemon, address),
-            connected(address, state) as remote,
-        ):
-            await daemon.submit(spec.parse(SPEC))
-            await test(daemon, remote)
-
-    asyncio.run(run())
-
-
-async def join(remote: Crowd, client: str = ALICE) -> pb.JoinReply:
-    return await remote.join_as(client, pb.JoinRequest(job="notes", client_name=client[:5]))
-
-
-def trained(reply: pb.JoinReply, seed: int = 0, **changes) -> Adapter:  # type: ignore[no-untyped-def]
-    """An adapter such as training would give."""
-    shapes = {module.name: Shape(module.out_features, module.in_features) for module in reply.job.modules}
-    rng = np.random.default_rng(seed)
-    modules = {
-        name: LowRank(factors.a, rng.standard_normal(factors.b.shape).astype(np.float32))
-        for name, factors in adapter.initial(shapes, 2, 0).modules.items()
-    }
-    return Adapter(modules | changes, described(reply.job))
-
-
-def described(job: pb.Job, **changes: str) -> dict[str, str]:
-    """What a client writes beside its factors."""
-    over = {"base": job.base_fingerprint, "tokenizer": job.tokenizer, "chat_template": job.chat_template}
-    return over | changes
-
-
-async def judged(remote: Crowd, lease: str) -> pb.Judgement:
-    """What is made of a contribution, once it is."""
-    for _ in range(600):
-        judgement = (await remote.heartbeat(pb.HeartbeatRequest(lease=lease))).judgement
-        if judgement.verdict not in (pb.VERDICT_UNSPECIFIED, pb.VERDICT_PENDING):
-            return judgement
-        await asyncio.sleep(0.05)
-    raise AssertionError("nobody looked at it")
-
-
-def written(made: Adapter, folder: Path, num_examples: int = 10) -> tuple[Path, pb.Declaration]:
-    folder.mkdir(exist_ok=True)
-    file = folder / "adapter.safetensors"
-    adapter.write(made, file, "bfloat16")
-    return file, pb.Declaration(digest=stream.digest(file), size=file.stat().st_size, num_examples=num_examples)
-
-
-def nothing(_: int) -> None:
-    pass
-
-
-def test_a_contribution_is_taken_once(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Crowd) -> None:
+async def test_a_contribution_is_taken_once(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (daemon, remote):
         reply = await join(remote)
         assert (await join(remote)).lease == reply.lease, "joining again renews"
         file, declaration = written(trained(reply), tmp_path)
@@ -137,13 +58,11 @@ def test_a_contribution_is_taken_once(tmp_path: Path) -> None:
         status = await daemon.status("notes")
         assert [client.contribution.declaration.digest for client in status.clients] == [declaration.digest]
 
-    with_server(tmp_path / "state", test)
 
-
-def test_an_upload_that_breaks_off_goes_on_after_a_restart(tmp_path: Path) -> None:
+async def test_an_upload_that_breaks_off_goes_on_after_a_restart(tmp_path: Path) -> None:
     sent = 20_000
 
-    async def half(_: Daemon, remote: Crowd) -> None:
+    async with served(tmp_path / "state") as (_, remote):
         reply = await join(remote)
         file, declaration = written(trained(reply), tmp_path)
         await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
@@ -153,8 +72,7 @@ def test_an_upload_that_breaks_off_goes_on_after_a_restart(tmp_path: Path) -> No
 
         with pytest.raises(grpc.aio.AioRpcError, match="ended at byte 20000"):
             await remote._stub.Upload(messages())
-
-    async def rest(_: Daemon, remote: Crowd) -> None:
+    async with served(tmp_path / "state") as (_, remote):
         reply = await join(remote)
         file, declaration = written(trained(reply), tmp_path)
         opened = await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
@@ -164,12 +82,9 @@ def test_an_upload_that_breaks_off_goes_on_after_a_restart(tmp_path: Path) -> No
         assert (await judged(remote, reply.lease)).verdict == pb.VERDICT_ADMITTED
         assert min(seen) > sent, "what was there is not sent again"
 
-    with_server(tmp_path / "state", half)
-    with_server(tmp_path / "state", rest)
 
-
-def test_a_lying_digest_drops_what_came(tmp_path: Path) -> None:
-    async def test(_: Daemon, remote: Crowd) -> None:
+async def test_a_lying_digest_drops_what_came(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (_, remote):
         reply = await join(remote)
         file, declaration = written(trained(reply), tmp_path)
         lie = pb.Declaration(digest="0" * 64, size=declaration.size, num_examples=1)
@@ -178,11 +93,9 @@ def test_a_lying_digest_drops_what_came(tmp_path: Path) -> None:
         assert not list((tmp_path / "state" / "uploads").glob(f"notes.{me(ALICE).client_id}*"))
         assert (await remote.upload(reply.lease, declaration, file, nothing)).digest == declaration.digest
 
-    with_server(tmp_path / "state", test)
 
-
-def test_unsound_adapters_are_quarantined_and_the_round_goes_on(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Crowd) -> None:
+async def test_unsound_adapters_are_quarantined_and_the_round_goes_on(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (daemon, remote):
         reply = await join(remote)
         module = reply.job.modules[0]
         good = trained(reply).modules[module.name]
@@ -237,15 +150,13 @@ def test_unsound_adapters_are_quarantined_and_the_round_goes_on(tmp_path: Path) 
         assert (status.admitted, status.contributed) == (1, 13)
         assert status.state == pb.STATE_OPEN
 
-    with_server(tmp_path / "state", test)
-
 
 @pytest.mark.parametrize(
     ("offset", "data", "says"),
     [(7, b"x", "starts at byte 7; 0 are here"), (0, b"x" * 500_000, "more bytes came"), (0, b"x", "ended at byte 1")],
 )
-def test_chunks_that_do_not_fit(tmp_path: Path, offset: int, data: bytes, says: str) -> None:
-    async def test(_: Daemon, remote: Crowd) -> None:
+async def test_chunks_that_do_not_fit(tmp_path: Path, offset: int, data: bytes, says: str) -> None:
+    async with served(tmp_path / "state") as (_, remote):
         reply = await join(remote)
         _, declaration = written(trained(reply), tmp_path)
         await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
@@ -256,11 +167,12 @@ def test_chunks_that_do_not_fit(tmp_path: Path, offset: int, data: bytes, says: 
         with pytest.raises(grpc.aio.AioRpcError, match=says):
             await remote._stub.Upload(messages())
 
-    with_server(tmp_path / "state", test)
 
+async def test_one_stream_at_a_time(tmp_path: Path) -> None:
+    async def _receipt(call: Awaitable[pb.Receipt]) -> pb.Receipt:
+        return await call
 
-def test_one_stream_at_a_time(tmp_path: Path) -> None:
-    async def test(_: Daemon, remote: Crowd) -> None:
+    async with served(tmp_path / "state") as (_, remote):
         reply = await join(remote)
         file, declaration = written(trained(reply), tmp_path)
         await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
@@ -285,14 +197,9 @@ def test_one_stream_at_a_time(tmp_path: Path) -> None:
         go_on.set()
         assert (await first).digest == declaration.digest
 
-    async def _receipt(call: Awaitable[pb.Receipt]) -> pb.Receipt:
-        return await call
 
-    with_server(tmp_path / "state", test)
-
-
-def test_what_a_stranger_may_not(tmp_path: Path) -> None:
-    async def test(_: Daemon, remote: Crowd) -> None:
+async def test_what_a_stranger_may_not(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (_, remote):
         stub = remote._stub
         beat = pb.HeartbeatRequest(lease="0" * 64)
         with pytest.raises(Refused, match="lease"):
@@ -319,40 +226,33 @@ def test_what_a_stranger_may_not(tmp_path: Path) -> None:
         with pytest.raises(grpc.aio.AioRpcError, match="empty upload"):
             await stub.Upload(nothing_at_all())
 
-    with_server(tmp_path / "state", test)
 
-
-def test_only_the_operator_administers(tmp_path: Path) -> None:
+async def test_only_the_operator_administers(tmp_path: Path) -> None:
     state = tmp_path / "state"
 
-    async def test() -> None:
-        async with running(state):
-            await control.submit(state, spec.parse(SPEC))
-            assert [found.spec.name for found in await control.jobs(state)] == ["notes"]
-            async with control.channel(state) as (channel, _):
-                for metadata in ((), (("authorization", "Bearer wrong"),)):
-                    with pytest.raises(grpc.aio.AioRpcError) as caught:
-                        await rpc.AdminStub(channel).Close(pb.CloseRequest(job="notes"), metadata=metadata)
-                    assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
-            socket = Path(transport.socket(state).removeprefix("unix:"))
-            mode = stat.S_IMODE((await asyncio.to_thread(socket.stat)).st_mode)
-            assert mode == 0o600, "nobody else can connect"
-            assert (await control.show(state, "notes")).state == pb.STATE_OPEN
-            assert (await control.close(state, "notes")).state == pb.STATE_EXPIRED
-
-    asyncio.run(test())
+    async with running(state):
+        await control.submit(state, spec.parse(SPEC))
+        assert [found.spec.name for found in await control.jobs(state)] == ["notes"]
+        async with control.channel(state) as (channel, _):
+            for metadata in ((), (("authorization", "Bearer wrong"),)):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await rpc.AdminStub(channel).Close(pb.CloseRequest(job="notes"), metadata=metadata)
+                assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        socket = Path(transport.socket(state).removeprefix("unix:"))
+        mode = stat.S_IMODE((await asyncio.to_thread(socket.stat)).st_mode)
+        assert mode == 0o600, "nobody else can connect"
+        assert (await control.show(state, "notes")).state == pb.STATE_OPEN
+        assert (await control.close(state, "notes")).state == pb.STATE_EXPIRED
 
 
-def test_submitting_again_is_idempotent_and_another_job_of_the_name_is_refused(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, _: Crowd) -> None:
+async def test_submitting_again_is_idempotent_and_another_job_of_the_name_is_refused(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (daemon, _):
         again = await daemon.submit(spec.parse(SPEC))
         assert again.spec.name == "notes" and len(await daemon.names()) == 1
         with pytest.raises(Refused, match="different job"):
             await daemon.submit(spec.parse({**SPEC, "train": {"epochs": 1}}))
         with pytest.raises(BadData, match="is not there"):
             await daemon.submit(spec.parse({**SPEC, "name": "other", "model": {"base": "/no/such/base"}}))
-
-    with_server(tmp_path / "state", test)
 
 
 def test_a_job_from_before_a_key_was_there_means_the_keys_default(tmp_path: Path) -> None:
@@ -372,10 +272,10 @@ def test_a_job_from_before_a_key_was_there_means_the_keys_default(tmp_path: Path
     with_server(state, one_job)  # submits the same job again
 
 
-def test_silent_clients_sleep_and_the_deadline_closes(tmp_path: Path) -> None:
+async def test_silent_clients_sleep_and_the_deadline_closes(tmp_path: Path) -> None:
     now = [1000.0]
 
-    async def test(daemon: Daemon, remote: Crowd) -> None:
+    async with served(tmp_path / "state", clock=lambda: now[0]) as (daemon, remote):
         reply = await join(remote)
         now[0] += 61
         assert (await daemon.status("notes")).clients[0].phase == pb.PHASE_ASLEEP
@@ -394,11 +294,9 @@ def test_silent_clients_sleep_and_the_deadline_closes(tmp_path: Path) -> None:
         with pytest.raises(Refused, match="no more contributions"):
             await join(remote, BOB)
 
-    with_server(tmp_path / "state", test, clock=lambda: now[0])
 
-
-def test_downloads_resume_and_are_checked(tmp_path: Path) -> None:
-    async def test(_: Daemon, remote: Crowd) -> None:
+async def test_downloads_resume_and_are_checked(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (_, remote):
         reply = await join(remote)
         to = tmp_path / "initial.safetensors"
         partial = tmp_path / f".initial.safetensors.{reply.job.initial.digest[:12]}"
@@ -416,35 +314,27 @@ def test_downloads_resume_and_are_checked(tmp_path: Path) -> None:
         with pytest.raises(BadData, match="not a path inside"):
             remotes.local_path(tmp_path, hostile)
 
-    with_server(tmp_path / "state", test)
 
+async def test_a_coordinator_with_another_key_is_refused(tmp_path: Path) -> None:
+    first_use: list[str] = []
+    pins = Pins(tmp_path)
+    async with running(tmp_path / "one") as (_, address):
+        async with remotes.connect(address, pins, lambda shown: first_use.append(shown.fingerprint)) as remote:
+            with pytest.raises(Refused, match="no job is open"):
+                await remote.join(pb.JoinRequest())
+        async with remotes.connect(address, pins, lambda shown: first_use.append(shown.fingerprint)):
+            pass
+    assert first_use == [identity.load_or_create(tmp_path / "one").fingerprint]
 
-def test_a_coordinator_with_another_key_is_refused(tmp_path: Path) -> None:
-    async def test() -> None:
-        first_use: list[str] = []
-        pins = Pins(tmp_path)
-        async with running(tmp_path / "one") as (_, address):
-            async with remotes.connect(address, pins, lambda shown: first_use.append(shown.fingerprint)) as remote:
-                with pytest.raises(Refused, match="no job is open"):
-                    await remote.join(pb.JoinRequest())
-            async with remotes.connect(address, pins, lambda shown: first_use.append(shown.fingerprint)):
+    async with running(tmp_path / "two") as (_, other):
+        pins.pin(other, first_use[0])  # that of another coordinator
+        with pytest.raises(Refused, match="another key") as caught:
+            async with remotes.connect(other, pins, lambda *_: None):
                 pass
-        assert first_use == [identity.load_or_create(tmp_path / "one").fingerprint]
-
-        async with running(tmp_path / "two") as (_, other):
-            pins.pin(other, first_use[0])  # that of another coordinator
-            with pytest.raises(Refused, match="another key") as caught:
-                async with remotes.connect(other, pins, lambda *_: None):
-                    pass
-            assert tls.grouped(first_use[0]) in str(caught.value)
-
-    asyncio.run(test())
+        assert tls.grouped(first_use[0]) in str(caught.value)
 
 
-def test_nobody_there(tmp_path: Path) -> None:
-    async def test() -> None:
-        with pytest.raises(Unreachable, match="no coordinator answers at"):
-            async with remotes.connect("127.0.0.1:1", Pins(tmp_path), lambda *_: None):
-                pass
-
-    asyncio.run(test())
+async def test_nobody_there(tmp_path: Path) -> None:
+    with pytest.raises(Unreachable, match="no coordinator answers at"):
+        async with remotes.connect("127.0.0.1:1", Pins(tmp_path), lambda *_: None):
+            pass

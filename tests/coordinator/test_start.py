@@ -12,7 +12,7 @@ from coordinator.admission import outliers as judging
 from coordinator.admission.outliers import Member
 from coordinator.aggregate import METHODS, ClientUpdate, aggregate, changes, clipped
 from oneround.v1 import federation_pb2 as pb
-from tests.coordinator.test_methods import FULL, REFERENCES, SHAPES, assert_close, cohort, deltas, each_method, how
+from tests.coordinator.references import FULL, REFERENCES, SHAPES, assert_close, cohort, deltas, each_method, how
 
 LARGE = 30.0  # times what a client changes
 

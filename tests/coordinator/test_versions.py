@@ -1,7 +1,6 @@
 """A job's life after its first publication, and around it: late contributions, decisions by hand, other methods."""
 
 import asyncio
-import json
 import re
 from pathlib import Path
 
@@ -10,25 +9,26 @@ import numpy as np
 import pytest
 
 from converters.adapter import Adapter, LowRank
-from coordinator.daemon import Daemon
 from coordinator.jobs import spec
 from coordinator.publication import diff
 from oneround.errors import Conflict, NotFound, Refused, UsageError
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd
-from tests.coordinator.test_server import (
+from tests.daemons import (
     ALICE,
     BOB,
+    CLIENTS,
     SPEC,
     join,
     judged,
+    manifest,
     nothing,
+    served,
     trained,
-    with_server,
+    version,
     written,
 )
 
-CLIENTS = [letter * 32 for letter in "abcdef"]
 LATE = {**SPEC, "name": "late", "round": {"min_clients": 2, "target_clients": 4, "renew_every": "1s"}}
 
 
@@ -47,28 +47,12 @@ async def contribute(remote: Crowd, folder: Path, client: str, seed: int, job: s
     return reply.lease
 
 
-async def version(daemon: Daemon, number: int, name: str = "late") -> pb.JobStatus:
-    """The job once this version, and none after it, is there."""
-    async with asyncio.timeout(120):
-        async for status in daemon.statuses.watch(name):
-            assert len(status.publications) <= number, status.publications[-1].reason
-            if status.state == pb.STATE_PUBLISHED and len(status.publications) == number:
-                return status
-    raise AssertionError("watching never ends")
-
-
-def manifest(status: pb.JobStatus) -> dict[str, dict[str, object]]:
-    """The newest version's contributions by client."""
-    written = json.loads((Path(status.publications[-1].folder) / "manifest.json").read_text())
-    return {given["client"]: given for given in written["contributions"]}
-
-
 def decide(client: str, decision: pb.Decision, why: str = "", job: str = "late") -> pb.JudgeRequest:
     return pb.JudgeRequest(job=job, client=client, decision=decision, why=why)
 
 
-def test_versions_of_a_job(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Crowd) -> None:
+async def test_versions_of_a_job(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (daemon, remote):
         await daemon.submit(spec.parse(LATE))
         for seed, client in enumerate(CLIENTS[:3]):
             await contribute(remote, tmp_path, client, seed)
@@ -128,11 +112,9 @@ def test_versions_of_a_job(tmp_path: Path) -> None:
         assert not (state / "publications" / "late").exists() and not list((state / "uploads").iterdir())
         assert len(list((state / "blobs").iterdir())) == 1, "the other job's initial adapter"
 
-    with_server(tmp_path / "state", test)
 
-
-def test_decisions_that_cannot_be(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Crowd) -> None:
+async def test_decisions_that_cannot_be(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (daemon, remote):
         reply = await join(remote)
         with pytest.raises(NotFound, match="no client 'nobody'"):
             await daemon.judge(decide("nobody", pb.DECISION_ADMIT, job="notes"))
@@ -156,13 +138,11 @@ def test_decisions_that_cannot_be(tmp_path: Path) -> None:
         with pytest.raises(Refused, match="2 clients are called"):
             await daemon.judge(decide("aaaaa", pb.DECISION_EXCLUDE, job="notes"))
 
-    with_server(tmp_path / "state", test)
 
-
-def test_a_method_that_needs_more_than_came_leaves_the_way_to_another(tmp_path: Path) -> None:
+async def test_a_method_that_needs_more_than_came_leaves_the_way_to_another(tmp_path: Path) -> None:
     few = {**SPEC, "name": "few", "round": {"min_clients": 5, "target_clients": 0}, "aggregate": {"method": "krum"}}
 
-    async def test(daemon: Daemon, remote: Crowd) -> None:
+    async with served(tmp_path / "state") as (daemon, remote):
         await daemon.submit(spec.parse(few))
         for seed, client in enumerate(CLIENTS[:2]):
             await contribute(remote, tmp_path, client, seed, "few")
@@ -180,11 +160,9 @@ def test_a_method_that_needs_more_than_came_leaves_the_way_to_another(tmp_path: 
         made = await version(daemon, 1, "few")
         assert made.publications[0].contributions == 2 and not made.takes_contributions
 
-    with_server(tmp_path / "state", test)
 
-
-def test_another_contribution_only_where_the_operator_lets_it(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Crowd) -> None:
+async def test_another_contribution_only_where_the_operator_lets_it(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (daemon, remote):
         reply = await join(remote)
         file, declaration = written(trained(reply), tmp_path / "one")
         first = await remote.upload(reply.lease, declaration, file, nothing)
@@ -202,11 +180,9 @@ def test_another_contribution_only_where_the_operator_lets_it(tmp_path: Path) ->
         assert [client.contribution.declaration.digest for client in status.clients] == [another.digest]
         assert (await judged(remote, reply.lease)).verdict == pb.VERDICT_ADMITTED
 
-    with_server(tmp_path / "state", test)
 
-
-def test_leaving_and_coming_back(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Crowd) -> None:
+async def test_leaving_and_coming_back(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (daemon, remote):
         reply = await join(remote)
         file, declaration = written(trained(reply), tmp_path)
         await remote._stub.OpenUpload(pb.OpenUploadRequest(lease=reply.lease, declaration=declaration))
@@ -220,11 +196,9 @@ def test_leaving_and_coming_back(tmp_path: Path) -> None:
         with pytest.raises(Refused, match="not known"):
             await remote.withdraw("0" * 64)
 
-    with_server(tmp_path / "state", test)
 
-
-def test_a_cancelled_job_tells_its_clients(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Crowd) -> None:
+async def test_a_cancelled_job_tells_its_clients(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (daemon, remote):
         reply = await join(remote)
         assert (await daemon.cancel("notes")).state == pb.STATE_CANCELLED
         answer = await remote.heartbeat(pb.HeartbeatRequest(lease=reply.lease))
@@ -234,5 +208,3 @@ def test_a_cancelled_job_tells_its_clients(tmp_path: Path) -> None:
         await daemon.delete("notes")
         assert (await daemon.submit(spec.parse(SPEC))).state == pb.STATE_OPEN, "the name is free again"
         assert (await join(remote, ALICE)).lease != reply.lease
-
-    with_server(tmp_path / "state", test)

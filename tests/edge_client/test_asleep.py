@@ -18,7 +18,7 @@ from coordinator.jobs import spec
 from coordinator.jobs.leases import ASLEEP_AFTER
 from edge_client import outbox
 from oneround.v1 import federation_pb2 as pb
-from tests.coordinator.test_server import SPEC, running
+from tests.daemons import SPEC, running
 
 ASLEEP_SECONDS = 4.0  # longer than between two heartbeats
 LATER = 2 * ASLEEP_AFTER  # what passes for the coordinator in that time
@@ -158,46 +158,43 @@ SLEEPY = {
         pytest.param("sending", True, id="sending, cut off"),
     ],
 )
-def test_a_client_that_slept_finishes(tmp_path: Path, during: str, cut: bool) -> None:
+async def test_a_client_that_slept_finishes(tmp_path: Path, during: str, cut: bool) -> None:
     """The seconds for which it stands still are what it is about; the rest is a real client that starts and trains."""
     clock = Clock()
 
-    async def test() -> None:
-        before = 0
-        async with running(tmp_path / "one", clock) as (daemon, address):
-            await daemon.submit(spec.parse(SLEEPY))
-            line = Line(address)
-            async with line.open() as server:
-                client = await Client.join(server, tmp_path, "client")
-                try:
-                    if during == "training":
-                        await client.until("progress", what="training")
-                        assert client.said[-1]["done"] < client.said[-1]["total"]  # type: ignore[operator]
-                    else:
-                        await client.until("trained")
-                        before = line.sent
-                        line.hold_after = before + 3_000_000
-                        await asyncio.wait_for(line.held.wait(), 60)
-                    phase = await client.sleep(daemon, clock)
-                    assert phase == (pb.PHASE_ASLEEP if during == "training" else pb.PHASE_UPLOADING)
-                    if cut:
-                        line.cut()
-                        await asyncio.sleep(0.5)
-                    line.go_on.set()
-                    client.wake()
-                    await client.end()
-                finally:
-                    client.kill()
-            (shown,) = (await daemon.status("notes")).clients
-            box = outbox.find(tmp_path / "client", "notes")
-            declared = box.trained()
-            assert declared is not None and shown.phase == pb.PHASE_CONTRIBUTED
-            assert shown.contribution.declaration.digest == declared.digest, "one upload, whole"
-            assert adapter.read(box.adapter).modules
-            events = [said["event"] for said in client.said]
-            assert events.count("receipt") == events.count("trained") == 1
-            if during == "sending":
-                assert declared.size > 5_000_000 and line.sent - before < declared.size + 1_500_000, "it went on"
-                assert ("retry" in events) == cut
-
-    asyncio.run(test())
+    before = 0
+    async with running(tmp_path / "one", clock) as (daemon, address):
+        await daemon.submit(spec.parse(SLEEPY))
+        line = Line(address)
+        async with line.open() as server:
+            client = await Client.join(server, tmp_path, "client")
+            try:
+                if during == "training":
+                    await client.until("progress", what="training")
+                    assert client.said[-1]["done"] < client.said[-1]["total"]  # type: ignore[operator]
+                else:
+                    await client.until("trained")
+                    before = line.sent
+                    line.hold_after = before + 3_000_000
+                    await asyncio.wait_for(line.held.wait(), 60)
+                phase = await client.sleep(daemon, clock)
+                assert phase == (pb.PHASE_ASLEEP if during == "training" else pb.PHASE_UPLOADING)
+                if cut:
+                    line.cut()
+                    await asyncio.sleep(0.5)
+                line.go_on.set()
+                client.wake()
+                await client.end()
+            finally:
+                client.kill()
+        (shown,) = (await daemon.status("notes")).clients
+        box = outbox.find(tmp_path / "client", "notes")
+        declared = box.trained()
+        assert declared is not None and shown.phase == pb.PHASE_CONTRIBUTED
+        assert shown.contribution.declaration.digest == declared.digest, "one upload, whole"
+        assert adapter.read(box.adapter).modules
+        events = [said["event"] for said in client.said]
+        assert events.count("receipt") == events.count("trained") == 1
+        if during == "sending":
+            assert declared.size > 5_000_000 and line.sent - before < declared.size + 1_500_000, "it went on"
+            assert ("retry" in events) == cut

@@ -1,6 +1,5 @@
 """Before anything leaves the machine: what is said of it is complete, and who says no leaves no trace."""
 
-import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +13,10 @@ from edge_client import consent, outbox
 from oneround.errors import NotFound, Refused
 from oneround.v1 import federation_pb2 as pb
 from tests import commands, terminal
-from tests.coordinator.test_server import SPEC, running
-from tests.edge_client.test_backends import usable
-from tests.edge_client.test_session import Quick, participant, take_part
+from tests.daemons import SPEC, running
+from tests.edge_client.backends import usable
+from tests.fakes import FakeBackend
+from tests.participants import participant, take_part
 
 BASE = Path(__file__).parents[2] / "benchmarks" / "base"
 JOB = f'name = "notes"\n[model]\nbase = "{BASE}"\n[lora]\nrank = 2\n[train]\nepochs = 30\n'
@@ -99,17 +99,14 @@ def test_every_field_that_is_sent_is_said() -> None:
             assert words is None or words in shown(), f"{kind.name}.{name}"
 
 
-def test_everything_in_the_adapters_file_is_said(tmp_path: Path) -> None:
-    async def test() -> None:
-        who = participant(tmp_path, Quick())
-        async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(job.parse(SPEC))
-            await take_part(address, who)
-        _, metadata = tensors.read(outbox.find(who.state, "notes").adapter)
-        assert metadata.keys() == METADATA.keys()
-        assert all(words in shown() for words in METADATA.values())
-
-    asyncio.run(test())
+async def test_everything_in_the_adapters_file_is_said(tmp_path: Path) -> None:
+    who = participant(tmp_path, FakeBackend())
+    async with running(tmp_path / "one") as (daemon, address):
+        await daemon.submit(job.parse(SPEC))
+        await take_part(address, who)
+    _, metadata = tensors.read(outbox.find(who.state, "notes").adapter)
+    assert metadata.keys() == METADATA.keys()
+    assert all(words in shown() for words in METADATA.values())
 
 
 def test_a_job_that_goes_on_from_another_says_so(tmp_path: Path) -> None:

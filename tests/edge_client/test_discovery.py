@@ -39,37 +39,31 @@ async def until(fingerprint: str, there: bool) -> list[DiscoveredCoordinator]:
     raise AssertionError(f"{fingerprint} is {'not' if there else 'still'} there")
 
 
-def test_a_coordinator_says_where_it_is_and_says_goodbye() -> None:
+async def test_a_coordinator_says_where_it_is_and_says_goodbye() -> None:
     key = os.urandom(32).hex()
 
-    async def both() -> None:
-        saying = asyncio.create_task(advertising.advertise("127.0.0.1", 50999, key, name="ward-9.local"))
-        (seen,) = await until(key, there=True)
-        assert seen == DiscoveredCoordinator(f"ward-9 {key[:8]}", ("127.0.0.1:50999",), key)
-        saying.cancel()
-        await asyncio.gather(saying, return_exceptions=True)
-        await until(key, there=False)
-
-    asyncio.run(both())
+    saying = asyncio.create_task(advertising.advertise("127.0.0.1", 50999, key, name="ward-9.local"))
+    (seen,) = await until(key, there=True)
+    assert seen == DiscoveredCoordinator(f"ward-9 {key[:8]}", ("127.0.0.1:50999",), key)
+    saying.cancel()
+    await asyncio.gather(saying, return_exceptions=True)
+    await until(key, there=False)
 
 
 @pytest.mark.skipif(not lan.reachable(lan.interfaces()), reason="this machine is on no network")
-def test_a_coordinator_that_comes_onto_a_network_says_so() -> None:
+async def test_a_coordinator_that_comes_onto_a_network_says_so() -> None:
     key, networks = os.urandom(32).hex(), [[], lan.interfaces()]
 
-    async def both() -> None:
-        saying = asyncio.create_task(
-            advertising.advertise(
-                "0.0.0.0", 50998, key, interfaces=lambda: networks.pop(0) if len(networks) > 1 else networks[0], every=1
-            )
+    saying = asyncio.create_task(
+        advertising.advertise(
+            "0.0.0.0", 50998, key, interfaces=lambda: networks.pop(0) if len(networks) > 1 else networks[0], every=1
         )
-        (seen,) = await until(key, there=True)
-        reachable = [address for address in lan.reachable(lan.interfaces()) if ":" not in address]
-        assert list(seen.addresses) == [f"{address}:50998" for address in reachable]
-        saying.cancel()
-        await asyncio.gather(saying, return_exceptions=True)
-
-    asyncio.run(both())
+    )
+    (seen,) = await until(key, there=True)
+    reachable = [address for address in lan.reachable(lan.interfaces()) if ":" not in address]
+    assert list(seen.addresses) == [f"{address}:50998" for address in reachable]
+    saying.cancel()
+    await asyncio.gather(saying, return_exceptions=True)
 
 
 @pytest.mark.parametrize(

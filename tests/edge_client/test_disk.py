@@ -13,20 +13,17 @@ from converters import adapter
 from converters.adapter import Adapter, LowRank
 from coordinator.jobs import spec as job
 from edge_client import outbox, session
-from edge_client.backends import Progress
 from edge_client.connection import remote as remotes
-from edge_client.connection.identity import Pins
-from edge_client.data.batches import Batches
 from edge_client.preflight import disk as disks
 from edge_client.training import snapshot
-from edge_client.training.recipe import EXACT, Recipe, Setup
 from edge_client.training.snapshot import Snapshot
-from edge_client.ui.screen import Screen
 from oneround import files
 from oneround.errors import NotEnough
 from oneround.v1 import federation_pb2 as pb
-from tests.coordinator.test_disk import disk, full
-from tests.coordinator.test_server import BASE, SPEC, running
+from tests.daemons import BASE, SPEC, running
+from tests.disks import disk, full
+from tests.fakes import FakeBackend, snapshot_arrays
+from tests.participants import take_part
 
 MB = 1 << 20
 MODULES = [pb.Module(name=f"model.layers.{n}.self_attn.q_proj", out_features=96, in_features=64) for n in range(40)]
@@ -53,12 +50,6 @@ def factors(job: pb.Job) -> Adapter:
     )
 
 
-def arrays(made: Adapter) -> dict[str, np.ndarray]:
-    """As a backend gives them: the factors and two moments of each."""
-    pairs = [(f"{name}.{part}", getattr(f, part)) for name, f in made.modules.items() for part in ("a", "b")]
-    return {name + moment: array for name, array in pairs for moment in ("", ".first", ".second")}
-
-
 @pytest.mark.parametrize("dtype", adapter.WIRE_DTYPES)
 @pytest.mark.parametrize("rank", [1, 64])
 def test_sizes_are_those_of_the_files(tmp_path: Path, dtype: str, rank: int) -> None:
@@ -66,7 +57,7 @@ def test_sizes_are_those_of_the_files(tmp_path: Path, dtype: str, rank: int) -> 
     spec = announced(dtype, rank)
     made = factors(spec)
     adapter.write(Adapter(made.modules, {"job": "x" * 64, "base": "ab" * 32}), tmp_path / "adapter", dtype)
-    snapshot.write(tmp_path / "snapshot", Snapshot((0.5,) * 100, arrays(made)), "ab" * 32)
+    snapshot.write(tmp_path / "snapshot", Snapshot((0.5,) * 100, snapshot_arrays(made)), "ab" * 32)
     finished, kept = ((tmp_path / name).stat().st_size for name in ("adapter", "snapshot"))
     assert finished <= disks.finished_bytes(spec) < finished + 40_000
     assert kept <= disks.snapshot_bytes(spec) < kept + 60_000
@@ -116,47 +107,6 @@ def test_reserved_room_is_written_over(tmp_path: Path) -> None:
     assert file.read_bytes() == b"short" and file.stat().st_ino == kept.st_ino and not files.reserved(file).exists()
 
 
-class Fills:
-    """Trains in no time, keeps what a backend keeps, goes on from a snapshot; calls `at` before each step."""
-
-    name = "fills"
-
-    def __init__(self, at: Callable[[int], object] = lambda step: None) -> None:
-        self.at = at
-        self.began_at: list[int] = []
-
-    def available(self) -> str | None:
-        return None
-
-    def precision(self) -> str:
-        return "float32"
-
-    def device(self) -> str:
-        return "cpu"
-
-    def train(
-        self,
-        base: Path,
-        initial: Adapter,
-        recipe: Recipe,
-        plan: Batches,
-        on_step: Callable[[Progress], None],
-        snapshot: Snapshot | None = None,
-        setup: Setup = EXACT,
-    ) -> Adapter:
-        begin = snapshot.step if snapshot else 0
-        self.began_at.append(begin)
-        for step in range(begin, plan.total_steps):
-            self.at(step)
-            on_step(Progress(step + 1, plan.total_steps, 1.0, 1, 0.01, setup, lambda: arrays(initial)))
-        return Adapter({name: LowRank(f.a, np.ones_like(f.b)) for name, f in initial.modules.items()})
-
-
-async def take_part(address: str, who: session.Participant) -> pb.Receipt:
-    async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
-        return await session.take_part(remote, "notes", who, Screen())
-
-
 def with_a_disk(
     tmp_path: Path,
     megabytes: int,
@@ -167,7 +117,7 @@ def with_a_disk(
     (tmp_path / "data.jsonl").write_text("".join(f'{{"text": "row {n} of the data"}}\n' for n in range(90)))
 
     async def run(state: Path) -> None:
-        who = session.Participant(state, "alice", tmp_path / "data.jsonl", Fills(), model, save_every=0.0)
+        who = session.Participant(state, "alice", tmp_path / "data.jsonl", FakeBackend(), model, save_every=0.0)
         async with running(tmp_path / "coordinator") as (daemon, address):
             await daemon.submit(job.parse(SPEC))
             await test(state, address, who)
@@ -196,7 +146,7 @@ def test_a_disk_that_fills_up_while_training(tmp_path: Path) -> None:
 
     async def test(state: Path, address: str, who: session.Participant) -> None:
         with ExitStack() as filled:
-            backend = Fills(lambda step: filled.enter_context(full(state)) if step == 5 else None)
+            backend = FakeBackend(lambda step: filled.enter_context(full(state)) if step == 5 else None)
             receipt = await take_part(address, replace(who, backend=backend))
             assert (state / "filler").exists() and receipt.digest
         (box,) = outbox.all_outboxes(state)
@@ -218,11 +168,11 @@ def test_where_no_room_could_be_kept_the_last_snapshot_is(tmp_path: Path) -> Non
                     filled.enter_context(full(state))
 
             with pytest.raises(NotEnough, match="no room on the disk for") as caught:
-                await take_part(address, replace(who, backend=Fills(fill)))
+                await take_part(address, replace(who, backend=FakeBackend(fill)))
         assert caught.value.exit_code == 6 and "run the same command again" in caught.value.hint
         (box,) = outbox.all_outboxes(state)
         assert box.snapshot.exists() and box.trained() is None
-        again = Fills()
+        again = FakeBackend()
         assert (await take_part(address, replace(who, backend=again))).digest
         assert 0 < again.began_at[0] <= 5, "it went on from the last snapshot"
 

@@ -32,8 +32,8 @@ from oneround.errors import Unreachable
 from oneround.lan import Interface
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
-from tests.coordinator.test_disk import disk
-from tests.coordinator.test_server import BASE, SPEC, running
+from tests.daemons import BASE, SPEC, running
+from tests.disks import disk
 
 usable = [name for name in BACKENDS if backends.load(name).available() is None]
 pytestmark = pytest.mark.skipif(not usable, reason="no training framework is here")

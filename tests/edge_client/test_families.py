@@ -16,7 +16,7 @@ from edge_client.preflight import compat
 from oneround.errors import UsageError
 from tests.converters import tiny_families
 from tests.edge_client import tiny
-from tests.edge_client.test_backends import both, difference, recipe_for, trained
+from tests.edge_client.backends import both, difference, recipe_for, trained
 
 needs_mlx = pytest.mark.skipif(backends.load("mlx").available() is not None, reason="needs mlx")
 

@@ -15,7 +15,7 @@ from edge_client.preflight import disk, memory
 from edge_client.training.recipe import EXACT, Setup
 from oneround.errors import BadModel
 from oneround.v1 import federation_pb2 as pb
-from tests.edge_client.test_session import Quick
+from tests.fakes import FakeBackend
 
 BASE = Path(__file__).parents[2] / "benchmarks" / "base"
 
@@ -63,11 +63,11 @@ def test_parameters_are_counted_or_inferred() -> None:
 
 def test_a_model_whose_config_says_something_else_has_no_estimate(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"n_embd": 768, "n_layer": 12}))
-    assert memory.outlook(tmp_path, job_over(BASE), Quick()) is None
+    assert memory.outlook(tmp_path, job_over(BASE), FakeBackend()) is None
 
 
 def test_what_is_short_is_said() -> None:
-    seen = memory.outlook(BASE, job_over(BASE), Quick(), longest=64)
+    seen = memory.outlook(BASE, job_over(BASE), FakeBackend(), longest=64)
     assert seen is not None and seen.available and not seen.short
     assert replace(seen, available=seen.needed - 1).short
     assert not replace(seen, available=None).short, "a device of its own has memory that is not known here"

@@ -1,6 +1,5 @@
 """A client's part in a job whose A is frozen: it sends B alone, and can still use what it trained."""
 
-import asyncio
 from pathlib import Path
 
 import numpy as np
@@ -9,27 +8,25 @@ from converters import adapter, tensors
 from coordinator.jobs import spec as job
 from edge_client import outbox
 from edge_client.preflight import disk
-from tests.coordinator.test_server import SPEC, running
-from tests.edge_client.test_session import Quick, participant, take_part
+from tests.daemons import SPEC, running
+from tests.fakes import FakeBackend
+from tests.participants import participant, take_part
 
 
-def test_b_alone_is_sent_and_admitted(tmp_path: Path) -> None:
-    async def test() -> None:
-        who = participant(tmp_path, Quick())
-        spec = {**SPEC, "lora": {**SPEC["lora"], "freeze_a": True}, "upload": {"dtype": "bfloat16"}}  # type: ignore[dict-item]
-        async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(job.parse(spec))
-            receipt = await take_part(address, who)  # a quarantined contribution would raise
-        box = outbox.find(who.state, "notes")
-        found, header = tensors.read(box.adapter)
-        joined = box.joined()
-        assert joined is not None and header[adapter.FROZEN_A] == joined.job.initial.digest
-        assert found and all(name.endswith("lora_B.weight") for name in found)
-        expected = 2 * 2 * sum(module.out_features for module in joined.job.modules)  # rank 2, two bytes each
-        assert disk.sent_bytes(joined.job) == expected and expected < receipt.size <= disk.finished_bytes(joined.job)
+async def test_b_alone_is_sent_and_admitted(tmp_path: Path) -> None:
+    who = participant(tmp_path, FakeBackend())
+    spec = {**SPEC, "lora": {**SPEC["lora"], "freeze_a": True}, "upload": {"dtype": "bfloat16"}}  # type: ignore[dict-item]
+    async with running(tmp_path / "one") as (daemon, address):
+        await daemon.submit(job.parse(spec))
+        receipt = await take_part(address, who)  # a quarantined contribution would raise
+    box = outbox.find(who.state, "notes")
+    found, header = tensors.read(box.adapter)
+    joined = box.joined()
+    assert joined is not None and header[adapter.FROZEN_A] == joined.job.initial.digest
+    assert found and all(name.endswith("lora_B.weight") for name in found)
+    expected = 2 * 2 * sum(module.out_features for module in joined.job.modules)  # rank 2, two bytes each
+    assert disk.sent_bytes(joined.job) == expected and expected < receipt.size <= disk.finished_bytes(joined.job)
 
-        initial = adapter.read(box.initial)
-        for name, update in adapter.read(box.adapter, initial).modules.items():
-            assert np.array_equal(update.a, initial.modules[name].a) and (update.b == 1).all()
-
-    asyncio.run(test())
+    initial = adapter.read(box.initial)
+    for name, update in adapter.read(box.adapter, initial).modules.items():
+        assert np.array_equal(update.a, initial.modules[name].a) and (update.b == 1).all()

@@ -27,7 +27,9 @@ from edge_client.pausing.policy import IDLE_SECONDS, Heat, Pause, PausePolicy, R
 from edge_client.ui.screen import Screen
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
-from tests.coordinator.test_server import SPEC, running
+from tests.commands import script
+from tests.daemons import SPEC, running
+from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 FINE = Readings(battery=80.0, idle=9999.0, memory=50.0)
@@ -216,14 +218,6 @@ print(os.nice(0), found[0])
     assert done.stdout.split() == [str(expected)] * 2
 
 
-def script(folder: Path, name: str, text: str) -> None:
-    """A program of the system, in a test's place of it."""
-    folder.mkdir(exist_ok=True)
-    file = folder / name
-    file.write_text(f"#!/bin/sh\n{text}\n")
-    file.chmod(0o755)
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="systemd")
 def test_the_machine_is_kept_awake_for_as_long_as_it_is_asked_to(tmp_path: Path) -> None:
     """By a stand-in that does what systemd-inhibit does to its command; asked for, let go of, and left to kill -9."""
@@ -257,15 +251,6 @@ time.sleep(60)
             process.kill()
     asked = (tmp_path / "asked").read_text().splitlines()
     assert len(asked) == 2 and all("--what=sleep" in line and "--mode=block" in line for line in asked)
-
-
-def eventually(true: Callable[[], object], seconds: float = 10.0) -> bool:
-    end = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 # ---- training that pauses ----
@@ -314,47 +299,44 @@ def spec(**train: object) -> pb.JobSpec:
     return job.parse({**SPEC, "train": {"batch_size": 4, "max_seq_len": 32, "epochs": 2, **train}})
 
 
-def test_a_run_that_pauses_gives_the_same_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_a_run_that_pauses_gives_the_same_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     laptop = Laptop()
     laptop.readings = ON_BATTERY  # waits before it begins, too
 
-    async def test() -> None:
-        paused, whole = (
-            participant(tmp_path / "paused", laptop.pausing()),
-            participant(tmp_path / "whole", PauseController()),
-        )
-        async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(spec())
-            taking = asyncio.create_task(take_part(address, paused))
+    paused, whole = (
+        participant(tmp_path / "paused", laptop.pausing()),
+        participant(tmp_path / "whole", PauseController()),
+    )
+    async with running(tmp_path / "one") as (daemon, address):
+        await daemon.submit(spec())
+        taking = asyncio.create_task(take_part(address, paused))
 
-            async def step() -> tuple[int, float, bool]:
-                (client,) = (await daemon.status("notes")).clients
-                return client.step, client.tokens_per_second, client.phase == pb.PHASE_TRAINING
+        async def step() -> tuple[int, float, bool]:
+            (client,) = (await daemon.status("notes")).clients
+            return client.step, client.tokens_per_second, client.phase == pb.PHASE_TRAINING
 
-            await asyncio.sleep(0.5)
-            assert laptop.awake == 0 and laptop.reads > 1
-            laptop.readings = FINE
-            while not list((tmp_path / "paused").rglob("initial.safetensors")):  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-            laptop.readings = ON_BATTERY
-            while not list((tmp_path / "paused").rglob("training.safetensors")):  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(3.0)  # heartbeats go on
-            assert laptop.awake == 0
-            before, speed, training = await step()
-            assert training and speed == 0.0 and before >= 1
-            await asyncio.sleep(0.3)
-            assert (await step())[0] == before
-            laptop.readings = FINE
-            await taking
-            assert laptop.awake == 0
-            await take_part(address, whole)
-        one, other = (adapter.read(outbox.find(who.state, "notes").adapter) for who in (paused, whole))
-        for name, factors in one.modules.items():
-            assert np.array_equal(factors.a, other.modules[name].a)
-            assert np.array_equal(factors.b, other.modules[name].b)
-
-    asyncio.run(test())
+        await asyncio.sleep(0.5)
+        assert laptop.awake == 0 and laptop.reads > 1
+        laptop.readings = FINE
+        while not list((tmp_path / "paused").rglob("initial.safetensors")):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        laptop.readings = ON_BATTERY
+        while not list((tmp_path / "paused").rglob("training.safetensors")):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(3.0)  # heartbeats go on
+        assert laptop.awake == 0
+        before, speed, training = await step()
+        assert training and speed == 0.0 and before >= 1
+        await asyncio.sleep(0.3)
+        assert (await step())[0] == before
+        laptop.readings = FINE
+        await taking
+        assert laptop.awake == 0
+        await take_part(address, whole)
+    one, other = (adapter.read(outbox.find(who.state, "notes").adapter) for who in (paused, whole))
+    for name, factors in one.modules.items():
+        assert np.array_equal(factors.a, other.modules[name].a)
+        assert np.array_equal(factors.b, other.modules[name].b)
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     events = [line["event"] for line in said]
     assert events.count("paused") == events.count("unpaused") == 2
@@ -367,22 +349,19 @@ def test_a_run_that_pauses_gives_the_same_bits(tmp_path: Path, capsys: pytest.Ca
     assert slow < fast + 2.0, "a pause is not training"
 
 
-def test_a_coordinators_stop_ends_a_pause(tmp_path: Path) -> None:
+async def test_a_coordinators_stop_ends_a_pause(tmp_path: Path) -> None:
     laptop = Laptop()
     laptop.readings = ON_BATTERY
 
-    async def test() -> None:
-        async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(spec())
-            taking = asyncio.create_task(take_part(address, participant(tmp_path / "client", laptop.pausing())))
-            async for status in daemon.statuses.watch("notes"):
-                if status.joined:
-                    break
-            await daemon.close("notes")
-            with pytest.raises(session.Refused, match="stopped this job"):
-                await asyncio.wait_for(taking, 10)
-
-    asyncio.run(test())
+    async with running(tmp_path / "one") as (daemon, address):
+        await daemon.submit(spec())
+        taking = asyncio.create_task(take_part(address, participant(tmp_path / "client", laptop.pausing())))
+        async for status in daemon.statuses.watch("notes"):
+            if status.joined:
+                break
+        await daemon.close("notes")
+        with pytest.raises(session.Refused, match="stopped this job"):
+            await asyncio.wait_for(taking, 10)
 
 
 JOB = """

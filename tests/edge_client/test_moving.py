@@ -6,75 +6,28 @@ import socket
 import subprocess
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from converters.adapter import Adapter
 from coordinator import discovery as advertising
 from coordinator.auth import identity
 from coordinator.jobs import spec
 from edge_client import outbox, session
-from edge_client.backends import Progress
 from edge_client.connection import connect, retry
 from edge_client.connection.remote import Remote
 from edge_client.connection.target import Target
-from edge_client.data.batches import Batches
-from edge_client.training.recipe import EXACT, Recipe, Setup
-from edge_client.training.snapshot import Snapshot
 from edge_client.ui.screen import Screen
 from oneround.errors import Unreachable
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
-from tests.coordinator.test_server import SPEC, running
-from tests.edge_client.test_session import Quick, participant
+from tests.daemons import SPEC, running
+from tests.fakes import FakeBackend, RecordingScreen
 from tests.network import Relay, ip
+from tests.participants import participant
+from tests.waiting import LONG
 
 LARGE = {**SPEC, "lora": {"rank": 64, "target_modules": ["all-linear"]}, "upload": {"dtype": "float32"}}
-
-
-class Watched(Screen):
-    """Notes what is said."""
-
-    def __init__(self) -> None:
-        super().__init__(as_json=True)
-        self.said: list[tuple[str, dict[str, Any]]] = []
-        self._events = defaultdict[str, asyncio.Event](asyncio.Event)
-
-    def say(self, event: str, **fields: object) -> None:
-        self.said.append((event, fields))
-        self._events[event].set()
-
-    def times(self, event: str) -> int:
-        return sum(each == event for each, _ in self.said)
-
-    async def until(self, event: str) -> None:
-        async with asyncio.timeout(60):
-            await self._events[event].wait()
-
-
-class Waits(Quick):
-    """Trains until it is let go."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enough = threading.Event()
-
-    def train(
-        self,
-        base: Path,
-        initial: Adapter,
-        recipe: Recipe,
-        plan: Batches,
-        on_step: Callable[[Progress], None],
-        snapshot: Snapshot | None = None,
-        setup: Setup = EXACT,
-    ) -> Adapter:
-        assert self.enough.wait(60)
-        return super().train(base, initial, recipe, plan, on_step, snapshot)
 
 
 async def take_part(address: str, who: session.Participant, screen: Screen) -> pb.Receipt:
@@ -82,84 +35,76 @@ async def take_part(address: str, who: session.Participant, screen: Screen) -> p
         return await session.take_part(remote, "notes", who, screen)
 
 
-def test_a_network_that_breaks_costs_what_was_on_its_way(tmp_path: Path) -> None:
+async def test_a_network_that_breaks_costs_what_was_on_its_way(tmp_path: Path) -> None:
     """While the base comes, while the adapter goes, and by a daemon that starts again meanwhile."""
 
-    async def test() -> None:
-        who, screen = participant(tmp_path, Quick()), Watched()
-        async with Relay() as wire:
-            async with running(tmp_path / "one") as (daemon, wire.target):
-                await daemon.submit(spec.parse(LARGE))
-                wire.cut_at_down = [2_000_000, 4_000_000]
-                receiving = asyncio.create_task(take_part(wire.address, who, screen))
-                await screen.until("trained")
-                assert screen.times("retry") > 0 and not wire.cut_at_down
-                sizes = sum(file.stat().st_size for file in (who.state / "models").rglob("*") if file.is_file())
-                (box,) = outbox.all_outboxes(who.state)
-                assert wire.down < 1.3 * (sizes + box.initial.stat().st_size), "downloads go on where they broke off"
-                size, before = box.adapter.stat().st_size, wire.up
-                wire.cut_at_up = [before + size // 3]
-                wire.broken.clear()
-                async with asyncio.timeout(30):
-                    await wire.broken.wait()
-                wire.target = ""
-            async with running(tmp_path / "one") as (daemon, wire.target):
-                receipt = await receiving
-            assert receipt.size == size
-            assert wire.up - before < 1.3 * size, "the upload goes on where it broke off"
-            assert screen.times("moved") == 0 and screen.times("pinned") == 1
-
-    asyncio.run(test())
+    who, screen = participant(tmp_path, FakeBackend()), RecordingScreen()
+    async with Relay() as wire:
+        async with running(tmp_path / "one") as (daemon, wire.target):
+            await daemon.submit(spec.parse(LARGE))
+            wire.cut_at_down = [2_000_000, 4_000_000]
+            receiving = asyncio.create_task(take_part(wire.address, who, screen))
+            await screen.until("trained")
+            assert screen.times("retry") > 0 and not wire.cut_at_down
+            sizes = sum(file.stat().st_size for file in (who.state / "models").rglob("*") if file.is_file())
+            (box,) = outbox.all_outboxes(who.state)
+            assert wire.down < 1.3 * (sizes + box.initial.stat().st_size), "downloads go on where they broke off"
+            size, before = box.adapter.stat().st_size, wire.up
+            wire.cut_at_up = [before + size // 3]
+            wire.broken.clear()
+            async with asyncio.timeout(30):
+                await wire.broken.wait()
+            wire.target = ""
+        async with running(tmp_path / "one") as (daemon, wire.target):
+            receipt = await receiving
+        assert receipt.size == size
+        assert wire.up - before < 1.3 * size, "the upload goes on where it broke off"
+        assert screen.times("moved") == 0 and screen.times("pinned") == 1
 
 
 @pytest.mark.parametrize("during", ["training", "sending"])
-def test_a_coordinator_that_moves_meanwhile_is_found_by_its_key(tmp_path: Path, during: str) -> None:
-    async def test() -> None:
-        who, screen = participant(tmp_path, backend := Waits()), Watched()
-        async with running(tmp_path / "one") as (daemon, before):
-            await daemon.submit(spec.parse(SPEC))
-            receiving = asyncio.create_task(take_part(before, who, screen))
-            await screen.until("plan")
-        if during == "sending":
-            backend.enough.set()
-            await screen.until("retry")
-        with socket.socket() as taken:
-            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections to it may still be closing
-            taken.bind(("127.0.0.1", int(before.rpartition(":")[2])))  # so that the next daemon gets another port
-            async with running(tmp_path / "one") as (_, after):
-                key = identity.load_or_create(tmp_path / "one").fingerprint
-                saying = asyncio.create_task(advertising.advertise("127.0.0.1", int(after.rpartition(":")[2]), key))
-                await screen.until("moved")
-                backend.enough.set()
-                receipt = await receiving
-                saying.cancel()
-                await asyncio.gather(saying, return_exceptions=True)
-        assert dict(screen.said)["moved"] == {"before": before, "server": after}
-        (box,) = outbox.all_outboxes(who.state)
-        assert box.receipt() == receipt and box.server() == after
-
-    asyncio.run(test())
+async def test_a_coordinator_that_moves_meanwhile_is_found_by_its_key(tmp_path: Path, during: str) -> None:
+    go_on = threading.Event()
+    who, screen = participant(tmp_path, FakeBackend(lambda _: go_on.wait(LONG))), RecordingScreen()
+    async with running(tmp_path / "one") as (daemon, before):
+        await daemon.submit(spec.parse(SPEC))
+        receiving = asyncio.create_task(take_part(before, who, screen))
+        await screen.until("plan")
+    if during == "sending":
+        go_on.set()
+        await screen.until("retry")
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections to it may still be closing
+        taken.bind(("127.0.0.1", int(before.rpartition(":")[2])))  # so that the next daemon gets another port
+        async with running(tmp_path / "one") as (_, after):
+            key = identity.load_or_create(tmp_path / "one").fingerprint
+            saying = asyncio.create_task(advertising.advertise("127.0.0.1", int(after.rpartition(":")[2]), key))
+            await screen.until("moved")
+            go_on.set()
+            receipt = await receiving
+            saying.cancel()
+            await asyncio.gather(saying, return_exceptions=True)
+    assert dict(screen.said)["moved"] == {"before": before, "server": after}
+    (box,) = outbox.all_outboxes(who.state)
+    assert box.receipt() == receipt and box.server() == after
 
 
-def test_a_coordinator_is_found_where_it_was_before(tmp_path: Path) -> None:
+async def test_a_coordinator_is_found_where_it_was_before(tmp_path: Path) -> None:
     """Without mDNS: at an address of another day, as with a cable here and Wi-Fi there."""
 
-    async def test() -> None:
-        screen = Watched()
-        async with Relay() as cable, Relay() as wifi, running(tmp_path / "one") as (_, there):
-            for wire in (cable, wifi):
-                wire.target = there
-                async with connect.connected(Target(wire.address), tmp_path, screen):
-                    pass
-            async with connect.connected(Target(cable.address), tmp_path, screen) as remote:
-                assert not await remote.find_again(cable.address), "it answers there, so there it stays"
-                cable.target = ""
-                cable.cut()
-                assert await remote.find_again(cable.address)
-                assert remote.server == wifi.address and not (await remote.jobs()).jobs
-                assert await remote.find_again(cable.address), "found already, for another who has lost it"
-
-    asyncio.run(test())
+    screen = RecordingScreen()
+    async with Relay() as cable, Relay() as wifi, running(tmp_path / "one") as (_, there):
+        for wire in (cable, wifi):
+            wire.target = there
+            async with connect.connected(Target(wire.address), tmp_path, screen):
+                pass
+        async with connect.connected(Target(cable.address), tmp_path, screen) as remote:
+            assert not await remote.find_again(cable.address), "it answers there, so there it stays"
+            cable.target = ""
+            cable.cut()
+            assert await remote.find_again(cable.address)
+            assert remote.server == wifi.address and not (await remote.jobs()).jobs
+            assert await remote.find_again(cable.address), "found already, for another who has lost it"
 
 
 class Away(Remote):
@@ -173,23 +118,20 @@ class Away(Remote):
         return False
 
 
-def test_only_the_deadline_ends_the_trying() -> None:
-    async def test() -> None:
-        remote, screen, tries = Away(), Watched(), 0
+async def test_only_the_deadline_ends_the_trying() -> None:
+    remote, screen, tries = Away(), RecordingScreen(), 0
 
-        async def never(_: object) -> None:
-            nonlocal tries
-            tries += 1
-            raise Unreachable("nobody answers")
+    async def never(_: object) -> None:
+        nonlocal tries
+        tries += 1
+        raise Unreachable("nobody answers")
 
-        now = asyncio.get_running_loop().time()
-        with pytest.raises(Unreachable, match="nobody answers"):
-            await retry.through(remote, time.time() + 2.5, screen, never)
-        assert asyncio.get_running_loop().time() - now > 2.4
-        assert 3 <= tries <= 6 and remote.looked == tries - 2
-        assert screen.times("retry") == 1, "the same trouble is told once"
-
-    asyncio.run(test())
+    now = asyncio.get_running_loop().time()
+    with pytest.raises(Unreachable, match="nobody answers"):
+        await retry.through(remote, time.time() + 2.5, screen, never)
+    assert asyncio.get_running_loop().time() - now > 2.4
+    assert 3 <= tries <= 6 and remote.looked == tries - 2
+    assert screen.times("retry") == 1, "the same trouble is told once"
 
 
 def test_pauses_grow_and_differ() -> None:

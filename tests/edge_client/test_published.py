@@ -9,7 +9,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,29 +20,22 @@ import pytest
 from google.protobuf import json_format
 
 from converters import adapter, peft
-from converters.adapter import Adapter, LowRank
 from coordinator.daemon import Daemon
 from coordinator.jobs import spec as job
-from edge_client import outbox, session
-from edge_client.backends import Progress
-from edge_client.connection import remote as remotes
-from edge_client.connection.identity import Pins
+from edge_client import outbox
 from edge_client.data import tokenize
-from edge_client.data.batches import Batches
 from edge_client.data.tokenize import Example
 from edge_client.outbox import DataSource
 from edge_client.results import choose, evaluate, llama_process
 from edge_client.results.choose import Fit, Memory
 from edge_client.results.evaluate import Scores
-from edge_client.training.recipe import EXACT, Recipe, Setup
-from edge_client.training.snapshot import Snapshot
-from edge_client.ui.screen import SENTENCES, Screen
+from edge_client.ui.screen import SENTENCES
 from oneround.errors import BadData, BadModel
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.converters import tiny
-from tests.coordinator.test_server import BASE, SPEC, running
-from tests.edge_client.test_session import Quick
+from tests.daemons import BASE, SPEC, running
+from tests.participants import contributed
 
 GB = 2**30
 PUBLISHED = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q4_k_m": 4.9}  # GB, of an 8B model
@@ -248,34 +241,6 @@ def test_what_ends_llama_cpp_ends_nothing_else(small: Path, tmp_path: Path) -> N
 
 
 # ---- the commands ----
-
-
-class Careful(Quick):
-    """Trains in no time and changes little."""
-
-    def train(
-        self,
-        base: Path,
-        initial: Adapter,
-        recipe: Recipe,
-        plan: Batches,
-        on_step: Callable[[Progress], None],
-        snapshot: Snapshot | None = None,
-        setup: Setup = EXACT,
-    ) -> Adapter:
-        made = super().train(base, initial, recipe, plan, on_step, snapshot)
-        return Adapter({name: LowRank(f.a, f.b * np.float32(0.5)) for name, f in made.modules.items()})
-
-
-async def contributed(address: str, folder: Path) -> session.Participant:
-    """One client that has taken part, with the daemon at an address."""
-    (folder / "client").mkdir()
-    data = folder / "notes.jsonl"
-    data.write_text("".join(json.dumps({"text": f"def f{n}(self):\n    return {n}\n"}) + "\n" for n in range(60)))
-    who = session.Participant(folder / "client", "alice", data, Careful())
-    async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
-        await session.take_part(remote, "notes", who, Screen())
-    return who
 
 
 async def published(daemon: Daemon) -> None:

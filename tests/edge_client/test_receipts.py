@@ -36,10 +36,9 @@ from oneround.errors import BadData, Refused, UsageError
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.clients import Crowd, connected, me
-from tests.coordinator.test_server import BOB, SPEC, join, judged, nothing, running, trained, written
-from tests.coordinator.test_versions import version
-from tests.edge_client.test_published import contributed
-from tests.edge_client.test_session import Quick, participant
+from tests.daemons import BOB, SPEC, join, judged, nothing, running, trained, version, written
+from tests.fakes import FakeBackend
+from tests.participants import contributed, participant
 
 CAROL, EVE = "c" * 32, "e" * 32
 
@@ -335,37 +334,34 @@ def _signed(key: signing.PrivateKey, **changes: str) -> Callable[[pb.Receipt], N
     return change
 
 
-def test_a_wrong_receipt_is_none_and_the_adapter_stays(tmp_path: Path) -> None:
+async def test_a_wrong_receipt_is_none_and_the_adapter_stays(tmp_path: Path) -> None:
     """Whether it comes after the upload, or to one who joins again. Nothing is trained twice."""
-    who = participant(tmp_path, backend := Quick())
+    who = participant(tmp_path, backend := FakeBackend())
 
     async def take_part(address: str, change: Callable[[pb.Receipt], None]) -> pb.Receipt:
         async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
             remote.__class__, remote.change = Doctored, change  # type: ignore[assignment, attr-defined]
             return await session.take_part(remote, "notes", who, Screen())
 
-    async def test() -> None:
-        async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(spec.parse(SPEC))
-            key = signing.private(identity.load_or_create(tmp_path / "one").key)
-            wrong = {
-                "does not fit": lambda receipt: setattr(receipt, "size", 7),
-                "is not signed": lambda receipt: receipt.ClearField("signature"),
-                "by another key": _signed(ec.generate_private_key(ec.SECP256R1())),
-                "another client": _signed(key, client_id=me(BOB).client_id),
-                "another adapter": _signed(key, digest="0" * 64),
-                "another job": _signed(key, job_id="0" * 32),
-            }
-            for fault, change in wrong.items():
-                with pytest.raises(BadData, match=f"no receipt: .*{fault}.*The adapter stays here"):
-                    await take_part(address, change)
-                (box,) = outbox.all_outboxes(who.state)
-                assert box.receipt() is None and box.trained() is not None and box.adapter.exists()
-            receipt = await take_part(address, lambda _: None)
-            assert box.receipt() == receipt and receipt.client_id == clients.me(who.state).client_id
-        assert backend.runs == 1
-
-    asyncio.run(test())
+    async with running(tmp_path / "one") as (daemon, address):
+        await daemon.submit(spec.parse(SPEC))
+        key = signing.private(identity.load_or_create(tmp_path / "one").key)
+        wrong = {
+            "does not fit": lambda receipt: setattr(receipt, "size", 7),
+            "is not signed": lambda receipt: receipt.ClearField("signature"),
+            "by another key": _signed(ec.generate_private_key(ec.SECP256R1())),
+            "another client": _signed(key, client_id=me(BOB).client_id),
+            "another adapter": _signed(key, digest="0" * 64),
+            "another job": _signed(key, job_id="0" * 32),
+        }
+        for fault, change in wrong.items():
+            with pytest.raises(BadData, match=f"no receipt: .*{fault}.*The adapter stays here"):
+                await take_part(address, change)
+            (box,) = outbox.all_outboxes(who.state)
+            assert box.receipt() is None and box.trained() is not None and box.adapter.exists()
+        receipt = await take_part(address, lambda _: None)
+        assert box.receipt() == receipt and receipt.client_id == clients.me(who.state).client_id
+    assert backend.runs == 1
 
 
 def test_without_tls_any_key_may_have_signed_a_receipt_that_is_right() -> None:

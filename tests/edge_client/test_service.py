@@ -32,9 +32,11 @@ from edge_client.unattended.watch import JobWatcher, RetryLater
 from oneround.errors import BadData, NotEnough, Refused, Unreachable
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
-from tests.coordinator.test_server import SPEC, running
-from tests.edge_client.test_manners import eventually, script
-from tests.edge_client.test_session import Quick, participant
+from tests.commands import script
+from tests.daemons import SPEC, running
+from tests.fakes import FakeBackend
+from tests.participants import participant
+from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,7 +97,10 @@ def spec(name: str) -> pb.JobSpec:
 
 
 def quick_stay(
-    address: str, folder: Path, backend: Quick, connect: Callable[[], AbstractAsyncContextManager[Remote]] | None = None
+    address: str,
+    folder: Path,
+    backend: FakeBackend,
+    connect: Callable[[], AbstractAsyncContextManager[Remote]] | None = None,
 ) -> JobWatcher:
     who = participant(folder, backend)
     there = connect or (lambda: remotes.connect(address, Pins(who.state), lambda *_: None))
@@ -112,113 +117,100 @@ async def at_work(staying: JobWatcher) -> AsyncIterator[None]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-def test_each_accepted_job_once_as_it_appears(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    heard, backend = Listening(capsys), Quick()
+async def test_each_accepted_job_once_as_it_appears(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    heard, backend = Listening(capsys), FakeBackend()
 
     async def joined(daemon: Daemon, name: str) -> int:
         return (await daemon.status(name)).joined
 
-    async def test() -> None:
-        async with running(tmp_path / "one") as (daemon, address):
-            async with at_work(quick_stay(address, tmp_path, backend)):
-                await heard.until("staying")
-                await daemon.submit(spec("other"))
-                await heard.until("left_alone", job="other")
-                for name in ("ward-1", "ward-2"):
-                    await daemon.submit(spec(name))
-                    await heard.until("done", job=name)
-                await asyncio.sleep(0.5)
-            assert backend.runs == 2 and await joined(daemon, "other") == 0
-            assert [line["event"] for line in heard.said].count("left_alone") == 1
-            async with at_work(quick_stay(address, tmp_path, backend)):  # as after a reboot
-                await daemon.submit(spec("ward-3"))
-                await heard.until("done", job="ward-3")
-            assert backend.runs == 3
-            assert [line["job"] for line in heard.said if line["event"] == "joined"] == ["ward-1", "ward-2", "ward-3"]
-
-    asyncio.run(test())
+    async with running(tmp_path / "one") as (daemon, address):
+        async with at_work(quick_stay(address, tmp_path, backend)):
+            await heard.until("staying")
+            await daemon.submit(spec("other"))
+            await heard.until("left_alone", job="other")
+            for name in ("ward-1", "ward-2"):
+                await daemon.submit(spec(name))
+                await heard.until("done", job=name)
+            await asyncio.sleep(0.5)
+        assert backend.runs == 2 and await joined(daemon, "other") == 0
+        assert [line["event"] for line in heard.said].count("left_alone") == 1
+        async with at_work(quick_stay(address, tmp_path, backend)):  # as after a reboot
+            await daemon.submit(spec("ward-3"))
+            await heard.until("done", job="ward-3")
+        assert backend.runs == 3
+        assert [line["job"] for line in heard.said if line["event"] == "joined"] == ["ward-1", "ward-2", "ward-3"]
 
 
-def test_a_job_that_its_person_left_is_not_joined_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    heard, backend = Listening(capsys), Quick(seconds_a_step=0.2)
+async def test_a_job_that_its_person_left_is_not_joined_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heard, backend = Listening(capsys), FakeBackend(seconds_a_step=0.2)
 
-    async def test() -> None:
-        async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(spec("ward-1"))
-            async with at_work(quick_stay(address, tmp_path, backend)):
-                await heard.until("plan")
-                box = outbox.find(tmp_path / "client", "ward-1")
-                joined = box.joined()
-                assert joined is not None
-                async with remotes.connect(address, Pins(tmp_path / "client"), lambda *_: None) as remote:
-                    await remote.withdraw(joined.lease)  # `edge-client leave`
-                box.keep_left()
-                await heard.until("no_part", job="ward-1")
-            runs = backend.runs
-            async with at_work(quick_stay(address, tmp_path, backend)):
-                await asyncio.sleep(0.5)
-            assert backend.runs == runs
-            (client,) = (await daemon.status("ward-1")).clients
-            assert client.phase == pb.PHASE_WITHDRAWN
-
-    asyncio.run(test())
-
-
-def test_a_coordinator_that_is_away_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    heard, backend, away = Listening(capsys), Quick(), [True]
-
-    async def test() -> None:
-        async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(spec("ward-1"))
-
-            @asynccontextmanager
-            async def connect() -> AsyncIterator[Remote]:
-                if away[0]:
-                    raise Unreachable("no coordinator answers")
-                async with remotes.connect(address, Pins(tmp_path / "client"), lambda *_: None) as remote:
-                    yield remote
-
-            async with at_work(quick_stay(address, tmp_path, backend, connect)):
-                while len([line for line in heard.said if line["event"] == "retry"]) < 3:
-                    await heard.until("retry")
-                    await asyncio.sleep(0.05)
-                    heard.said += heard.lines()
-                assert backend.runs == 0
-                away[0] = False
-                await heard.until("done", job="ward-1")
-
-    asyncio.run(test())
+    async with running(tmp_path / "one") as (daemon, address):
+        await daemon.submit(spec("ward-1"))
+        async with at_work(quick_stay(address, tmp_path, backend)):
+            await heard.until("plan")
+            box = outbox.find(tmp_path / "client", "ward-1")
+            joined = box.joined()
+            assert joined is not None
+            async with remotes.connect(address, Pins(tmp_path / "client"), lambda *_: None) as remote:
+                await remote.withdraw(joined.lease)  # `edge-client leave`
+            box.keep_left()
+            await heard.until("no_part", job="ward-1")
+        runs = backend.runs
+        async with at_work(quick_stay(address, tmp_path, backend)):
+            await asyncio.sleep(0.5)
+        assert backend.runs == runs
+        (client,) = (await daemon.status("ward-1")).clients
+        assert client.phase == pb.PHASE_WITHDRAWN
 
 
-def test_bad_data_is_said_and_other_jobs_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    heard, backend = Listening(capsys), Quick()
+async def test_a_coordinator_that_is_away_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    heard, backend, away = Listening(capsys), FakeBackend(), [True]
 
-    async def test() -> None:
-        async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(spec("ward-1"))
-            made = quick_stay(address, tmp_path, backend)
-            whole = (tmp_path / "data.jsonl").read_text()
-            (tmp_path / "data.jsonl").write_text('{"nothing": "of use"}\n')
-            async with at_work(made):
-                await heard.until("no_part", job="ward-1")
-                (tmp_path / "data.jsonl").write_text(whole)
-                await daemon.submit(spec("ward-2"))
-                await heard.until("done", job="ward-2")
-            failed = [line for line in heard.said if line["event"] == "no_part"]
-            assert len(failed) == 1 and "tried again in 60 s" in failed[0]["again"]
+    async with running(tmp_path / "one") as (daemon, address):
+        await daemon.submit(spec("ward-1"))
 
-    asyncio.run(test())
+        @asynccontextmanager
+        async def connect() -> AsyncIterator[Remote]:
+            if away[0]:
+                raise Unreachable("no coordinator answers")
+            async with remotes.connect(address, Pins(tmp_path / "client"), lambda *_: None) as remote:
+                yield remote
+
+        async with at_work(quick_stay(address, tmp_path, backend, connect)):
+            while len([line for line in heard.said if line["event"] == "retry"]) < 3:
+                await heard.until("retry")
+                await asyncio.sleep(0.05)
+                heard.said += heard.lines()
+            assert backend.runs == 0
+            away[0] = False
+            await heard.until("done", job="ward-1")
 
 
-def test_a_changed_key_ends_it(tmp_path: Path) -> None:
-    async def test() -> None:
-        async with running(tmp_path / "one") as (_, address):
-            made = quick_stay(address, tmp_path, Quick())
-            (tmp_path / "client" / "known-coordinators.json").write_text(json.dumps({address: "0" * 64}))
-            with pytest.raises(Refused, match="another key"):
-                await asyncio.wait_for(made.stay(), 20)
+async def test_bad_data_is_said_and_other_jobs_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    heard, backend = Listening(capsys), FakeBackend()
 
-    asyncio.run(test())
+    async with running(tmp_path / "one") as (daemon, address):
+        await daemon.submit(spec("ward-1"))
+        made = quick_stay(address, tmp_path, backend)
+        whole = (tmp_path / "data.jsonl").read_text()
+        (tmp_path / "data.jsonl").write_text('{"nothing": "of use"}\n')
+        async with at_work(made):
+            await heard.until("no_part", job="ward-1")
+            (tmp_path / "data.jsonl").write_text(whole)
+            await daemon.submit(spec("ward-2"))
+            await heard.until("done", job="ward-2")
+        failed = [line for line in heard.said if line["event"] == "no_part"]
+        assert len(failed) == 1 and "tried again in 60 s" in failed[0]["again"]
+
+
+async def test_a_changed_key_ends_it(tmp_path: Path) -> None:
+    async with running(tmp_path / "one") as (_, address):
+        made = quick_stay(address, tmp_path, FakeBackend())
+        (tmp_path / "client" / "known-coordinators.json").write_text(json.dumps({address: "0" * 64}))
+        with pytest.raises(Refused, match="another key"):
+            await asyncio.wait_for(made.stay(), 20)
 
 
 JOB = """

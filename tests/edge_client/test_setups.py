@@ -16,7 +16,7 @@ from edge_client.data.batches import Batches
 from edge_client.training.recipe import Recipe
 from oneround.errors import NotEnough
 from tests.edge_client import tiny
-from tests.edge_client.test_backends import difference, each, recipe_for, usable
+from tests.edge_client.backends import difference, each, recipe_for, usable
 
 needs_mlx = pytest.mark.skipif("mlx" not in usable, reason="needs mlx")
 needs_torch = pytest.mark.skipif("torch" not in usable, reason="needs torch")
@@ -163,7 +163,7 @@ from oneround.errors import NotEnough
 from edge_client import backends
 from edge_client.data.batches import Batches
 from tests.edge_client import tiny
-from tests.edge_client.test_backends import recipe_for
+from tests.edge_client.backends import recipe_for
 
 base, room = Path(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)
