@@ -92,7 +92,8 @@ def read(kind: type[Record], text: bytes, source: str, *, most: int) -> Record:
         raise BadData(f"{source} is not a JSON file: {error}") from error
     if not isinstance(values, dict):
         raise BadData(f"{source} is not a JSON object")
-    record: Record = _reader(kind)(values, (source, None))
+    whole: Any = kind
+    record: Record = _reader(whole)(values, (source, None))
     return record
 
 
