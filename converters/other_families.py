@@ -25,7 +25,8 @@ from converters import checkpoint, custom_code
 from converters.adapter import Shape
 from converters.families import Base, Family, Linear, NotKnownHere, interleaved, names_in_gguf
 from converters.gguf import file as gguf_file
-from converters.gguf.file import FLOATS, File, Tensor
+from converters.gguf.file import File, Tensor
+from converters.gguf.types import FLOATS
 from converters.settings import Settings
 from converters.tensors import Array
 from oneround import files

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from oneround.errors import BadAdapter, BadData, BadModel
+from oneround.text import shown
 
 _LARGEST = 256 << 20  # bytes; the largest tokenizer.json in use is a tenth of it
 
@@ -34,7 +35,7 @@ class Settings:
     def integer(self, key: str, default: int | None = None, *, low: int = 1, high: int = 2**31 - 1) -> int:
         value = self.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise self.bad(f"{key} is {_shown(value)}; expected a whole number from {low} to {high}")
+            raise self.bad(f"{key} is {shown(value)}; expected a whole number from {low} to {high}")
         return value
 
     def number(self, key: str, default: float | None = None, *, positive: bool = True) -> float:
@@ -42,33 +43,33 @@ class Settings:
         # float() of a JSON integer of thousands of digits overflows; a comparison of it does not.
         good = isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
         if not good or not math.isfinite(value) or (positive and value <= 0):
-            raise self.bad(f"{key} is {_shown(value)}; expected a {'positive ' if positive else ''}number")
+            raise self.bad(f"{key} is {shown(value)}; expected a {'positive ' if positive else ''}number")
         return float(value)
 
     def text(self, key: str, default: str | None = None) -> str:
         value = self.get(key, default)
         if not isinstance(value, str):
-            raise self.bad(f"{key} is {_shown(value)}; expected a string")
+            raise self.bad(f"{key} is {shown(value)}; expected a string")
         return value
 
     def flag(self, key: str, default: bool = False) -> bool:
         value = self.get(key, default)
         if not isinstance(value, bool):
-            raise self.bad(f"{key} is {_shown(value)}; expected true or false")
+            raise self.bad(f"{key} is {shown(value)}; expected true or false")
         return value
 
     def table(self, key: str) -> Settings:
         """The object under `key`; an empty one when it is absent."""
         value = self.get(key, {})
         if not isinstance(value, dict):
-            raise self.bad(f"{key} is {_shown(value)}; expected an object")
+            raise self.bad(f"{key} is {shown(value)}; expected an object")
         return Settings(value, f"{self.source}: {key}", self._wrong)
 
     def items(self, key: str) -> list[Any]:
         """The list under `key`; an empty one when it is absent."""
         value = self.get(key, [])
         if not isinstance(value, list):
-            raise self.bad(f"{key} is {_shown(value)}; expected a list")
+            raise self.bad(f"{key} is {shown(value)}; expected a list")
         return value
 
 
@@ -89,13 +90,3 @@ def read(path: Path, wrong: type[BadModel] | type[BadAdapter]) -> Settings:
     if not isinstance(values, dict):
         raise wrong(f"{path} is not a JSON object")
     return Settings(values, str(path), wrong)
-
-
-def _shown(value: object) -> str:
-    """A value for a message: short, whatever the file holds."""
-    if value is None:
-        return "absent"
-    if isinstance(value, int) and value.bit_length() > 200:
-        return "an enormous number"
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -21,6 +21,7 @@ from converters.adapter import Adapter, Factor, LazyUpdates, LowRank, pair
 from converters.architectures import Base, check_fits, checkpoint_names, gguf_name, interleave, row_order
 from converters.gguf import file as gguf_file
 from converters.gguf import write as gguf_write
+from converters.gguf.types import FLOATS
 from oneround.errors import BadAdapter
 
 _A, _B = ".lora_a", ".lora_b"
@@ -108,9 +109,9 @@ def _view(path: Path, tensor: gguf_file.Tensor) -> tensors.Array:
 
 def floats(tensor: gguf_file.Tensor) -> tensors.Array | None:
     """A tensor's values as they lie in the file, (r, in) or (out, r); None when they are quantised or whole numbers."""
-    for known in gguf_file.FLOATS.values():
-        if known.type == tensor.info.type:
-            return tensor.data.view(known.dtype).reshape(tensor.info.shape)
+    for float_type in FLOATS.values():
+        if float_type.type == tensor.info.type:
+            return tensor.data.view(float_type.dtype).reshape(tensor.info.shape)
     return None
 
 

@@ -43,7 +43,8 @@ from converters.architectures import Base
 from converters.families import NotKnownHere
 from converters.gguf import hyperparameters, tokenizer
 from converters.gguf import write as gguf_write
-from converters.gguf.file import FLOATS, Info
+from converters.gguf.file import Info
+from converters.gguf.types import FLOATS
 from converters.settings import Settings
 from converters.tensors import Array
 from oneround.errors import BadModel

@@ -15,9 +15,8 @@ import struct
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 from gguf import (
     GGML_QUANT_SIZES,
@@ -30,6 +29,7 @@ from gguf import (
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
+from converters.gguf.types import FLOATS
 from oneround.errors import BadModel
 
 Bytes = NDArray[np.uint8]
@@ -49,24 +49,7 @@ SCALARS: dict[int, str] = {
 }
 _MOST_DIMENSIONS = 4
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-
-
-class Float(NamedTuple):
-    """A float type as a tensor's, as NumPy's, and as a whole file's (`general.file_type`, llama_ftype in llama.h)."""
-
-    type: GGMLQuantizationType
-    dtype: np.dtype[Any]
-    file_type: int
-
-
-FLOATS = {  # from fine to coarse
-    "f32": Float(GGMLQuantizationType.F32, np.dtype(np.float32), 0),
-    "f16": Float(GGMLQuantizationType.F16, np.dtype(np.float16), 1),
-    "bf16": Float(GGMLQuantizationType.BF16, np.dtype(ml_dtypes.bfloat16), 32),
-}
-
-
-_BY_TYPE = {known.type: known for known in FLOATS.values()}
+_FLOATS_BY_TYPE = {float_type.type: float_type for float_type in FLOATS.values()}
 
 
 class Info(NamedTuple):
@@ -188,8 +171,8 @@ def to_float32(tensor: Tensor, rows: slice = slice(None)) -> NDArray[np.float32]
     """
     info = tensor.info
     lines = tensor.data.reshape(-1, info.row_bytes)[rows]
-    if known := _BY_TYPE.get(info.type):
-        values = lines.view(known.dtype).astype(np.float32, copy=False)
+    if float_type := _FLOATS_BY_TYPE.get(info.type):
+        values = lines.view(float_type.dtype).astype(np.float32, copy=False)
     else:
         with np.errstate(all="ignore"):  # a scale may be Inf or NaN in a file that is not ours
             values = dequantize(lines, info.type)

@@ -27,14 +27,13 @@ from converters.adapter import Adapter, LowRank, Shape
 from converters.architectures import Base, check_fits, gguf_name, interleave
 from converters.gguf import file as gguf_file
 from converters.gguf import write as gguf_write
-from converters.gguf.file import FLOATS, File, Info, Tensor
+from converters.gguf.file import File, Info, Tensor
+from converters.gguf.types import FLOATS
 from oneround.errors import BadModel, LayoutMismatch, UsageError
-
-FLOAT_TYPES: tuple[str, ...] = tuple(FLOATS)  # from fine to coarse
 
 _SLAB = 1 << 20  # values that a worker makes at a time
 _WORKERS = min(os.cpu_count() or 1, 8)
-_BY_TYPE = {known.type: known.dtype for known in FLOATS.values()}
+_BY_TYPE = {float_type.type: float_type.dtype for float_type in FLOATS.values()}
 _WHOLE_NUMBERS = {
     GGMLQuantizationType[name] for name in ("I8", "I16", "I32", "I64", "F64")
 }  # copied, whatever they say
@@ -56,8 +55,8 @@ def merge(
         LayoutMismatch: the adapter, the base GGUF and the base model are not of one kind.
         NotEnough: the disk is full.
     """
-    if dtype not in FLOAT_TYPES:
-        raise UsageError(f"a merged model is {', '.join(FLOAT_TYPES)}, not {dtype}")
+    if dtype not in FLOATS:
+        raise UsageError(f"a merged model is {', '.join(FLOATS)}, not {dtype}")
     source = check_base(base_gguf, base, adapter.shapes, accept_quantised=accept_quantised)
     modules = {gguf_name(base, f"{name}.weight"): name for name in adapter.modules}
     infos = [info._replace(type=_type(info, dtype)) for info, _ in source.tensors.values()]

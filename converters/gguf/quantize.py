@@ -12,14 +12,11 @@ from gguf import GGMLQuantizationType
 
 from converters import llama
 from converters.gguf import file as gguf_file
+from converters.gguf.types import QUANTISED
 from oneround import files
 from oneround.errors import BadModel, NotEnough, UsageError
 
-# From fine to coarse; the number is the type's llama_ftype in llama.h.
-QUANTISED_TYPES: dict[str, int] = {"q8_0": 7, "q6_k": 18, "q5_k_m": 17, "q4_k_m": 15}
-
 _LITTLE = 16 << 20  # bytes; less than a tensor of any model that fills a disk
-_ROW_BLOCK = {kind: 32 if kind == "q8_0" else 256 for kind in QUANTISED_TYPES}
 
 
 @dataclass(frozen=True)
@@ -41,15 +38,15 @@ def quantize(source: Path, out: Path, kind: str) -> Quantised:
         BadModel: llama.cpp does not take the source; nothing is left at `out`.
         NotEnough: the disk is full.
     """
-    if kind not in QUANTISED_TYPES:
-        raise UsageError(f"a quantised model is {', '.join(QUANTISED_TYPES)}, not {kind}")
+    if kind not in QUANTISED:
+        raise UsageError(f"a quantised model is {', '.join(QUANTISED)}, not {kind}")
     llama.require()
     import llama_cpp
 
     gguf_file.read(source)  # llama.cpp can abort the process on a file that is not sound
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # it has a line for every tensor
     parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = QUANTISED_TYPES[kind]
+    parameters.ftype = QUANTISED[kind].file_type
     with files.placed(out) as file:
         # It writes by the name; the file that is open here is the same one, and is synced before it is renamed.
         if llama_cpp.llama_model_quantize(str(source).encode(), file.name.encode(), parameters) != 0:
@@ -60,5 +57,5 @@ def quantize(source: Path, out: Path, kind: str) -> Quantised:
     matrices = [info for info in infos if len(info.shape) > 1 and info.type != GGMLQuantizationType.F32]
     return Quantised(
         types=dict(Counter(info.type.name for info in infos)),
-        fallbacks={info.name: info.type.name for info in matrices if info.shape[-1] % _ROW_BLOCK[kind]},
+        fallbacks={info.name: info.type.name for info in matrices if info.shape[-1] % QUANTISED[kind].row_block},
     )

@@ -12,15 +12,12 @@ from google.protobuf import json_format
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
-from converters.gguf.merge import FLOAT_TYPES
-from converters.gguf.quantize import QUANTISED_TYPES
+from converters.gguf import types as gguf_types
 from coordinator import aggregate
 from coordinator.auth import policy
 from oneround import rules
 from oneround.errors import UsageError
 from oneround.v1 import federation_pb2 as pb
-
-GGUF_TYPES = (*FLOAT_TYPES, *QUANTISED_TYPES)
 
 
 def read(path: Path) -> pb.JobSpec:
@@ -75,7 +72,11 @@ def check(spec: pb.JobSpec, clients: int | None = None) -> pb.JobSpec:
                 (f"aggregate.{name}", holds(getattr(given, name)), expected)
                 for name, (holds, expected) in aggregate.PARAMETERS.items()
             ),
-            ("publish.gguf", set(spec.publish.gguf) <= set(GGUF_TYPES), "a list of " + rules.one_of(GGUF_TYPES)),
+            (
+                "publish.gguf",
+                set(spec.publish.gguf) <= set(gguf_types.NAMES),
+                "a list of " + rules.one_of(gguf_types.NAMES),
+            ),
             ("admission.max_num_examples", 1 <= spec.admission.max_num_examples <= 1 << 40, "1 or more"),
             ("admission.clip", spec.admission.clip == 0 or 1 <= spec.admission.clip <= 1e6, "0, or 1 or more"),
             ("admission.outlier", 0 <= spec.admission.outlier <= 1e6, "0 or more"),

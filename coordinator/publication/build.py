@@ -1,4 +1,4 @@
-"""From contributions to a publication: aggregate, convert, merge, quantise, verify, and only then put it in place.
+"""From contributions to a publication: aggregate, export, verify, and only then put it in place.
 
 Runs as a child of the daemon (`python -m coordinator.publication.build ORDER.json`), so that heavy work neither holds
 the event loop nor leaves its memory behind. It is a function of its order: killed at any instant, it can be run again.
@@ -14,86 +14,28 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from gguf import GGML_QUANT_SIZES
 from google.protobuf import json_format
 
-from converters import adapter, architectures, mlx, peft
-from converters.adapter import Adapter
+from converters import architectures
 from converters.architectures import Base
-from converters.gguf import adapter as gguf_adapter
 from converters.gguf import file as gguf_file
 from converters.gguf import merge as gguf_merge
-from converters.gguf import quantize as gguf_quantize
-from converters.gguf.quantize import Quantised
 from coordinator import aggregate
-from coordinator.admission import outliers
-from coordinator.admission.outliers import Assessment, Member
-from coordinator.aggregate import ClientUpdate, changes, clipped
-from coordinator.publication import model_card, verify
-from coordinator.publication.model_card import CardFacts
-from coordinator.publication.verify import FileCheck, Verification
-from oneround import files, stream
-from oneround.errors import FULL, BadModel, LayoutMismatch, NotEnough, OneroundError
-from oneround.v1 import federation_pb2 as pb
+from coordinator.aggregate import Aggregated
+from coordinator.publication import cohort, exporters, model_card, verifiers
+from coordinator.publication.order import BuildOrder
+from coordinator.publication.parts import Material, Part, Report
+from coordinator.publication.verifiers import Verification
+from oneround import files, manifest, statements, stream
+from oneround.errors import FULL, LayoutMismatch, NotEnough, OneroundError
+from oneround.manifest import ContributionEntry, FileEntry, Manifest, QuantisedEntry
 
-Report = Callable[[str], None]
 _MADE_WITH = ("oneround", "gguf", "llama-cpp-python", "numpy")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One contribution that is sound by itself."""
-
-    client: str
-    id: str
-    digest: str
-    num_examples: int
-    received: float
-    by_hand: bool  # admitted by the operator
-    earlier: str  # why an earlier cohort set it aside; empty if none did
-    file: Path
-
-
-@dataclass(frozen=True)
-class BuildOrder:
-    """Everything that a publication is a function of."""
-
-    spec: pb.JobSpec
-    job_id: str
-    version: int
-    reason: str
-    at_least: int  # contributions that have to be left once the cohort is judged
-    base_folder: Path
-    base_gguf: Path
-    base_fingerprint: str
-    contributions: Sequence[Candidate]
-    set_aside: Sequence[dict[str, Any]]  # what takes no part, as the manifest lists it
-    folder: Path  # where the publication will stand
-    # What clients started from: where A is frozen, its A goes with every contribution; in a job that starts from an
-    # earlier adapter, it is in every contribution.
-    initial: Path | None = None
-    started_from: Mapping[str, Any] = field(default_factory=dict)  # as the manifest has it
-
-    def to_json(self) -> str:
-        table = asdict(self) | {"spec": json_format.MessageToDict(self.spec, preserving_proto_field_name=True)}
-        return json.dumps(table, default=str)
-
-    @staticmethod
-    def from_json(text: str) -> BuildOrder:
-        table = json.loads(text)
-        table["spec"] = json_format.ParseDict(table["spec"], pb.JobSpec())
-        table["contributions"] = [
-            Candidate(**{**given, "file": Path(given["file"])}) for given in table["contributions"]
-        ]
-        for key in ("base_folder", "base_gguf", "folder"):
-            table[key] = Path(table[key])
-        table["initial"] = Path(table["initial"]) if table["initial"] else None
-        return BuildOrder(**table)
 
 
 def publish(order: BuildOrder, report: Report) -> None:
@@ -102,14 +44,12 @@ def publish(order: BuildOrder, report: Report) -> None:
     Raises:
         OneroundError: a step failed; what was made stands beside the publication's place, in `NAME.failed`.
     """
-    work = order.folder.with_name(f"{order.folder.name}.partial")
-    failed = order.folder.with_name(f"{order.folder.name}.failed")
-    withheld = order.folder.with_name(f"{order.folder.name}.withheld")
-    for left_over in (work, failed, withheld):
+    work, failed = order.beside(".partial"), order.beside(".failed")
+    for left_over in (work, failed, order.beside(".withheld")):
         shutil.rmtree(left_over, ignore_errors=True)
     work.mkdir(parents=True)
     try:
-        _make(order, work, report)
+        _build(order, work, report)
     except OneroundError:
         work.replace(failed)
         raise
@@ -118,218 +58,87 @@ def publish(order: BuildOrder, report: Report) -> None:
     files.sync_folder(order.folder.parent)
 
 
-@dataclass(frozen=True)
-class MergedFile:
-    """A merged file of one type, and what a quantised one holds."""
-
-    kind: str
-    file: Path
-    quantised: Quantised | None = None
-
-
-@dataclass(frozen=True)
-class Assessed:
-    """A contribution and what its cohort makes of it; `adapter` is scaled down where it was clipped."""
-
-    given: Candidate
-    finding: Assessment
-    adapter: Adapter
-
-    def listed(self, weight: float) -> dict[str, Any]:
-        """As the manifest has it, with how much it counts."""
-        return {
-            "client": self.given.client,
-            "id": self.given.id,
-            "digest": self.given.digest,
-            "num_examples": self.given.num_examples,
-            "weight": weight,
-            "verdict": self.finding.verdict,
-            "reason": self.finding.reason,
-            "norm": self.finding.norm,
-            "cosine": self.finding.cosine,
-        }
-
-
-def started_from(order: BuildOrder, scratch: Path) -> Adapter | None:
-    """What every contribution holds, in a job that starts from an earlier adapter; kept in the folder `scratch`.
-
-    Rounded as contributions are, so that what a client left as it was is no change.
-    """
-    if not order.spec.lora.start_from:
-        return None
-    assert order.initial, "a job that starts from an adapter has it"
-    file, whole = scratch / "start.safetensors", adapter.read(order.initial)
-    frozen_a = stream.digest(order.initial) if order.spec.lora.freeze_a else ""
-    adapter.write(whole, file, order.spec.upload.dtype, frozen_a)
-    return adapter.read(file, whole)
-
-
-def judged(order: BuildOrder, start: Adapter | None = None) -> list[Assessed]:
-    """The cohort, in the order of the contributions; with a `start`, by what each changed of it."""
-    arrived = sorted(order.contributions, key=lambda given: (given.received, given.id))
-    frozen = adapter.read(order.initial) if order.initial and order.spec.lora.freeze_a else None
-    whole = {given.id: adapter.read(given.file, frozen) for given in arrived}
-    members = [
-        Member(given.id, given.client, changes(whole[given.id], start), given.num_examples, given.by_hand)
-        for given in arrived
-    ]
-    by_factor = order.spec.lora.freeze_a or aggregate.METHODS[order.spec.aggregate.method].one_rank
-    small = len(members) < outliers.COHORT
-    found = {
-        given.id: Assessed(
-            given,
-            _upheld(given, finding) if small else finding,
-            clipped(whole[given.id], finding.scale, start, by_factor=by_factor),
-        )
-        for given, finding in zip(arrived, outliers.judge(members, order.spec.admission), strict=True)
-    }
-    return [found[given.id] for given in order.contributions]
-
-
-def _upheld(given: Candidate, finding: Assessment) -> Assessment:
-    """In a cohort that is too small to tell, what a larger one found holds."""
-    if not given.earlier or given.by_hand or finding.verdict == "quarantined":
-        return finding
-    return replace(finding, verdict="quarantined", reason=given.earlier)
-
-
-def _make(order: BuildOrder, work: Path, report: Report) -> None:
+def _build(order: BuildOrder, work: Path, report: Report) -> None:
+    """Make and verify everything in the folder `work`. The manifest comes last, and lists the rest."""
     base = architectures.describe(order.base_folder, order.base_gguf)
     with tempfile.TemporaryDirectory(dir=work) as scratch:
-        report("comparing the contributions")
-        start = started_from(order, Path(scratch))
-        judged_all = judged(order, start)
-        taking = [judged for judged in judged_all if judged.finding.verdict != "quarantined"]
-        if len(taking) < order.at_least:
-            reasons = "; ".join(f"{one.given.client}: {one.finding.reason}" for one in judged_all if one not in taking)
-            raise BadModel(
-                f"{len(taking)} contributions are left of at least {order.at_least}: {reasons}",
-            )
-        report("aggregating")
-        try:
-            result = aggregate.aggregate(
-                [ClientUpdate(judged.adapter, judged.given.num_examples) for judged in taking],
-                order.spec.aggregate,
-                rank=order.spec.publish.adapter_rank,
-                scratch=Path(scratch),
-                start=start,
-            )
-        except LayoutMismatch as error:  # closed by hand, or with some set aside: fewer than the method needs
-            again = f"coordinator publish {order.spec.name} --method exact"
-            raise LayoutMismatch(str(error), hint=f"`{again}` takes any") from error
-        rank = max(result.adapter.ranks.values())
-        report("writing the adapter")
-        peft.write(result.adapter, work / "peft", base_model=order.spec.model.base)
-        mlx.write(result.adapter, work / "mlx", base)
-        gguf_adapter.write(result.adapter, work / "adapter.gguf", base)
-        merged = _merge(order, base, result.adapter, work, report)
-    report("verifying with llama.cpp")
-    checked = _verify(order, merged, work)
-    for made in merged:
-        if made.kind not in order.spec.publish.gguf:  # made to be quantised, and to hold others against
-            made.file.unlink()
-            checked.verdicts.pop(made.file.name)
+        aggregated, entries = _aggregate(order, Path(scratch), report)
+        material = Material(order.spec, aggregated.adapter, base, order.base_gguf)
+        parts = exporters.export(material, work, report)
+        verification = verifiers.verify_all(material, parts, order.beside(".withheld"), report)
+    released = _release(parts, verification)
+    unlisted = _manifest(order, aggregated, entries, parts, verification, _rounding(order, base))
+    model_card.write(work, order.spec, unlisted, released)
+    whole = replace(unlisted, files=_listed(work))
+    files.replace(work / statements.MANIFEST, [manifest.to_json(whole)])
 
-    weights = {judged.given.id: weight for judged, weight in zip(taking, result.weights, strict=True)}
-    counting = [judged.given.num_examples for judged in taking if weights[judged.given.id] > 0]
-    rounding = _rounding(order, base)
-    quantised = {made.file.name: made.quantised for made in merged if made.quantised}
-    facts = CardFacts(
-        spec=order.spec,
+
+def _aggregate(order: BuildOrder, scratch: Path, report: Report) -> tuple[Aggregated, list[ContributionEntry]]:
+    """The cohort's update, and what the manifest says of every contribution."""
+    report("comparing the contributions")
+    start, sent = cohort.start(order, scratch), cohort.read(order)
+    assessments = cohort.assess(order, sent, start)
+    taking = cohort.taking_part(order, assessments)
+    report("aggregating")
+    updates = cohort.updates(order, taking, sent, assessments, start)
+    try:
+        aggregated = aggregate.aggregate(
+            updates, order.spec.aggregate, rank=order.spec.publish.adapter_rank, scratch=scratch, start=start
+        )
+    except LayoutMismatch as error:  # closed by hand, or with some set aside: fewer than the method needs
+        again = f"coordinator publish {order.spec.name} --method exact"
+        raise LayoutMismatch(str(error), hint=f"`{again}` takes any") from error
+    weights = dict(zip((candidate.id for candidate in taking), aggregated.weights, strict=True))
+    entries = [cohort.entry(each, assessments[each.id], weights.get(each.id, 0.0)) for each in order.contributions]
+    return aggregated, [*entries, *order.set_aside]
+
+
+def _release(parts: Sequence[Part], verification: Verification) -> list[Part]:
+    """The parts that the publication holds. Those that only served to make and to check others are removed."""
+    for part in parts:
+        if not part.released:
+            part.path.unlink()
+    return [part for part in parts if part.released and part.name not in verification.withheld]
+
+
+def _manifest(
+    order: BuildOrder,
+    aggregated: Aggregated,
+    entries: Sequence[ContributionEntry],
+    parts: Sequence[Part],
+    verification: Verification,
+    base_rounding: float,
+) -> Manifest:
+    """What the publication says of itself, but for the list of its files."""
+    quantised = {part.name: part.quantised for part in parts if part.quantised}
+    return Manifest(
+        job=json_format.MessageToDict(order.spec, preserving_proto_field_name=True),
+        job_id=order.job_id,
         version=order.version,
-        n_clients=len(counting),
-        n_examples=sum(counting),
-        rank=rank,
-        energy_kept=result.energy_kept,
-        checked=checked,
-        fallbacks={name: made.fallbacks for name, made in quantised.items()},
-        base_rounding=rounding,
+        reason=order.reason,
+        base_fingerprint=order.base_fingerprint,
+        base_rounding=base_rounding,
+        method=order.spec.aggregate.method,
+        rank=max(aggregated.adapter.ranks.values()),
+        energy_kept=aggregated.energy_kept,
         started_from=order.started_from,
+        contributions=entries,
+        quantised={name: QuantisedEntry(types=q.types, fallbacks=q.fallbacks) for name, q in quantised.items()},
+        verification=verification.file_checks,
+        read_back=verification.read_back,
+        adapter_effect=verification.adapter_effect,
+        withheld=verification.withheld,
+        made_with={name: importlib.metadata.version(name) for name in _MADE_WITH},
     )
-    model_card.write(work, facts)
-    manifest: dict[str, Any] = {
-        "job": json_format.MessageToDict(order.spec, preserving_proto_field_name=True),
-        "job_id": order.job_id,
-        "version": order.version,
-        "reason": order.reason,
-        "base_fingerprint": order.base_fingerprint,
-        "base_rounding": rounding,
-        "method": order.spec.aggregate.method,
-        "rank": rank,
-        "energy_kept": result.energy_kept,
-        "started_from": order.started_from,
-        "contributions": [judged.listed(weights.get(judged.given.id, 0.0)) for judged in judged_all]
-        + list(order.set_aside),
-        "quantised": {name: asdict(made) for name, made in quantised.items()},
-        "verification": {name: verdict.as_json() for name, verdict in checked.verdicts.items()},
-        "adapter_effect": checked.adapter_effect,
-        "withheld": checked.withheld,
-        "made_with": {name: importlib.metadata.version(name) for name in _MADE_WITH},
-        "files": {
-            file.relative_to(work).as_posix(): {"sha256": stream.digest(file), "size": file.stat().st_size}
-            for file in sorted(work.rglob("*"))
-            if file.is_file()
-        },
+
+
+def _listed(folder: Path) -> dict[str, FileEntry]:
+    """Every file in a folder, by its name there."""
+    return {
+        file.relative_to(folder).as_posix(): FileEntry(sha256=stream.digest(file), size=file.stat().st_size)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
     }
-    files.replace(work / "manifest.json", [json.dumps(manifest, indent=2).encode()])
-
-
-def _merge(order: BuildOrder, base: Base, mean: Adapter, work: Path, report: Report) -> list[MergedFile]:
-    """The merged models that the job asks for, float types from fine to coarse first. Quantised ones are made from the
-    finest float file; where none is asked for, one of the checkpoint's own precision is made for that."""
-    wanted = list(order.spec.publish.gguf)
-    floats = [kind for kind in gguf_merge.FLOAT_TYPES if kind in wanted] or [base.dtype]
-    merged = [MergedFile(kind, work / f"{order.spec.name}-{kind}.gguf") for kind in floats]
-    for made in merged:
-        report(f"merging into {made.kind}")
-        accept = order.spec.model.accept_quantised_gguf
-        gguf_merge.merge(order.base_gguf, mean, made.file, made.kind, base, accept_quantised=accept)
-    for kind in wanted:
-        if kind not in floats:
-            report(f"quantising to {kind}")
-            file = work / f"{order.spec.name}-{kind}.gguf"
-            merged.append(MergedFile(kind, file, gguf_quantize.quantize(merged[0].file, file, kind)))
-    return merged
-
-
-def _verify(order: BuildOrder, merged: Sequence[MergedFile], work: Path) -> Verification:
-    """Have llama.cpp judge every file; quantised ones that fail are moved aside.
-
-    Raises:
-        BadModel: a float file is not base + adapter, or nothing that was asked for is left.
-    """
-    reference = verify.base_and_adapter(order.base_gguf, work / "adapter.gguf")
-    base = verify.alone(order.base_gguf, reference.kind, reference.ids)
-    effect = verify.difference(base.logits, reference.logits)
-    verdicts: dict[str, FileCheck] = {}
-    withheld: dict[str, str] = {}
-
-    floats = [made for made in merged if not made.quantised]
-    said = [verify.alone(made.file, made.kind, reference.ids) for made in floats]
-    for made, heard in zip(floats, said, strict=True):
-        found = verify.verdict(heard, reference, effect)
-        if not found.passed:
-            raise BadModel(f"verification failed: {made.file.name}: {found.sentence}")
-        verdicts[made.file.name] = found
-
-    aside = order.folder.with_name(f"{order.folder.name}.withheld")
-    for made in merged[len(floats) :]:
-        name = made.file.name
-        try:
-            found = verify.verdict(verify.alone(made.file, made.kind, reference.ids), said[0])
-            reason = "" if found.passed else found.sentence
-        except BadModel as error:
-            reason = str(error)
-        if reason:
-            withheld[name] = reason
-            aside.mkdir(exist_ok=True)
-            made.file.replace(aside / name)
-        else:
-            verdicts[name] = found
-    if not any(made.kind in order.spec.publish.gguf and made.file.name in verdicts for made in merged):
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in withheld.items())
-        raise BadModel(f"verification failed: {reasons}", hint="publish f16 or q8_0 too")
-    return Verification(verdicts, withheld, effect)
 
 
 def _rounding(order: BuildOrder, base: Base) -> float:

@@ -13,11 +13,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from converters import peft, settings
-from converters.settings import Settings
+from converters import peft
 from coordinator.aggregate import METHODS
 from coordinator.aggregate.gram import inner, pieces
-from oneround.errors import BadModel, LayoutMismatch
+from oneround import manifest, statements
+from oneround.errors import LayoutMismatch
+from oneround.manifest import ContributionEntry, FileCheck, Manifest
 from oneround.text import human_size
 
 _MOST_CHANGED = 5
@@ -45,35 +46,37 @@ def compare(old: Path, new: Path) -> dict[str, Any]:
         BadData: a folder is no publication, or its manifest or adapter is not sound.
         LayoutMismatch: the two adapt different modules, so that there is nothing to compare.
     """
-    sides = [settings.read(folder / "manifest.json", BadModel) for folder in (old, new)]
-    jobs = [_flat(side.table("job").values) for side in sides]
-    used = [_parameters(job) for job in jobs]
+    manifests = [manifest.open_file(folder / statements.MANIFEST) for folder in (old, new)]
+    jobs = [_flat(side.job) for side in manifests]
+    parameters = [_parameters(job) for job in jobs]
     keys = sorted(jobs[0].keys() | jobs[1].keys())
     return {
-        "publication": [f"{job.get('name')} v{side.get('version')}" for job, side in zip(jobs, sides, strict=True)],
+        "publication": [f"{side.job_name} v{side.version}" for side in manifests],
         "folder": [str(old), str(new)],
         "mean": {
             **{key: [job.get(f"aggregate.{key}") for job in jobs] for key in ("method", "server_learning_rate")},
-            **{key.rpartition(".")[-1]: [side.get(key) for side in used] for key in used[0] | used[1]},
-            **{key: [side.get(key) for side in sides] for key in ("rank", "energy_kept")},
+            **{
+                key.rpartition(".")[-1]: [side.get(key) for side in parameters] for key in parameters[0] | parameters[1]
+            },
+            **{key: [getattr(side, key) for side in manifests] for key in ("rank", "energy_kept")},
         },
         "settings": {
             key: [job.get(key) for job in jobs]
             for key in keys
             if not key.startswith("aggregate.") and jobs[0].get(key) != jobs[1].get(key)
         },
-        "clients": _clients(sides),
+        "clients": _clients(manifests),
         "adapter": _adapters(old, new),
-        "files": _files(sides),
+        "files": _files(manifests),
     }
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested keys joined with dots."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        found.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return found
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
 
 
 def _parameters(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,31 +86,23 @@ def _parameters(job: Mapping[str, Any]) -> dict[str, Any]:
     return {name: job.get(name) for name in names}
 
 
-def _clients(sides: Sequence[Settings]) -> dict[str, Any]:
-    lists = [_contributions(side) for side in sides]
+def _clients(manifests: Sequence[Manifest]) -> dict[str, Any]:
+    lists = [{entry.id or entry.client: entry for entry in side.contributions} for side in manifests]
     changed = []
     for key in sorted(lists[0].keys() | lists[1].keys()):
-        entries = [known.get(key, Settings({}, key, BadModel)) for known in lists]
-        found = {name: [entry.get(name) for entry in entries] for name in _OF_CLIENTS}
-        if any(not _equal(*values) for values in found.values()):
-            latest = entries[1] if entries[1].values else entries[0]
-            told = {
-                "client": latest.text("client", ""),
-                "id": latest.text("id", ""),
-                "reason": latest.text("reason", ""),
-            }
-            changed.append({**told, **found})
-    counts = [sum(1 for entry in known.values() if entry.number("weight", 0.0, positive=False) > 0) for known in lists]
+        before, after = (entries.get(key) for entries in lists)
+        values = {name: [_told(before, name), _told(after, name)] for name in _OF_CLIENTS}
+        latest = after or before
+        if latest is not None and any(not _equal(*both) for both in values.values()):
+            changed.append({"client": latest.client, "id": latest.id, "reason": latest.reason, **values})
+    counts = [sum(1 for entry in entries.values() if entry.weight > 0) for entries in lists]
     return {"take_part": counts, "changed": changed}
 
 
-def _contributions(manifest: Settings) -> dict[str, Settings]:
-    found = {}
-    for entry in manifest.items("contributions"):
-        if not isinstance(entry, dict):
-            raise manifest.bad("one of its contributions is not an object")
-        found[str(entry.get("id") or entry.get("client"))] = Settings(entry, manifest.source, BadModel)
-    return found
+def _told(entry: ContributionEntry | FileCheck | None, name: str) -> Any:
+    """What a manifest says under a name; None where it says nothing, as the first ones did of verdicts."""
+    value = getattr(entry, name, None)
+    return None if value == "" else value
 
 
 def _equal(before: Any, after: Any) -> bool:
@@ -122,11 +117,11 @@ def _adapters(old: Path, new: Path) -> dict[str, Any]:
         raise LayoutMismatch(f"{old} and {new} do not adapt the same modules, {odd[0]} for one")
     modules, total = [], [0.0, 0.0, 0.0]
     for name in sorted(before.modules):
-        one, other = pieces(before.modules[name]), pieces(after.modules[name])
-        found = [float(inner(one).sum()), float(inner(other).sum()), float(inner(one, other).sum())]
-        total = [sum(pair) for pair in zip(total, found, strict=True)]
-        modules.append({"module": name, **_distance(*found)})
-    modules.sort(key=lambda found: -math.inf if found["relative_change"] is None else -found["relative_change"])
+        left, right = pieces(before.modules[name]), pieces(after.modules[name])
+        products = [float(inner(left).sum()), float(inner(right).sum()), float(inner(left, right).sum())]
+        total = [sum(pair) for pair in zip(total, products, strict=True)]
+        modules.append({"module": name, **_distance(*products)})
+    modules.sort(key=lambda module: -math.inf if module["relative_change"] is None else -module["relative_change"])
     return {**_distance(*total), "modules": modules[:_MOST_CHANGED]}
 
 
@@ -143,24 +138,21 @@ def _distance(before: float, after: float, product: float) -> dict[str, Any]:
     }
 
 
-def _files(sides: Sequence[Settings]) -> dict[str, Any]:
-    listed, checked = [side.table("files") for side in sides], [side.table("verification") for side in sides]
-    found: dict[str, Any] = {}
-    for name in sorted({name for files in listed for name in files.values}):
-        here = [files.table(name) for files in listed]
-        if here[0].get("sha256") == here[1].get("sha256"):
+def _files(manifests: Sequence[Manifest]) -> dict[str, Any]:
+    changed: dict[str, Any] = {}
+    for name in sorted({name for side in manifests for name in side.files}):
+        before, after = (side.files.get(name) for side in manifests)
+        if before == after:
             continue
-        sizes = [one.integer("size", low=0, high=2**63) if one.values else None for one in here]
-        found[name] = {"size": sizes}
-        verdicts = [verdicts.table(name) for verdicts in checked]
-        if any(verdict.values for verdict in verdicts):
-            numbers = {key: [verdict.get(key) for verdict in verdicts] for key in _OF_FILES}
-            found[name] |= {"measure": [verdict.get("measure") for verdict in verdicts], **numbers}
-    return found
+        changed[name] = {"size": [entry.size if entry else None for entry in (before, after)]}
+        checks = [side.verification.get(name) for side in manifests]
+        if any(checks):
+            changed[name] |= {key: [_told(check, key) for check in checks] for key in ("measure", *_OF_FILES)}
+    return changed
 
 
 def table(difference: Mapping[str, Any]) -> RenderableType:
-    """What `compare` found, for people."""
+    """The result of `compare`, for people."""
     mean, adapter = difference["mean"], difference["adapter"]
     lines = [
         _both(difference["publication"]),
@@ -173,7 +165,7 @@ def table(difference: Mapping[str, Any]) -> RenderableType:
     if clients := difference["clients"]["changed"]:
         parts.append(_rows(("client", "id", "verdict", "weight", "examples", "why"), map(_client, clients)))
     if adapter["relative_change"] != 0:
-        rows = [(one["module"], _moved(one), _both(one["norm"], _short)) for one in adapter["modules"]]
+        rows = [(module["module"], _moved(module), _both(module["norm"], _short)) for module in adapter["modules"]]
         parts.append(_rows(("modules that changed most", "change", "‖ΔW‖"), rows))
     if files := difference["files"]:
         parts.append(_rows(("file", "size", "perplexity", "distance"), (_file(*item) for item in files.items())))
@@ -188,21 +180,24 @@ def _settings(mean: Mapping[str, Any]) -> str:
     return shown + (f", energy kept {_both(mean['energy_kept'], '{:.1%}'.format)}" if min(kept, default=1) < 1 else "")
 
 
-def _client(one: Mapping[str, Any]) -> tuple[str, ...]:
-    sent = "sent another; " if None not in one["digest"] and one["digest"][0] != one["digest"][1] else ""
-    numbers = _both(one["weight"], lambda value: f"{value:.1%}"), _both(one["num_examples"])
-    return one["client"], one["id"], _both(one["verdict"]), *numbers, (sent + one["reason"]).removesuffix("; ")
+def _client(client: Mapping[str, Any]) -> tuple[str, ...]:
+    before, after = client["digest"]
+    why = ["sent another"] if before and after and before != after else []
+    why += [client["reason"]] if client["reason"] else []
+    numbers = _both(client["weight"], lambda value: f"{value:.1%}"), _both(client["num_examples"])
+    return client["client"], client["id"], _both(client["verdict"]), *numbers, "; ".join(why)
 
 
-def _file(name: str, one: Mapping[str, Any]) -> tuple[str, ...]:
-    judged = [_both(one[key], _short) if key in one else "" for key in _OF_FILES]
-    return name, _both(one["size"], human_size), *judged
+def _file(name: str, file: Mapping[str, Any]) -> tuple[str, ...]:
+    figures = [_both(file[key], _short) if key in file else "" for key in _OF_FILES]
+    return name, _both(file["size"], human_size), *figures
 
 
-def _moved(found: Mapping[str, Any]) -> str:
-    if (change := found["relative_change"]) is None:
+def _moved(distance: Mapping[str, Any]) -> str:
+    """How far an adapter, or a module of it, is from what it was."""
+    if (change := distance["relative_change"]) is None:
         return "nothing before"
-    cosine = "" if found["cosine"] is None else f", cosine {found['cosine']:.4f}"
+    cosine = "" if distance["cosine"] is None else f", cosine {distance['cosine']:.4f}"
     return f"changed by {change:.2%}{cosine}" if change else "the same"
 
 
@@ -217,9 +212,9 @@ def _short(value: Any) -> str:
 
 
 def _rows(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    found = Table(box=box.SIMPLE_HEAD)
+    rendered = Table(box=box.SIMPLE_HEAD)
     for head in heads:
-        found.add_column(head)
+        rendered.add_column(head)
     for row in rows:
-        found.add_row(*map(escape, row))
-    return found
+        rendered.add_row(*map(escape, row))
+    return rendered

@@ -4,10 +4,8 @@ for Ollama."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import ModelCardData
 
@@ -15,47 +13,31 @@ from converters.gguf import file as gguf_file
 from coordinator import aggregate
 from coordinator.jobs import spec as jobs
 from coordinator.publication import modelfile
-from coordinator.publication.verify import Verification
-from oneround import files
+from coordinator.publication.parts import Part
+from oneround import files, statements
+from oneround.manifest import Manifest, StartedFrom
 from oneround.text import human_size
 from oneround.v1 import federation_pb2 as pb
 
 _LOCAL = "BASE"  # for a base that has no name but a path on the coordinator's machine
 
 
-@dataclass(frozen=True)
-class CardFacts:
-    """What the card tells."""
-
-    spec: pb.JobSpec
-    version: int
-    n_clients: int
-    n_examples: int
-    rank: int  # the largest of the modules'
-    energy_kept: float  # share of ‖ΔW‖² that is left after truncation to it
-    checked: Verification
-    fallbacks: Mapping[str, Mapping[str, str]]  # quantised file -> tensor -> the type that it has instead
-    started_from: Mapping[str, Any]  # the earlier job, its version, and a digest; empty for a fresh adapter
-    base_rounding: float  # what a quantised base GGUF had lost, relatively; 0.0 for floats
-
-
-def write(folder: Path, facts: CardFacts) -> None:
-    """Write README.md, and Modelfile for the smallest merged file."""
-    smallest = min(facts.checked.verdicts, key=lambda name: (folder / name).stat().st_size)
-    known = gguf_file.read(folder / smallest)
-    template = known.value("tokenizer.chat_template")
+def write(folder: Path, spec: pb.JobSpec, manifest: Manifest, parts: Sequence[Part]) -> None:
+    """Write README.md, and Modelfile for the smallest merged file, from what the manifest says of these parts."""
+    smallest = min(manifest.verification, key=lambda name: (folder / name).stat().st_size)
+    gguf = gguf_file.read(folder / smallest)
+    template = gguf.value("tokenizer.chat_template")
     text = modelfile.text(
         smallest,
         template=template if isinstance(template, str) else "",
-        bos=known.token("tokenizer.ggml.bos_token_id"),
-        eos=known.token("tokenizer.ggml.eos_token_id"),
+        bos=gguf.token("tokenizer.ggml.bos_token_id"),
+        eos=gguf.token("tokenizer.ggml.eos_token_id"),
     )
     files.replace(folder / "Modelfile", [text.encode()])
-    files.replace(folder / "README.md", [_card(folder, facts, smallest).encode()])
+    files.replace(folder / "README.md", [_card(spec, manifest, parts, smallest).encode()])
 
 
-def _card(folder: Path, facts: CardFacts, smallest: str) -> str:
-    spec = facts.spec
+def _card(spec: pb.JobSpec, manifest: Manifest, parts: Sequence[Part], smallest: str) -> str:
     local = jobs.is_path(spec.model.base)
     base = Path(spec.model.base).name if local else spec.model.base  # the hub takes names only
     front = ModelCardData(
@@ -66,71 +48,74 @@ def _card(folder: Path, facts: CardFacts, smallest: str) -> str:
         pipeline_tag="text-generation",
         tags=["lora", "gguf", "mlx", "llama-cpp", "federated-learning", "oneround"],
     )
-    parts = [
+    examples = [entry.num_examples for entry in manifest.contributions if entry.weight > 0]
+    sections = [
         f"---\n{front.to_yaml()}\n---",
-        f"# {spec.name}, version {facts.version}",
+        f"# {spec.name}, version {manifest.version}",
         f"A LoRA adapter for `{base}`, averaged by oneround in one round over"
-        f" {facts.n_clients} {'client' if facts.n_clients == 1 else 'clients'} with {facts.n_examples:,} training"
+        f" {len(examples)} {'client' if len(examples) == 1 else 'clients'} with {sum(examples):,} training"
         " examples in all. Each client trained on its own machine and sent its adapter once; nobody's data left it.",
-        _files(folder, facts),
-        _verification(facts),
-        _commands(facts, _LOCAL if local else base, smallest),
-        _training(facts),
+        _files(parts),
+        _verification(manifest),
+        _commands(spec.name, _LOCAL if local else base, smallest),
+        _training(spec, manifest),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
-def _files(folder: Path, facts: CardFacts) -> str:
-    merged = facts.checked.verdicts
+def _files(parts: Sequence[Part]) -> str:
+    """The merged models first, with their sizes."""
     rows = [
-        *((name, f"base + adapter in one file, {human_size((folder / name).stat().st_size)}") for name in merged),
-        ("adapter.gguf", "the adapter for llama.cpp, to be loaded beside a GGUF of the base"),
-        ("peft/", "the adapter for PEFT and transformers"),
-        ("mlx/", "the adapter for mlx-lm"),
+        *(
+            (part.name, f"{part.about}, {human_size(part.path.stat().st_size)}")
+            if part.kind
+            else (f"{part.name}/" if part.path.is_dir() else part.name, part.about)
+            for part in sorted(parts, key=lambda part: not part.kind)
+        ),
         ("Modelfile", "for Ollama"),
-        ("manifest.json", "what went in, how it was checked, and the SHA-256 of every file"),
-        ("manifest.json.signature", "the coordinator's signature over it"),
-    ]  # fmt: skip
-    return _table("Files", ("file", "what it is"), [(f"`{name}`", what) for name, what in rows])
+        (statements.MANIFEST, "what went in, how it was checked, and the SHA-256 of every file"),
+        (statements.SIGNATURE, "the coordinator's signature over it"),
+    ]
+    return _table("Files", ("file", "what it is"), [(f"`{name}`", about) for name, about in rows])
 
 
-def _verification(facts: CardFacts) -> str:
+def _verification(manifest: Manifest) -> str:
     rows = [
         (
             f"`{name}`",
-            verdict.against,
-            f"{verdict.measure.replace('_', ' ')} {verdict.value:.2g} (bound {verdict.bound:.3g})",
-            f"{verdict.top1_agreement:.1%}",
-            f"{verdict.perplexity:.3f} ({verdict.perplexity_against:.3f})",
+            check.against,
+            f"{check.measure.replace('_', ' ')} {check.value:.2g} (bound {check.bound:.3g})",
+            f"{check.top1_agreement:.1%}",
+            f"{check.perplexity:.3f} ({check.perplexity_against:.3f})",
         )
-        for name, verdict in facts.checked.verdicts.items()
+        for name, check in manifest.verification.items()
     ]
     heads = ("file", "held against", "difference", "top-1 agreement", "perplexity (theirs)")
     table = _table("Checked by llama.cpp before release", heads, rows)
-    aside = [f"- `{name}` is not released: {reason}" for name, reason in facts.checked.withheld.items()]
     effect = (
         "Float files are held to the relative logit difference: the largest over positions of ‖difference‖ / ‖logits‖."
-        f" By that measure the adapter itself moves the base by {facts.checked.adapter_effect:.2g}."
+        f" By that measure the adapter itself moves the base by {manifest.adapter_effect:.2g}."
     )
-    notes = [
-        *aside,
-        *(
-            f"- `{name}`: {len(tensors)} tensors have rows that do not divide into its blocks, and another type: "
-            + ", ".join(f"{kind} for {count}" for kind, count in Counter(tensors.values()).items())
-            + " (`manifest.json` lists them)"
-            for name, tensors in facts.fallbacks.items()
-            if tensors
-        ),
-    ]
-    if facts.base_rounding:
-        notes.append(
-            f"- The base GGUF was quantised: its weights were off by {facts.base_rounding:.1%} before merging."
-        )
-    return "\n\n".join([table, effect, *(["\n".join(notes)] if notes else [])])
+    notes = "\n".join(_notes(manifest))
+    return "\n\n".join([table, effect, *([notes] if notes else [])])
 
 
-def _commands(facts: CardFacts, base: str, smallest: str) -> str:
-    name = facts.spec.name
+def _notes(manifest: Manifest) -> Iterator[str]:
+    """What a person should know of files that are not as one would expect, a line each."""
+    for name, reason in manifest.withheld.items():
+        yield f"- `{name}` is not released: {reason}"
+    for name, entry in manifest.quantised.items():
+        if entry.fallbacks:
+            kinds = ", ".join(f"{kind} for {count}" for kind, count in Counter(entry.fallbacks.values()).items())
+            yield (
+                f"- `{name}`: {len(entry.fallbacks)} tensors have rows that do not divide into its blocks, and another"
+                f" type: {kinds} (`{statements.MANIFEST}` lists them)"
+            )
+    if manifest.base_rounding:
+        yield (f"- The base GGUF was quantised: its weights were off by {manifest.base_rounding:.1%} before merging.")
+
+
+def _commands(name: str, base: str, smallest: str) -> str:
     pipeline = f"""pipeline("text-generation", "peft", tokenizer="{base}")("Hello")"""
     lines = [
         ("llama.cpp", f"llama-server -m {smallest}"),
@@ -145,29 +130,29 @@ def _commands(facts: CardFacts, base: str, smallest: str) -> str:
     return f"## Run it, from this folder\n\n```sh\n{shown}\n```{where}"
 
 
-def _training(facts: CardFacts) -> str:
-    train, lora = facts.spec.train, facts.spec.lora
+def _training(spec: pb.JobSpec, manifest: Manifest) -> str:
+    train, lora = spec.train, spec.lora
     frozen = " A frozen," if lora.freeze_a else ""
-    kept = f", which keeps {facts.energy_kept:.1%} of ‖ΔW‖²" if facts.energy_kept < 1 else ""
+    kept = f", which keeps {manifest.energy_kept:.1%} of ‖ΔW‖²" if manifest.energy_kept < 1 else ""
     return (
-        f"## How it was made\n\n{_start(facts.started_from)}"
+        f"## How it was made\n\n{_start(manifest.started_from)}"
         f"LoRA of rank {lora.rank}, alpha {lora.alpha:g},{frozen} on {', '.join(lora.target_modules)};"
         f" {train.epochs:g} epochs of AdamW at learning rate {train.learning_rate:g} ({train.schedule}), batches of"
         f" {train.batch_size} with at most {train.max_seq_len} tokens, seed {train.seed}. Averaged with"
-        f" `{aggregate.described(facts.spec.aggregate)}`; the published adapter has rank {facts.rank}{kept}. The base's"
+        f" `{aggregate.described(spec.aggregate)}`; the published adapter has rank {manifest.rank}{kept}. The base's"
         " licence holds for what is made from it."
     )
 
 
-def _start(taken: Mapping[str, Any]) -> str:
+def _start(started_from: StartedFrom) -> str:
     """What its clients began with, so that a chain of rounds can be followed back."""
-    if not taken:
+    if not started_from:
         return ""
-    if not taken.get("job"):
-        return f"It started from an adapter that was there before (SHA-256 `{taken['digest']}`). "
+    if not started_from.job:
+        return f"It started from an adapter that was there before (SHA-256 `{started_from.digest}`). "
     return (
-        f"It started from version {taken['version']} of `{taken['job']}` (SHA-256 of its manifest.json:"
-        f" `{taken['digest']}`), and holds what that one learnt. "
+        f"It started from version {started_from.version} of `{started_from.job}` (SHA-256 of its manifest.json:"
+        f" `{started_from.digest}`), and holds what that one learnt. "
     )
 
 

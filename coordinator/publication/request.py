@@ -1,4 +1,5 @@
-"""A version that the operator asks for: the job's spec with what is asked in its place, held against what is in."""
+"""A version that the operator asks for: the job's spec with the request's values in their place, checked against the
+contributions that are in."""
 
 from __future__ import annotations
 
@@ -11,35 +12,36 @@ from oneround.errors import UsageError
 from oneround.v1 import federation_pb2 as pb
 
 
-def asked(known: pb.JobSpec, request: pb.PublishRequest) -> pb.JobSpec:
-    """The job's spec as this version is to have it. Parameters of the job's own method that another does not use go.
+def asked(job: pb.JobSpec, request: pb.PublishRequest) -> pb.JobSpec:
+    """The job's spec as this version is to have it, not checked yet.
 
-    Raises:
-        UsageError: the method or a parameter is not one.
+    Parameters of the job's own method go where the requested method does not use them and the request does not set
+    them.
     """
     spec = pb.JobSpec()
-    spec.CopyFrom(known)
+    spec.CopyFrom(job)
     spec.aggregate.MergeFrom(request.aggregate)
     if request.HasField("adapter_rank"):
         spec.publish.adapter_rank = request.adapter_rank
     method = aggregate.METHODS.get(spec.aggregate.method)
-    for name in aggregate.PARAMETERS.keys() - {"server_learning_rate", *(method.parameters if method else ())}:
+    used = {"server_learning_rate", *(method.parameters if method else ())}
+    for name in aggregate.PARAMETERS.keys() - used:
         if not request.aggregate.HasField(name):  # type: ignore[arg-type]
             spec.aggregate.ClearField(name)  # type: ignore[arg-type]
     return spec
 
 
-def check(spec: pb.JobSpec, known: Store, blobs: Blobs) -> pb.JobSpec:
+def check(spec: pb.JobSpec, store: Store, blobs: Blobs) -> pb.JobSpec:
     """The spec with every default filled in, if its method can take the contributions that are in; blocks.
 
     Raises:
-        UsageError: it cannot.
+        UsageError: the method or a parameter is invalid, or the method cannot take these contributions.
     """
-    taking = [given for given in known.contributions(spec.name) if given.verdict in ("admitted", "clipped")]
+    taking = [each for each in store.contributions(spec.name) if each.verdict in ("admitted", "clipped")]
     spec = jobs.check(spec, clients=len(taking) or None)
     if aggregate.METHODS[spec.aggregate.method].one_rank and not spec.lora.freeze_a:
-        ranks = [adapter.read(blobs.path(given.digest)).ranks for given in taking]
-        one_rank = all(one == ranks[0] for one in ranks)
+        ranks = [adapter.read(blobs.path(contribution.digest)).ranks for contribution in taking]
+        one_rank = all(other == ranks[0] for other in ranks)
         if why := aggregate.unfit(spec.aggregate, clients=len(taking), one_rank=one_rank, frozen_a=False):
             raise UsageError(why, hint="--method exact takes any")
     return spec

@@ -1,4 +1,4 @@
-"""Whether a merged file says what base + adapter says. Only files that pass are released.
+"""How far what a merged file says is from what base + adapter says.
 
 llama.cpp judges, in a child process (`python -m coordinator.publication.verify`), since it may abort on a bad file.
 The probe is text that base + adapter itself writes: in the distribution that the model is for, whatever its language.
@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,22 +19,15 @@ from gguf import GGML_QUANT_SIZES
 
 from converters import llama
 from converters.gguf import file as gguf_file
+from converters.gguf.types import COARSEST_QUANTISED, FINEST_QUANTISED, FLOATS, QUANTISED
 from converters.llama import Logits
 from oneround.errors import BadModel
+from oneround.manifest import FileCheck
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
 
 PROBE_TOKENS = 128
-
-# How far a float file's logits may be from base + adapter at any probe position, ‖difference‖ / ‖logits‖. f32 differs
-# by summation order alone; f16 and bf16 round every weight, and llama.cpp rounds what it multiplies them by, the more
-# the deeper the model: 0.0075 with 4 layers in bf16, 0.022 with 22. The coarser of the file's and the base's counts.
-LOGIT_BOUND = {"f32": 1e-3, "f16": 1e-2, "bf16": 5e-2}
-# Mean Kullback-Leibler divergence, in nats per token, from a float file to a quantised one; and from a quantised base
-# with its adapter to a float file, where llama.cpp rounds what it multiplies the base's weights by.
-DIVERGENCE_BOUND = {"q8_0": 0.02, "q6_k": 0.05, "q5_k_m": 0.1, "q4_k_m": 0.25}
-_COARSEST = "q4_k_m"  # what a quantised base of any other type is held to
 
 
 @dataclass(frozen=True)
@@ -50,39 +43,6 @@ class ModelOutput:
         """Of the probe: e to the mean negative log-likelihood of each next token."""
         chances = np.take_along_axis(llama.log_softmax(self.logits[:-1]), np.array(self.ids[1:])[:, None], axis=-1)
         return float(np.exp(-chances.astype(np.float64).mean()))
-
-
-@dataclass(frozen=True)
-class FileCheck:
-    """How far a file is from what it should say, and the bound that it was held to."""
-
-    measure: str  # "relative_logit_difference" or "mean_divergence" (nats per token)
-    value: float
-    bound: float
-    against: str  # "base + adapter", or the type of the float file
-    top1_agreement: float  # share of probe positions where the most likely token is the same
-    perplexity: float
-    perplexity_against: float
-
-    @property
-    def passed(self) -> bool:
-        return self.value <= self.bound
-
-    @property
-    def sentence(self) -> str:
-        return f"{self.measure.replace('_', ' ')} from {self.against} is {self.value:.3g}, over {self.bound:g}"
-
-    def as_json(self) -> dict[str, object]:
-        return {**asdict(self), "passed": self.passed}
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What llama.cpp found."""
-
-    verdicts: dict[str, FileCheck]  # by file that may be released
-    withheld: dict[str, str]  # by file that may not, the reason
-    adapter_effect: float  # how far base + adapter is from the base alone, in the measure that float files are held to
 
 
 def base_and_adapter(base: Path, adapter: Path) -> ModelOutput:
@@ -108,38 +68,46 @@ def alone(file: Path, kind: str, ids: list[int]) -> ModelOutput:
 def verdict(said: ModelOutput, against: ModelOutput, adapter_effect: float = 0.0) -> FileCheck:
     """Hold a file against base + adapter (a float file) or against the float file that it was made from.
 
-    Where the adapter moves the base by more than the bound, a float file has to be clearly nearer than the base is, so
-    that one without the adapter never passes.
+    The coarser type of the two has the bound. Where the adapter moves the base by more than the bound, a float file has
+    to be clearly nearer than the base is, so that one without the adapter never passes.
     """
-    agreement = float((said.logits.argmax(-1) == against.logits.argmax(-1)).mean())
-    quantised = [kind for kind in (said.kind, against.kind) if kind not in LOGIT_BOUND]
+    quantised = [kind for kind in (said.kind, against.kind) if kind in QUANTISED]
     if quantised:
-        expected, found = llama.log_softmax(against.logits), llama.log_softmax(said.logits)
-        value = float((np.exp(expected) * (expected - found)).sum(-1).mean())
-        measure, bound = "mean_divergence", DIVERGENCE_BOUND[quantised[0]]
+        expected, actual = llama.log_softmax(against.logits), llama.log_softmax(said.logits)
+        value = float((np.exp(expected) * (expected - actual)).sum(-1).mean())
+        measure, bound = "mean_divergence", QUANTISED[quantised[0]].divergence_bound
     else:
         value = difference(said.logits, against.logits)
-        measure, bound = "relative_logit_difference", max(LOGIT_BOUND[said.kind], LOGIT_BOUND[against.kind])
+        measure = "relative_logit_difference"
+        bound = max(FLOATS[said.kind].logit_bound, FLOATS[against.kind].logit_bound)
         bound = min(bound, 0.8 * adapter_effect) if adapter_effect > bound else bound
-    name = against.kind if said.kind in DIVERGENCE_BOUND else "base + adapter"
-    return FileCheck(measure, value, bound, name, agreement, said.perplexity, against.perplexity)
+    return FileCheck(
+        measure=measure,
+        value=value,
+        bound=bound,
+        against=against.kind if said.kind in QUANTISED else "base + adapter",
+        top1_agreement=float((said.logits.argmax(-1) == against.logits.argmax(-1)).mean()),
+        perplexity=said.perplexity,
+        perplexity_against=against.perplexity,
+        passed=value <= bound,
+    )
 
 
 def _kind(base: Path) -> str:
-    """The coarsest type among a file's tensors, by our names."""
+    """The coarsest type among a file's tensors, by our names; any mixture of quantised ones counts as the coarsest."""
     types = {tensor.info.type for tensor in gguf_file.read(base).tensors.values()}
-    floats = [kind for kind, known in gguf_file.FLOATS.items() if known.type in types]
-    quantised = {kind.name for kind in types if GGML_QUANT_SIZES[kind][0] > 1}
+    quantised = {tensor_type for tensor_type in types if GGML_QUANT_SIZES[tensor_type][0] > 1}
     if quantised:
-        return "q8_0" if quantised == {"Q8_0"} else _COARSEST
-    return floats[-1]
+        only_finest = quantised == {QUANTISED[FINEST_QUANTISED].type}
+        return FINEST_QUANTISED if only_finest else COARSEST_QUANTISED
+    return [name for name, float_type in FLOATS.items() if float_type.type in types][-1]
 
 
-def difference(found: Logits, expected: Logits) -> float:
-    """The largest over positions of ‖found − expected‖ / ‖expected‖. A softmax does not see a constant that is added to
-    all logits of a position, so neither does this."""
-    found, expected = found - found.mean(-1, keepdims=True), expected - expected.mean(-1, keepdims=True)
-    return float((np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)).max())
+def difference(actual: Logits, expected: Logits) -> float:
+    """The largest over positions of ‖actual − expected‖ / ‖expected‖. A softmax does not see a constant that is added
+    to all logits of a position, so neither does this."""
+    actual, expected = actual - actual.mean(-1, keepdims=True), expected - expected.mean(-1, keepdims=True)
+    return float((np.linalg.norm(actual - expected, axis=-1) / np.linalg.norm(expected, axis=-1)).max())
 
 
 def _in_child(model: Path, adapter: Path | None, ids: list[int] | None) -> tuple[list[int], Logits]:
@@ -156,8 +124,8 @@ def _in_child(model: Path, adapter: Path | None, ids: list[int] | None) -> tuple
         if child.returncode != 0 or not out.exists():
             last = (child.stderr.strip().splitlines() or ["no message"])[-1]
             raise BadModel(f"llama.cpp failed on {model.name} (exit {child.returncode}): {last}")
-        with np.load(out) as found:
-            return found["ids"].tolist(), found["logits"]
+        with np.load(out) as answer:
+            return answer["ids"].tolist(), answer["logits"]
 
 
 def _child() -> None:

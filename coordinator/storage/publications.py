@@ -1,4 +1,4 @@
-"""The folders of publications: where a version stands, and dropping what was left half made."""
+"""The folders of publications: where a version stands, and what is dropped of versions that were not finished."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+# A version's folder, or what stands beside it: where it is made, the order for it, and what was not released.
+_OF_VERSION = re.compile(r"v(?P<version>\d+)(?P<suffix>\.partial|\.order\.json|\.withheld|\.failed)?")
+
 
 def version_folder(state: Path, name: str, version: int) -> Path:
     """Where a version of a job stands."""
@@ -14,12 +17,17 @@ def version_folder(state: Path, name: str, version: int) -> Path:
 
 
 def clear_unfinished(state: Path, name: str, versions: Collection[int]) -> list[str]:
-    """Drop what a publisher left of versions that are not there, and all that is half made; returns the names."""
+    """Drop what is left of a job's versions other than these, and all that is half made; returns the names.
+
+    What failed is kept for the operator to look at.
+    """
     dropped: list[str] = []
-    place = state / "publications" / name
-    for left_over in place.iterdir() if place.is_dir() else ():
-        found = re.fullmatch(r"v(\d+)(\.partial|\.order\.json|\.withheld|\.failed)?", left_over.name)
-        if not found or (int(found[1]) in versions and found[2] != ".partial") or found[2] == ".failed":
+    folder = state / "publications" / name
+    for left_over in folder.iterdir() if folder.is_dir() else ():
+        match = _OF_VERSION.fullmatch(left_over.name)
+        if match is None or match["suffix"] == ".failed":
+            continue
+        if int(match["version"]) in versions and match["suffix"] != ".partial":
             continue
         if left_over.is_dir():
             shutil.rmtree(left_over)

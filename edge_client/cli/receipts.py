@@ -73,9 +73,11 @@ def verify(
         signed = manifests.open_signed(manifest)
         if not set(by) & set(signers.whose(signed.signer, keys, str(manifest))):
             raise BadData(f"{manifest} is signed by another coordinator than the receipt: {tls.grouped(signed.signer)}")
-        part = manifests.part(signed, checked)
+        part = manifests.part(signed.manifest, checked)
         said = "takes_part" if part.weight > 0 else "takes_no_part"
-        screen.say(said, version=signed.version, job=signed.job, weight=part.weight, why=part.why)
+        screen.say(
+            said, version=signed.manifest.version, job=signed.manifest.job_name, weight=part.weight, why=part.why
+        )
 
 
 def _file(named: str, state: Path) -> Path:

@@ -1,44 +1,28 @@
-"""The manifest of a publication and the signature over it: what it holds, and who took part."""
+"""The manifest of a publication and the signature over it: who signed it, what it lists, and who took part."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters.settings import Settings
 from edge_client.proofs import signers
+from oneround import manifest as manifests
 from oneround import statements
 from oneround.errors import BadData
+from oneround.manifest import Manifest
 from oneround.v1 import federation_pb2 as pb
 
-MOST_BYTES = 64 << 20  # of a manifest; a hundred thousand clients are half of it
+MOST_BYTES = manifests.MOST_BYTES
 MOST_SIGNATURE_BYTES = 16 * 1024
 _TELL = "tell the person who runs the coordinator"
 
 
 @dataclass(frozen=True)
-class ContributionEntry:
-    """One contribution, as a manifest lists it."""
-
-    id: str  # of its client: the first twelve digits of what receipts have
-    digest: str
-    weight: float  # in the mean; 0: it takes no part
-    verdict: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Manifest:
+class SignedManifest:
     """What a coordinator has signed of a publication."""
 
-    job: str
-    job_id: str
-    version: int
-    files: Mapping[str, tuple[str, int]]  # SHA-256 and size in bytes, by name
-    contributions: Sequence[ContributionEntry]
+    manifest: Manifest
     signer: str  # fingerprint of the key
 
 
@@ -50,8 +34,8 @@ class Participation:
     why: str
 
 
-def read(text: bytes, signature: bytes, what: str) -> Manifest:
-    """A manifest that is signed; by whom, is for others to judge.
+def read(text: bytes, signature: bytes, what: str) -> SignedManifest:
+    """A manifest that is signed; whether its signer is to be believed, is for the caller to judge.
 
     Raises:
         BadData: the signature does not fit it, or it is no manifest.
@@ -59,25 +43,10 @@ def read(text: bytes, signature: bytes, what: str) -> Manifest:
     record = pb.Signature()
     signers.parse(signature, record, f"the signature of {what}")
     signer = signers.signer(record, statements.manifest(hashlib.sha256(text).hexdigest()), what)
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadData(f"{what} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise BadData(f"{what} is not a JSON object")
-    table = Settings(values, what, BadData)
-    files = table.table("files")
-    return Manifest(
-        job=table.table("job").text("name"),
-        job_id=table.text("job_id"),
-        version=table.integer("version"),
-        files={name: _file(files.table(name)) for name in files.values},
-        contributions=[_given(entry, table) for entry in table.items("contributions")],
-        signer=signer,
-    )
+    return SignedManifest(manifests.read(text, what), signer)
 
 
-def open_signed(file: Path) -> Manifest:
+def open_signed(file: Path) -> SignedManifest:
     """A manifest in a file, its signature beside it.
 
     Raises:
@@ -98,13 +67,14 @@ def check(manifest: Manifest, job: str, announced: pb.Publication) -> None:
         BadData: it is something else.
     """
     version = f"v{announced.version} of {job}"
-    if (manifest.job, manifest.version) != (job, announced.version):
-        raise BadData(f"the manifest of {version} is that of v{manifest.version} of {manifest.job}", hint=_TELL)
+    if (manifest.job_name, manifest.version) != (job, announced.version):
+        raise BadData(f"the manifest of {version} is that of v{manifest.version} of {manifest.job_name}", hint=_TELL)
     if len({file.name for file in announced.artifacts}) < len(announced.artifacts):
         raise BadData(f"{version} has two files of one name", hint=_TELL)
     beside = (statements.MANIFEST, statements.SIGNATURE)
-    files = {file.name: (file.digest, file.size) for file in announced.artifacts if file.name not in beside}
-    if differ := {name for name, _ in files.items() ^ manifest.files.items()}:
+    offered = {file.name: (file.digest, file.size) for file in announced.artifacts if file.name not in beside}
+    signed = {name: (entry.sha256, entry.size) for name, entry in manifest.files.items()}
+    if differ := {name for name, _ in offered.items() ^ signed.items()}:
         raise BadData(f"{version} is not as it was signed: {', '.join(sorted(differ))}", hint=_TELL)
 
 
@@ -116,30 +86,13 @@ def part(manifest: Manifest, receipt: pb.Receipt) -> Participation:
     """
     if manifest.job_id != receipt.job_id:
         raise BadData(
-            f"the manifest is of another job than the receipt: {manifest.job}, {manifest.job_id}; "
+            f"the manifest is of another job than the receipt: {manifest.job_name}, {manifest.job_id}; "
             f"{receipt.job}, {receipt.job_id}"
         )
-    mine = [given for given in manifest.contributions if given.id == receipt.client_id[:12]]
-    for given in mine:
-        if given.digest == receipt.digest:
-            return Participation(given.weight, given.reason or given.verdict)
-    if mine:
+    of_client = [entry for entry in manifest.contributions if entry.id == receipt.client_id[:12]]
+    for entry in of_client:
+        if entry.digest == receipt.digest:
+            return Participation(entry.weight, entry.reason or entry.verdict)
+    if of_client:
         return Participation(0.0, "another contribution of the same client is in its place")
     return Participation(0.0, f"it is not among the {len(manifest.contributions)} contributions that were looked at")
-
-
-def _file(entry: Settings) -> tuple[str, int]:
-    return entry.text("sha256"), entry.integer("size", low=0, high=2**63 - 1)
-
-
-def _given(entry: object, table: Settings) -> ContributionEntry:
-    if not isinstance(entry, dict):
-        raise table.bad("one of its contributions is not an object")
-    said = Settings(entry, table.source, BadData)
-    return ContributionEntry(
-        id=said.text("id"),
-        digest=said.text("digest"),
-        weight=said.number("weight", positive=False),
-        verdict=said.text("verdict"),
-        reason=said.text("reason", ""),
-    )

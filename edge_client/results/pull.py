@@ -96,18 +96,18 @@ async def check(
         )
     text = await remote.read(job, announced[statements.MANIFEST], manifests.MOST_BYTES)
     signature = await remote.read(job, announced[statements.SIGNATURE], manifests.MOST_SIGNATURE_BYTES)
-    manifest = manifests.read(text, signature, f"the manifest of v{made.version}")
+    signed = manifests.read(text, signature, f"the manifest of v{made.version}")
     if not remote.certificate:
         screen.say("signed_by_anyone", version=made.version)
-    elif manifest.signer not in signers.connected(pins, remote.certificate):
+    elif signed.signer not in signers.connected(pins, remote.certificate):
         raise BadData(
             f"v{made.version} of {job} is signed with another key than this coordinator's: "
-            f"{tls.grouped(manifest.signer)}",
+            f"{tls.grouped(signed.signer)}",
             hint=f"`coordinator publish {job}`, over there, makes a version that is signed with its key of today",
         )
-    manifests.check(manifest, job, made)
+    manifests.check(signed.manifest, job, made)
     await asyncio.to_thread(_keep, folder, {statements.MANIFEST: text, statements.SIGNATURE: signature})
-    screen.say("signed", version=made.version, fingerprint=tls.grouped(manifest.signer))
+    screen.say("signed", version=made.version, fingerprint=tls.grouped(signed.signer))
 
 
 async def fetch(

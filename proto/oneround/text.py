@@ -35,3 +35,13 @@ def printable(text: str) -> str:
     return "".join(
         letter if letter.isprintable() or letter in "\n\t" else "\N{REPLACEMENT CHARACTER}" for letter in text
     )
+
+
+def shown(value: object) -> str:
+    """A value from a stranger's file for a message: short, whatever it is."""
+    if value is None:
+        return "absent"
+    if isinstance(value, int) and value.bit_length() > 200:
+        return "an enormous number"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

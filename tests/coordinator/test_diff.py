@@ -68,7 +68,13 @@ def publication(
             for n, count in clients.items()
         ],
         "verification": {
-            "notes-f16.gguf": {"measure": "relative_logit_difference", "value": 0.001 * version, "perplexity": 10.5}
+            "notes-f16.gguf": {
+                "measure": "relative_logit_difference",
+                "value": 0.001 * version,
+                "bound": 0.01,
+                "top1_agreement": 1.0,
+                "perplexity": 10.5,
+            }
         },
         "files": {
             file.relative_to(folder).as_posix(): {"sha256": stream.digest(file), "size": file.stat().st_size}
@@ -200,19 +206,21 @@ def test_what_is_no_publication_is_told_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(BadData, match=r"nowhere/manifest\.json is not there"):
         diff.compare(good, tmp_path / "nowhere")
     bad = publication(tmp_path / "v2", 2, {0: 10})
+    sound = '"job": {"name": "notes"}, "version": 2'
     for text, sentence in (
         ("{", "is not a JSON file"),
         ("[]", "is not a JSON object"),
+        ("{}", "job is absent"),
         ('{"job": []}', "job is"),
-        ('{"contributions": [1]}', "one of its contributions is not an object"),
-        ('{"contributions": [{"client": 3, "weight": 1}]}', "client is 3; expected a string"),
-        ('{"files": {"a": {"size": "large", "sha256": "0"}}}', "size is 'large'"),
+        (f'{{{sound}, "contributions": [1]}}', "contributions: number 0 is 1; expected an object"),
+        (f'{{{sound}, "contributions": [{{"client": 3, "weight": 1}}]}}', "client is 3; expected a string"),
+        (f'{{{sound}, "files": {{"a": {{"sha256": "{"0" * 64}", "size": "large"}}}}}}', "size is 'large'"),
     ):
         (bad / "manifest.json").write_text(text)
         with pytest.raises(BadData, match=sentence):
             diff.compare(good, bad)
-    (bad / "manifest.json").write_text("{}")
-    assert diff.compare(good, bad)["mean"]["rank"] == [3, None]
+    (bad / "manifest.json").write_text(f"{{{sound}}}")
+    assert diff.compare(good, bad)["clients"]["take_part"] == [1, 0]
     assert printed(diff.compare(good, bad))
     (bad / "peft" / "adapter_model.safetensors").unlink()
     with pytest.raises(BadData, match="adapter_model"):

@@ -21,8 +21,9 @@ from converters.gguf import base as gguf_base
 from converters.gguf import file as gguf_file
 from converters.gguf import quantize as gguf_quantize
 from coordinator.jobs import spec as job
-from coordinator.publication import verify
-from coordinator.publication.build import BuildOrder, Candidate, judged, publish
+from coordinator.publication import cohort, verify
+from coordinator.publication.build import publish
+from coordinator.publication.order import BuildOrder, Candidate
 from oneround.errors import BadModel
 from tests.converters import tiny
 
@@ -238,5 +239,6 @@ def test_what_a_larger_cohort_found_holds_in_one_that_is_too_small_to_tell(tmp_p
     first, second = wanted.contributions
     for by_hand, verdict in ((False, "quarantined"), (True, "admitted")):
         doubted = replace(second, earlier="its cosine was -0.5", by_hand=by_hand)
-        found = judged(replace(wanted, contributions=[first, doubted]))
-        assert [one.finding.verdict for one in found] == ["admitted", verdict]
+        small = replace(wanted, contributions=[first, doubted])
+        assessments = cohort.assess(small, cohort.read(small), None)
+        assert [assessments[each.id].verdict for each in small.contributions] == ["admitted", verdict]

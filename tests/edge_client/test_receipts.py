@@ -29,10 +29,10 @@ from edge_client.connection import remote as remotes
 from edge_client.connection.identity import Pins
 from edge_client.connection.remote import OnBytes, Remote
 from edge_client.proofs import manifests, receipts
-from edge_client.proofs.manifests import ContributionEntry, Manifest
 from edge_client.ui.screen import Screen
 from oneround import signing, statements, stream, tls
 from oneround.errors import BadData, Refused, UsageError
+from oneround.manifest import ContributionEntry, Manifest
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.clients import Crowd, connected, me
@@ -157,12 +157,15 @@ def test_what_is_part_of_a_publication_and_what_is_not(past: Past, says: Says) -
 
 def test_another_contribution_in_ones_place_is_not_ones_own() -> None:
     receipt = pb.Receipt(job="notes", job_id="1" * 32, client_id="a" * 32, digest="d" * 64)
-    given = ContributionEntry("a" * 12, "e" * 64, 0.5, "admitted", "")
-    copied = ContributionEntry("b" * 12, "d" * 64, 0.5, "admitted", "")  # somebody else's, with the same bytes
-    part = manifests.part(Manifest("notes", "1" * 32, 1, {}, [copied, given], ""), receipt)
+    own, other = (
+        ContributionEntry(client="x", id=letter * 12, digest=digest * 64, num_examples=1, weight=0.5)
+        for letter, digest in (("a", "e"), ("b", "d"))  # the other's has the same bytes as the receipt is for
+    )
+    signed = Manifest(job={"name": "notes"}, job_id="1" * 32, version=1, contributions=[other, own])
+    part = manifests.part(signed, receipt)
     assert part.weight == 0 and "another contribution of the same client" in part.why
     with pytest.raises(BadData, match="of another job"):
-        manifests.part(Manifest("notes", "2" * 32, 1, {}, [], ""), receipt)
+        manifests.part(Manifest(job={"name": "notes"}, job_id="2" * 32, version=1), receipt)
 
 
 def test_the_receipt_of_another_adapter(past: Past, says: Says, tmp_path: Path) -> None:

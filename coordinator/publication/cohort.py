@@ -1,0 +1,106 @@
+"""The contributions of a version compared with each other: who takes part, and with what update.
+
+A candidate is read, becomes a member of the cohort, is assessed there, and ends as an entry of the manifest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from converters import adapter
+from converters.adapter import Adapter
+from coordinator import aggregate
+from coordinator.admission import outliers
+from coordinator.admission.outliers import Assessment, Member
+from coordinator.aggregate import ClientUpdate, changes, clipped
+from coordinator.publication.order import BuildOrder, Candidate
+from oneround import stream
+from oneround.errors import BadModel
+from oneround.manifest import ContributionEntry
+
+
+def start(order: BuildOrder, scratch: Path) -> Adapter | None:
+    """What every contribution holds, in a job that starts from an earlier adapter; kept in the folder `scratch`.
+
+    Rounded as contributions are, so that what a client left as it was is no change.
+    """
+    if not order.spec.lora.start_from:
+        return None
+    assert order.initial, "a job that starts from an adapter has it"
+    file, whole = scratch / "start.safetensors", adapter.read(order.initial)
+    frozen_a = stream.digest(order.initial) if order.spec.lora.freeze_a else ""
+    adapter.write(whole, file, order.spec.upload.dtype, frozen_a)
+    return adapter.read(file, whole)
+
+
+def read(order: BuildOrder) -> dict[str, Adapter]:
+    """What each candidate sent, by its id; factors stay on disk until they are used."""
+    frozen = adapter.read(order.initial) if order.initial and order.spec.lora.freeze_a else None
+    return {candidate.id: adapter.read(candidate.file, frozen) for candidate in order.contributions}
+
+
+def assess(order: BuildOrder, sent: Mapping[str, Adapter], start: Adapter | None) -> dict[str, Assessment]:
+    """What the cohort makes of each candidate, by its id; with a `start`, of what each changed of it."""
+    arrived = sorted(order.contributions, key=lambda candidate: (candidate.received, candidate.id))
+    members = [
+        Member(each.id, each.client, changes(sent[each.id], start), each.num_examples, each.by_hand) for each in arrived
+    ]
+    assessments = outliers.judge(members, order.spec.admission)
+    if len(members) < outliers.COHORT:
+        assessments = [_upheld(*pair) for pair in zip(arrived, assessments, strict=True)]
+    return {member.id: assessment for member, assessment in zip(members, assessments, strict=True)}
+
+
+def _upheld(candidate: Candidate, assessment: Assessment) -> Assessment:
+    """In a cohort that is too small to tell, what a larger one found holds."""
+    if not candidate.earlier or candidate.by_hand or assessment.verdict == "quarantined":
+        return assessment
+    return replace(assessment, verdict="quarantined", reason=candidate.earlier)
+
+
+def taking_part(order: BuildOrder, assessments: Mapping[str, Assessment]) -> list[Candidate]:
+    """The candidates that are averaged, in the order of the contributions.
+
+    Raises:
+        BadModel: fewer are left than the version needs.
+    """
+    taking = [each for each in order.contributions if assessments[each.id].verdict != "quarantined"]
+    if len(taking) < order.at_least:
+        left_out = [each for each in order.contributions if each not in taking]
+        reasons = "; ".join(f"{each.client}: {assessments[each.id].reason}" for each in left_out)
+        raise BadModel(f"{len(taking)} contributions are left of at least {order.at_least}: {reasons}")
+    return taking
+
+
+def updates(
+    order: BuildOrder,
+    taking: Sequence[Candidate],
+    sent: Mapping[str, Adapter],
+    assessments: Mapping[str, Assessment],
+    start: Adapter | None,
+) -> list[ClientUpdate]:
+    """What is averaged: the updates of those who take part, scaled down where they were clipped."""
+    by_factor = order.spec.lora.freeze_a or aggregate.METHODS[order.spec.aggregate.method].one_rank
+    return [
+        ClientUpdate(clipped(sent[each.id], assessments[each.id].scale, start, by_factor=by_factor), each.num_examples)
+        for each in taking
+    ]
+
+
+def entry(candidate: Candidate, assessment: Assessment, weight: float) -> ContributionEntry:
+    """A candidate as the manifest lists it, with how much it counts."""
+    finite = math.isfinite(assessment.norm)  # it is not, of one with NaN that the operator admitted
+    return ContributionEntry(
+        client=candidate.client,
+        id=candidate.id,
+        digest=candidate.digest,
+        num_examples=candidate.num_examples,
+        weight=weight,
+        verdict=assessment.verdict,
+        reason=assessment.reason,
+        norm=assessment.norm if finite else None,
+        cosine=assessment.cosine,
+    )
