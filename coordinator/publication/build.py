@@ -22,7 +22,7 @@ from typing import Any
 from gguf import GGML_QUANT_SIZES
 from google.protobuf import json_format
 
-from converters import adapter, architectures, mlx, peft
+from converters import architectures, mlx, peft
 from converters.adapter import Adapter
 from converters.architectures import Base
 from converters.gguf import adapter as gguf_adapter
@@ -30,6 +30,7 @@ from converters.gguf import file as gguf_file
 from converters.gguf import merge as gguf_merge
 from converters.gguf import quantize as gguf_quantize
 from converters.gguf.quantize import Quantised
+from converters.updates import kinds
 from coordinator import aggregate
 from coordinator.admission import outliers
 from coordinator.admission.outliers import Assessment, Member
@@ -155,25 +156,26 @@ def started_from(order: BuildOrder, scratch: Path) -> Adapter | None:
 
     Rounded as contributions are, so that what a client left as it was is no change.
     """
-    if not order.spec.lora.start_from:
+    if not kinds.settings(order.spec).start_from:
         return None
     assert order.initial, "a job that starts from an adapter has it"
-    file, whole = scratch / "start.safetensors", adapter.read(order.initial)
-    frozen_a = stream.digest(order.initial) if order.spec.lora.freeze_a else ""
-    adapter.write(whole, file, order.spec.upload.dtype, frozen_a)
-    return adapter.read(file, whole)
+    kind = kinds.kind_of(order.spec)
+    file, whole = scratch / "start.safetensors", kind.read(order.initial)
+    initial = stream.digest(order.initial) if kind.is_partial(order.spec) else ""
+    kind.write(whole, file, order.spec.upload.dtype, initial)
+    return kind.read(file, whole)
 
 
 def judged(order: BuildOrder, start: Adapter | None = None) -> list[Assessed]:
     """The cohort, in the order of the contributions; with a `start`, by what each changed of it."""
     arrived = sorted(order.contributions, key=lambda given: (given.received, given.id))
-    frozen = adapter.read(order.initial) if order.initial and order.spec.lora.freeze_a else None
-    whole = {given.id: adapter.read(given.file, frozen) for given in arrived}
+    kind, frozen = kinds.kind_of(order.spec), kinds.frozen(order.spec, order.initial)
+    whole = {given.id: kind.read(given.file, frozen) for given in arrived}
     members = [
         Member(given.id, given.client, changes(whole[given.id], start), given.num_examples, given.by_hand)
         for given in arrived
     ]
-    by_factor = order.spec.lora.freeze_a or aggregate.METHODS[order.spec.aggregate.method].one_rank
+    by_factor = kind.is_partial(order.spec) or aggregate.METHODS[order.spec.aggregate.method].needs_one_rank
     small = len(members) < outliers.COHORT
     found = {
         given.id: Assessed(

@@ -16,7 +16,7 @@ from rich.text import Text
 from converters import peft, settings
 from converters.settings import Settings
 from coordinator.aggregate import METHODS
-from coordinator.aggregate.gram import inner, pieces
+from coordinator.aggregate.gram import inner
 from oneround.errors import BadModel, LayoutMismatch
 from oneround.text import human_size
 
@@ -122,7 +122,7 @@ def _adapters(old: Path, new: Path) -> dict[str, Any]:
         raise LayoutMismatch(f"{old} and {new} do not adapt the same modules, {odd[0]} for one")
     modules, total = [], [0.0, 0.0, 0.0]
     for name in sorted(before.modules):
-        one, other = pieces(before.modules[name]), pieces(after.modules[name])
+        one, other = before.modules[name].pieces(), after.modules[name].pieces()
         found = [float(inner(one).sum()), float(inner(other).sum()), float(inner(one, other).sum())]
         total = [sum(pair) for pair in zip(total, found, strict=True)]
         modules.append({"module": name, **_distance(*found)})

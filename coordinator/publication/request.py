@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from converters import adapter
+from converters.updates import kinds
 from coordinator import aggregate
 from coordinator.jobs import spec as jobs
 from coordinator.storage.blobs import Blobs
@@ -37,9 +37,11 @@ def check(spec: pb.JobSpec, known: Store, blobs: Blobs) -> pb.JobSpec:
     """
     taking = [given for given in known.contributions(spec.name) if given.verdict in ("admitted", "clipped")]
     spec = jobs.check(spec, clients=len(taking) or None)
-    if aggregate.METHODS[spec.aggregate.method].one_rank and not spec.lora.freeze_a:
-        ranks = [adapter.read(blobs.path(given.digest)).ranks for given in taking]
+    kind = kinds.kind_of(spec)
+    if aggregate.METHODS[spec.aggregate.method].needs_one_rank and not kind.is_partial(spec):
+        ranks = [kind.read(blobs.path(given.digest)).ranks for given in taking]
         one_rank = all(one == ranks[0] for one in ranks)
-        if why := aggregate.unfit(spec.aggregate, clients=len(taking), one_rank=one_rank, frozen_a=False):
+        clients = len(taking)
+        if why := aggregate.unfit(spec.aggregate, clients=clients, kind=kind.MODULE, one_rank=one_rank, frozen_a=False):
             raise UsageError(why, hint="--method exact takes any")
     return spec

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from google.protobuf import json_format
 
+from converters.updates import kinds
 from coordinator.auth.signer import Signer
 from coordinator.jobs import base_model
 from coordinator.jobs.leases import public_id
@@ -137,7 +138,7 @@ def _order(state: Path, known: Store, blobs: Blobs, name: str) -> tuple[BuildOrd
             if given.client_id not in taking and given.considered == row.version
         ],
         folder=version_folder(state, name, row.version),
-        initial=blobs.path(announced.job.initial.digest) if spec.lora.freeze_a or spec.lora.start_from else None,
+        initial=blobs.path(announced.job.initial.digest) if kinds.needs_initial(spec) else None,
         started_from=json_format.MessageToDict(announced.job.started_from, preserving_proto_field_name=True),
     )
     return order, {public_id(client_id): client_id for client_id in names}
