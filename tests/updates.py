@@ -1,5 +1,5 @@
 """A second kind of update, ΔW as it is, for the tests of the seam: what passes with this and with LoRA passes with any
-kind. A module in the form of converters/updates/lora.py; its jobs borrow the table `[lora]`, and it reads none of it."""
+kind. A module in the form of converters/updates/lora.py; its jobs borrow the table `[lora]`, which it does not read."""
 
 from __future__ import annotations
 

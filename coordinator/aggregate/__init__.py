@@ -16,7 +16,6 @@ from typing import Generic, cast
 import numpy as np
 
 from converters import tensors
-from converters.updates.kinds import kind_of
 from converters.updates.low_rank import LowRank
 from converters.updates.update import Factor, LazyUpdates, M, M_co, ModuleUpdate, Truncated, Update
 from coordinator.aggregate import coordinatewise, mean, robust, sparse
@@ -34,7 +33,6 @@ __all__ = [
     "changes",
     "clipped",
     "described",
-    "is_linear",
     "unfit",
 ]
 
@@ -150,13 +148,6 @@ def unfit(
     if clients < (least := method.min_clients(how)):
         return f"{described(how)} needs at least {least} contributions, not {clients}"
     return ""
-
-
-def is_linear(spec: pb.JobSpec) -> bool:
-    """Whether a job's result follows from sums of what its clients send, weighted by their counts: what secure
-    aggregation can give. The server learning rate and a truncation to `publish.adapter_rank` come after the sum."""
-    linear_in = METHODS[spec.aggregate.method].linear_in
-    return linear_in == "tensors" or (linear_in == "updates" and kind_of(spec).is_linear(spec))
 
 
 def described(how: pb.AggregateSpec) -> str:

@@ -191,7 +191,7 @@ def test_why_a_look_failed(error: Exception, says: str) -> None:
 
 
 def members(count: int = 8) -> list[Member]:
-    """One that changes nothing, one that sends what another has sent, one far too large, one large, one turned round."""
+    """One changes nothing, one sends what another has sent, one is far too large, one large, one turned round."""
     common = trained(99)
     cohort = []
     for n in range(count):

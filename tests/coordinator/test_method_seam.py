@@ -14,7 +14,8 @@ import pytest
 from converters.adapter import LowRank, Shape
 from converters.updates.kinds import KINDS
 from converters.updates.update import ModuleUpdate, Update
-from coordinator.aggregate import METHODS, PARAMETERS, ClientUpdate, aggregate, is_linear, unfit
+from coordinator.aggregate import METHODS, PARAMETERS, ClientUpdate, aggregate, unfit
+from coordinator.aggregate.linear import is_linear
 from coordinator.aggregate.mean import exact
 from coordinator.aggregate.method import Method
 from coordinator.jobs import spec as jobs
