@@ -15,6 +15,7 @@ from pathlib import Path
 
 from converters import adapter, checkpoint
 from converters.adapter import Adapter, Shape
+from converters.updates import sizes
 from edge_client import outbox
 from edge_client.backends import Backend, Progress
 from edge_client.connection import job_check, retry
@@ -254,7 +255,7 @@ async def _train(
         base=job.spec.model.base,
         rank=job.spec.lora.rank,
         modules=len(job.modules),
-        send_bytes=disk.sent_bytes(job),
+        send_bytes=sizes.sent_bytes(job),
         examples=plan.num_examples,
         tokens=plan.num_targets,
         held_out=len(rows.held_out),

@@ -168,7 +168,7 @@ def _methods(frozen: bool) -> dict[str, pb.AggregateSpec]:
     """Every aggregation method, with the defaults of a job; `exact` with other server learning rates too."""
     found = {}
     for name, method in METHODS.items():
-        if method.frozen_a == frozen and name != "task-arithmetic":
+        if method.needs_frozen_a == frozen and name != "task-arithmetic":
             found[name] = pb.AggregateSpec(method=name)
             if "byzantine_clients" in method.parameters:
                 found[name].byzantine_clients = BYZANTINE

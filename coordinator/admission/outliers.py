@@ -1,21 +1,21 @@
 """How contributions compare with each other, before they are averaged.
 
-No ΔW is formed. Each core holds a few clients' factors of one module; all else is (clients × modules) floats for norms
+No ΔW is formed. Each core holds a few clients' tensors of one module; all else is (clients × modules) floats for norms
 and (clients × jurors) for cosines.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from converters.adapter import Adapter
-from coordinator.aggregate.gram import Floats, Indices, in_parallel, inner
+from converters.updates.update import Floats, ModuleUpdate, Update
+from coordinator.aggregate.gram import Indices, in_parallel, inner
 from coordinator.aggregate.gram import norms as norms_of
 from oneround.v1 import federation_pb2 as pb
 
@@ -35,7 +35,7 @@ class Member:
 
     id: str
     name: str
-    adapter: Adapter
+    adapter: Update[ModuleUpdate]
     num_examples: int
     by_hand: bool = False
 
@@ -49,6 +49,70 @@ class Assessment:
     norm: float  # ‖ΔW‖ over all modules, as it came
     cosine: float | None  # to the mean of all others that agree, -1 to 1; None where there is nothing to compare
     scale: Mapping[str, float] = field(default_factory=dict)  # module -> factor < 1, of clipped modules only
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one check makes of a cohort.
+
+    `reasons`: who is set aside, by place in the cohort, and why. `empty`: whoever that is does not count as a member.
+    `scale` (clients, modules): how much of each module is left. `cosines` (clients,): to the mean of the others, NaN
+    where there is none. None: as before.
+    """
+
+    reasons: Mapping[int, str] = field(default_factory=dict)
+    empty: bool = False
+    scale: Floats | None = None
+    cosines: Floats | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A cohort as far as it has been compared: K clients, in order of arrival.
+
+    `norms`: ‖ΔW‖ as it came (K, modules). `reasons` (K,): why each is set aside; empty where it is not. `size`:
+    members, whether set aside or not, but for those that sent nothing new.
+    """
+
+    members: Sequence[Member]
+    modules: Sequence[str]
+    norms: Floats
+    scale: Floats
+    cosines: Floats
+    reasons: Sequence[str]
+    size: int
+
+    @staticmethod
+    def of(members: Sequence[Member]) -> Comparison:
+        """Before any check."""
+        norms = norms_of([member.adapter for member in members])
+        count, nothing = len(members), np.full(len(members), np.nan)
+        modules = sorted(members[0].adapter.modules)
+        return Comparison(members, modules, norms, np.ones_like(norms), nothing, [""] * count, count)
+
+    @property
+    def live(self) -> Indices:
+        """Who is not set aside."""
+        return np.flatnonzero([not reason for reason in self.reasons])
+
+    @property
+    def is_cohort(self) -> bool:
+        """Whether there are enough to have a median to speak of, and a majority."""
+        return self.size >= COHORT
+
+    def after(self, seen: Observation) -> Comparison:
+        """With what one more check has seen. The first reason stands."""
+        reasons = [reason or seen.reasons.get(i, "") for i, reason in enumerate(self.reasons)]
+        return replace(
+            self,
+            reasons=reasons,
+            size=self.size - (len(seen.reasons) if seen.empty else 0),
+            scale=self.scale if seen.scale is None else seen.scale,
+            cosines=self.cosines if seen.cosines is None else seen.cosines,
+        )
+
+
+Check = Callable[[Comparison, pb.AdmissionSpec], Observation]
 
 
 def judge(members: Sequence[Member], rules: pb.AdmissionSpec) -> list[Assessment]:
@@ -75,43 +139,65 @@ def judge(members: Sequence[Member], rules: pb.AdmissionSpec) -> list[Assessment
     """
     if not members:
         return []
-    modules = sorted(members[0].adapter.modules)
-    norms = norms_of([member.adapter for member in members])  # (clients, modules)
-    totals: Floats = np.sqrt(np.square(norms).sum(1))
-    scale = np.ones_like(norms)
-    reasons = _nothing_or_again(members, modules, norms)
-    live = np.flatnonzero([not reason for reason in reasons])
-    if cohort := len(live) >= COHORT:
-        for i, reason in _outliers(norms[live], modules, rules.outlier).items():
-            reasons[live[i]] = reason
-        live = np.flatnonzero([not reason for reason in reasons])
-        scale[live] = _clipped(norms[live], rules.clip)
-
-    least = rules.min_cosine if cohort and len(live) > 2 else -1.0
-    cosines = _directions(members, modules, norms * scale, scale, live, least)
-    for i in live[cosines[live] < least]:
-        reasons[i] = f"its cosine to the mean of the others is {cosines[i]:.2f}, and the least is {least:g}"
-    return [
-        _finding(member, modules, reasons[i], float(totals[i]), float(cosines[i]), scale[i])
-        for i, member in enumerate(members)
-    ]
+    comparison = Comparison.of(members)
+    for check in CHECKS.values():
+        comparison = comparison.after(check(comparison, rules))
+    norms = np.sqrt(np.square(comparison.norms).sum(1)).tolist()
+    return [_assessment(comparison, i, norm) for i, norm in enumerate(norms)]
 
 
-def _nothing_or_again(members: Sequence[Member], modules: Sequence[str], norms: Floats) -> list[str]:
-    """A reason for each that changes nothing or that an earlier one has sent."""
-    reasons: list[str] = []
+def _repeats(comparison: Comparison, rules: pb.AdmissionSpec) -> Observation:
+    """Who changes nothing, or sends what an earlier one has sent."""
+    members, norms = comparison.members, comparison.norms
+    reasons: dict[int, str] = {}
     for i, member in enumerate(members):
+        if not norms[i].any():
+            reasons[i] = "it changes nothing"
+            continue
         agree = np.isclose(norms[:i], norms[i], rtol=_NORMS_AGREE, atol=0.0).all(1)  # (earlier,)
-        reason = "" if norms[i].any() else "it changes nothing"
-        for j in np.flatnonzero(agree).tolist() if not reason else ():
-            if _same(member.adapter, members[j].adapter, modules, norms[i], norms[j]):
-                reason = f"the same update as {members[j].name}'s"
+        for j in np.flatnonzero(agree).tolist():
+            if _same(member.adapter, members[j].adapter, comparison.modules, norms[i], norms[j]):
+                reasons[i] = f"the same update as {members[j].name}'s"
                 break
-        reasons.append(reason)
-    return reasons
+    return Observation(reasons, empty=True)
 
 
-def _same(one: Adapter, other: Adapter, modules: Sequence[str], norms: Floats, others: Floats) -> bool:
+def _norms(comparison: Comparison, rules: pb.AdmissionSpec) -> Observation:
+    """Whose norms are far above the cohort's."""
+    live = comparison.live
+    if not comparison.is_cohort:
+        return Observation()
+    far = _outliers(comparison.norms[live], comparison.modules, rules.outlier)
+    return Observation({int(live[i]): reason for i, reason in far.items()})
+
+
+def _clip(comparison: Comparison, rules: pb.AdmissionSpec) -> Observation:
+    """Which modules are above the cohort's by so much that they are scaled down."""
+    live, scale = comparison.live, comparison.scale.copy()
+    if comparison.is_cohort:
+        scale[live] = _clipped(comparison.norms[live], rules.clip)
+    return Observation(scale=scale)
+
+
+def _direction(comparison: Comparison, rules: pb.AdmissionSpec) -> Observation:
+    """Who points elsewhere than the mean of the others."""
+    live, scale = comparison.live, comparison.scale
+    least = rules.min_cosine if comparison.is_cohort and len(live) > 2 else -1.0
+    norms = comparison.norms * scale
+    cosines = _directions(comparison.members, comparison.modules, norms, scale, live, least)
+    reasons = {
+        int(i): f"its cosine to the mean of the others is {cosines[i]:.2f}, and the least is {least:g}"
+        for i in live[cosines[live] < least]
+    }
+    return Observation(reasons, cosines=cosines)
+
+
+CHECKS: dict[str, Check] = {"repeats": _repeats, "norms": _norms, "clip": _clip, "direction": _direction}
+
+
+def _same(
+    one: Update[ModuleUpdate], other: Update[ModuleUpdate], modules: Sequence[str], norms: Floats, others: Floats
+) -> bool:
     """Whether the cosine of two updates is nearly 1; the largest module tells most, and mostly alone."""
     least = _SAME * float(np.linalg.norm(norms) * np.linalg.norm(others))
     most = float(norms @ others)
@@ -143,8 +229,8 @@ def _outliers(norms: Floats, modules: Sequence[str], most: float) -> dict[int, s
     times = norms / np.exp(median)  # NaN without a median, which is never more than anything
     far = (times > _FAR) & (np.log(np.maximum(times, 1.0)) > most * (1.4826 * mad + _FLOOR))
     worst = np.argmax(np.where(far, times, 0.0), axis=1)
-    found = [(int(i), names[worst[i]], times[i, worst[i]]) for i in np.flatnonzero(far.any(1))]
-    return {i: f"{name} is {factor:.3g} times the cohort's median" for i, name, factor in found}
+    members = [(int(i), names[worst[i]], times[i, worst[i]]) for i in np.flatnonzero(far.any(1))]
+    return {i: f"{name} is {factor:.3g} times the cohort's median" for i, name, factor in members}
 
 
 def _clipped(norms: Floats, clip: float) -> Floats:
@@ -163,19 +249,19 @@ def _directions(
     lengths: Floats = np.sqrt(np.square(norms).sum(1))
     if len(live) < 2:
         return np.full(len(members), np.nan)
-    lot = np.random.default_rng(int.from_bytes(hashlib.sha256(np.sort(lengths).tobytes()).digest()))
-    jury = lot.permutation(sorted(live.tolist(), key=lambda i: members[i].id))[:_JURORS]
+    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(np.sort(lengths).tobytes()).digest()))
+    jury = rng.permutation(sorted(live.tolist(), key=lambda i: members[i].id))[:_JURORS]
     others = np.setdiff1d(np.arange(len(members)), jury)
 
     def products(module: str) -> Floats:
         updates = [member.adapter.modules[module] for member in members]
-        jurors, found = [updates[j] for j in jury], np.empty((len(members), len(jury)))
-        found[jury], found[others] = inner(jurors), inner([updates[i] for i in others], jurors)
-        return found
+        jurors, to_jurors = [updates[j] for j in jury], np.empty((len(members), len(jury)))
+        to_jurors[jury], to_jurors[others] = inner(jurors), inner([updates[i] for i in others], jurors)
+        return to_jurors
 
     pairs = np.zeros((len(members), len(jury)))  # ⟨ΔWᵢ, ΔWⱼ⟩
-    for k, found in enumerate(in_parallel(products, modules)):
-        pairs += found * scale[:, k, None] * scale[jury, k]
+    for k, of_module in enumerate(in_parallel(products, modules)):
+        pairs += of_module * scale[:, k, None] * scale[jury, k]
     inside = _yardstick(pairs, lengths, jury, least)
     return _cosines(pairs[:, inside].sum(1), lengths, jury[inside])
 
@@ -187,8 +273,8 @@ def _yardstick(pairs: Floats, lengths: Floats, jury: Indices, least: float) -> N
     np.fill_diagonal(cosines, np.nan)
     inside = np.ones(len(jury), np.bool_)
     while 2 * inside.sum() > max(len(jury), 2):
-        found = _cosines(own[:, inside].sum(1), lengths, np.flatnonzero(inside))
-        if not (found[inside] < least).any():
+        to_mean = _cosines(own[:, inside].sum(1), lengths, np.flatnonzero(inside))
+        if not (to_mean[inside] < least).any():
             return inside
         medians = np.nanmedian(cosines[:, inside], axis=1)
         inside[np.argmin(np.where(inside, medians, np.inf))] = False
@@ -208,15 +294,15 @@ def _cosines(products: Floats, lengths: Floats, inside: Indices) -> Floats:
     return np.clip(cosines, -1.0, 1.0, out=cosines)
 
 
-def _finding(
-    member: Member, modules: Sequence[str], reason: str, norm: float, cosine: float, scale: Floats
-) -> Assessment:
-    clipped = {module: float(factor) for module, factor in zip(modules, scale, strict=True) if factor < 1.0}
+def _assessment(comparison: Comparison, i: int, norm: float) -> Assessment:
+    member, modules, reason = comparison.members[i], comparison.modules, comparison.reasons[i]
+    clipped = {module: float(left) for module, left in zip(modules, comparison.scale[i], strict=True) if left < 1.0}
     verdict: Verdict = "quarantined" if reason else "clipped" if clipped else "admitted"
     if verdict == "clipped":
         how = "would be scaled down" if member.by_hand else "scaled down"
         reason = f"{len(clipped)} of {len(modules)} modules {how}, the most by {1 / min(clipped.values()):.1f} times"
     if member.by_hand:
         verdict = "admitted"
-    known = None if np.isnan(cosine) else cosine
-    return Assessment(verdict, reason, norm, known, clipped if verdict == "clipped" else {})
+    cosine = float(comparison.cosines[i])
+    scale = clipped if verdict == "clipped" else {}
+    return Assessment(verdict, reason, norm, None if np.isnan(cosine) else cosine, scale)

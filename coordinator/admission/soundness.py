@@ -1,63 +1,102 @@
-"""Whether an uploaded adapter may take part, looked at by itself. Bytes from a stranger: nothing is taken on trust.
+"""Whether an uploaded update may take part, looked at by itself. Bytes from a stranger: nothing is taken on trust.
 
 Runs in a process of its own (worker.py). What only the cohort can tell is in outliers.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from converters import adapter, tensors
-from converters.adapter import WIRE_DTYPES, Shape
+from converters import tensors
+from converters.updates import kinds
+from converters.updates.update import WIRE_DTYPES, Update, check
+from coordinator.admission import unreadable
 from coordinator.aggregate import METHODS
-from oneround.errors import BadData
+from oneround.text import one_line
 from oneround.v1 import federation_pb2 as pb
 
 
-def unsound(file: Path, declaration: pb.Declaration, job: pb.Job, initial: Path | None = None) -> str:
-    """Why this contribution cannot take part; empty when it can.
+@dataclass(frozen=True)
+class Uploaded:
+    """One contribution: what its client declared, and its file.
 
-    Module names, shapes, ranks, dtype, finiteness, what it was trained over, and the declared numbers. `initial` is the
-    job's initial adapter, whose A goes with the B that comes in where A is frozen.
+    `initial` is the job's initial update, which completes one that was sent in part.
     """
-    try:
-        frozen = adapter.read(initial) if job.spec.lora.freeze_a and initial else None
-        uploaded = adapter.read(file, frozen)
-        if frozen and uploaded.metadata.get(adapter.FROZEN_A) != job.initial.digest:
-            return (
-                f"A is frozen in this job: only B is taken, with {adapter.FROZEN_A}={job.initial.digest} in its header"
-            )
-        adapter.check(uploaded, {module.name: Shape(module.out_features, module.in_features) for module in job.modules})
-        views, _ = tensors.read(file)
-    except BadData as error:
-        return str(error).replace(str(file), "the upload")
-    rank = job.spec.lora.rank
-    all_of_it = METHODS[job.spec.aggregate.method].one_rank or bool(job.spec.lora.start_from)
-    for name, found in uploaded.ranks.items():
-        if found > rank or (found < rank and all_of_it):
-            return f"{name} has rank {found}, the job asks for {rank}"
-    dtype = WIRE_DTYPES[job.spec.upload.dtype]
-    for name, tensor in views.items():
-        if np.dtype(tensor.dtype) != dtype:
-            return f"{name} is in {tensor.dtype}, the job asks for {job.spec.upload.dtype}"
-    return _trained_elsewhere(uploaded.metadata, job) or _absurd(declaration, job.spec)
+
+    file: Path
+    declaration: pb.Declaration
+    job: pb.Job
+    initial: Path | None = None
+
+    @cached_property
+    def update(self) -> Update[Any]:
+        """What is in the file. Raises BadData when it is no update of the job's kind."""
+        spec = self.job.spec
+        return kinds.kind_of(spec).read(self.file, kinds.frozen(spec, self.initial))
 
 
-def _trained_elsewhere(said: Mapping[str, str], job: pb.Job) -> str:
-    base = said.get("base")
-    if base != job.base_fingerprint:
-        return f"trained over base {base}, the job's base is {job.base_fingerprint}"
-    for what, expected in (("tokenizer", job.tokenizer), ("chat_template", job.chat_template)):
-        if expected and said.get(what) != expected:
-            words = what.replace("_", " ")
-            return f"trained with another {words}: {said.get(what) or 'it names none'}, the job's is {expected}"
+Check = Callable[[Uploaded], str]  # a reason why it cannot take part; empty if there is none. May raise BadData.
+
+
+def _initial(uploaded: Uploaded) -> str:
+    """Where a part of the initial update was frozen: that of this job."""
+    kind, job = kinds.kind_of(uploaded.job.spec), uploaded.job
+    if not kind.is_partial(job.spec) or uploaded.initial is None:
+        return ""
+    return kind.astray(uploaded.update, job.initial.digest)
+
+
+def _layout(uploaded: Uploaded) -> str:
+    """Names and shapes of modules, and that all numbers are finite."""
+    check(uploaded.update, kinds.shapes(uploaded.job.modules))
     return ""
 
 
-def _absurd(declaration: pb.Declaration, spec: pb.JobSpec) -> str:
+def _rank(uploaded: Uploaded) -> str:
+    """The job's rank; a smaller one where the method can take it, and no start is in the factors."""
+    spec = uploaded.job.spec
+    wanted = kinds.kind_of(spec).rank(spec)
+    exactly = METHODS[spec.aggregate.method].needs_one_rank or bool(kinds.settings(spec).start_from)
+    for name, rank in uploaded.update.ranks.items():
+        if rank > wanted or (rank < wanted and exactly):
+            return f"{name} has rank {rank}, the job asks for {wanted}"
+    return ""
+
+
+def _dtype(uploaded: Uploaded) -> str:
+    """The dtype that the job asks for."""
+    wanted = uploaded.job.spec.upload.dtype
+    for name, tensor in tensors.read(uploaded.file)[0].items():
+        if np.dtype(tensor.dtype) != WIRE_DTYPES[wanted]:
+            return f"{name} is in {tensor.dtype}, the job asks for {wanted}"
+    return ""
+
+
+def _base(uploaded: Uploaded) -> str:
+    """What it was trained over, as its header says."""
+    base, expected = uploaded.update.metadata.get("base"), uploaded.job.base_fingerprint
+    return "" if base == expected else f"trained over base {base}, the job's base is {expected}"
+
+
+def _tokenizer(uploaded: Uploaded) -> str:
+    """How its text became tokens, as its header says; of a job whose base has a tokenizer and a chat template."""
+    header, job = uploaded.update.metadata, uploaded.job
+    for key, expected in (("tokenizer", job.tokenizer), ("chat_template", job.chat_template)):
+        if expected and header.get(key) != expected:
+            words = key.replace("_", " ")
+            return f"trained with another {words}: {header.get(key) or 'it names none'}, the job's is {expected}"
+    return ""
+
+
+def _declaration(uploaded: Uploaded) -> str:
+    """Whether the numbers that were declared can be."""
+    declaration, spec = uploaded.declaration, uploaded.job.spec
     examples, most = declaration.num_examples, spec.admission.max_num_examples
     if examples < 1:
         return "it declares no training examples"
@@ -70,3 +109,28 @@ def _absurd(declaration: pb.Declaration, spec: pb.JobSpec) -> str:
     if train.epochs >= 1 and declaration.steps and examples > seen:
         return f"it declares {examples} training examples, and its {declaration.steps} steps have room for {seen}"
     return ""
+
+
+CHECKS: dict[str, Check] = {
+    "initial": _initial,
+    "layout": _layout,
+    "rank": _rank,
+    "dtype": _dtype,
+    "base": _base,
+    "tokenizer": _tokenizer,
+    "declaration": _declaration,
+}
+
+
+def unsound(file: Path, declaration: pb.Declaration, job: pb.Job, initial: Path | None = None) -> str:
+    """Why this contribution cannot take part, in one line; empty when it can. Never raises for what the file holds."""
+    uploaded = Uploaded(file, declaration, job, initial)
+    return next((reason for check in CHECKS.values() if (reason := judged(check, uploaded))), "")
+
+
+def judged(check: Check, uploaded: Uploaded) -> str:
+    """What a check says of a contribution, in one line that does not tell where the file lies."""
+    try:
+        return one_line(check(uploaded))
+    except Exception as error:
+        return unreadable.reason(error, uploaded.file)

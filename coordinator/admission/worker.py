@@ -17,7 +17,7 @@ from pathlib import Path
 
 import structlog
 
-from coordinator.admission import soundness
+from coordinator.admission import soundness, unreadable
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.schema import Contribution
 from coordinator.storage.store import Store
@@ -58,8 +58,8 @@ class AdmissionWorker:
                 self._something.clear()
                 try:
                     for contribution in await offload(self._store.pending):
-                        found = await self._examine(contribution)
-                        await judged(await offload(self._store.stand, contribution, found, self._clock()))
+                        reason = await self._examine(contribution)
+                        await judged(await offload(self._store.stand, contribution, reason, self._clock()))
                 except OneroundError as error:  # a full disk, a database that is away: it passes
                     log.error("examining_waits", reason=str(error))
                     await asyncio.sleep(RETRY_SECONDS)
@@ -67,20 +67,24 @@ class AdmissionWorker:
         finally:
             self._release()
 
-    async def _examine(self, given: Contribution) -> str:
-        job = self._store.announced(given.job).job
-        file = await offload(self._blobs.path, given.digest)
+    async def _examine(self, contribution: Contribution) -> str:
+        """Why it is unsound; empty if it is not."""
+        job = self._store.announced(contribution.job).job
+        file = await offload(self._blobs.path, contribution.digest)
         initial = await offload(self._blobs.path, job.initial.digest)
-        question = (str(file), given.declaration.SerializeToString(), job.SerializeToString(), str(initial))
+        declaration = contribution.declaration.SerializeToString()
+        question = (str(file), declaration, job.SerializeToString(), str(initial))
+        died: BrokenProcessPool
         for _ in range(2):  # a reader may die of something else than the file; twice is enough
             if self._pool is None:
                 context = multiprocessing.get_context("spawn")
                 self._pool = ProcessPoolExecutor(1, context, _end_with_the_daemon)
             try:
                 return await asyncio.get_running_loop().run_in_executor(self._pool, _unsound, *question)
-            except BrokenProcessPool:
+            except BrokenProcessPool as error:
                 self._release()
-        return "the process that read it died of it"
+                died = error
+        return unreadable.reason(died)
 
     def _release(self) -> None:
         if self._pool is not None:
@@ -89,12 +93,12 @@ class AdmissionWorker:
 
 
 def _unsound(file: str, declaration: bytes, job: bytes, initial: str) -> str:
-    """In the process. A fault of ours on a stranger's file is a reason not to take it, and to say so."""
+    """In the process. Nothing that goes wrong there ends the daemon's."""
     try:
         declared, announced = pb.Declaration.FromString(declaration), pb.Job.FromString(job)
         return soundness.unsound(Path(file), declared, announced, Path(initial))
     except Exception as error:
-        return f"it cannot be read: {type(error).__name__}: {error}"
+        return unreadable.reason(error)
 
 
 def _end_with_the_daemon() -> None:

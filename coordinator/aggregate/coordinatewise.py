@@ -11,8 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from converters.adapter import Factor, LowRank
 from converters.tensors import Array
+from converters.updates.low_rank import LowRank
+from converters.updates.update import Factor
 from coordinator.aggregate.method import Cohort, Outcome
 from oneround.v1 import federation_pb2 as pb
 
@@ -33,7 +34,7 @@ def trimmed_mean(cohort: Cohort) -> Outcome:
     Holds against f of K ≥ 2f + 1. Cost: O(K r out) a module. Source: arXiv 1803.01498.
     """
     f = cohort.how.byzantine_clients
-    most = len(cohort.adapters) - f
+    most = len(cohort.updates) - f
     return _by_number(cohort, lambda numbers: np.partition(numbers, (f, most - 1), axis=0)[f:most].mean(0))
 
 
@@ -45,7 +46,7 @@ def trimmed_mean_needs(how: pb.AggregateSpec) -> int:
 def _by_number(cohort: Cohort, middle: Callable[[Factor], Factor]) -> Outcome:
     """`middle` takes (K, rows, r) to (rows, r)."""
 
-    def update(module: str) -> LowRank:
+    def of(module: str) -> LowRank:
         factors = cohort.factors(module)
         (out, _), rank = factors[0].shape, factors[0].rank
         b = np.empty((out, rank), np.float32)
@@ -53,13 +54,13 @@ def _by_number(cohort: Cohort, middle: Callable[[Factor], Factor]) -> Outcome:
         for start in range(0, out, step):
             rows = slice(start, min(start + step, out))
             numbers = np.empty((len(factors), rows.stop - start, rank), np.float32)
-            for one, place in zip(factors, numbers, strict=True):
-                np.concatenate([_scaled(term.b[rows], term.weight) for term in one.terms], axis=1, out=place)
-                one.forget()
+            for update, place in zip(factors, numbers, strict=True):
+                np.concatenate([_scaled(term.b[rows], term.weight) for term in update.terms], axis=1, out=place)
+                update.forget()
             b[rows] = middle(numbers)
         return LowRank(factors[0].a, b)
 
-    return Outcome(cohort.alike, update)
+    return Outcome(cohort.alike, of)
 
 
 def _scaled(b: Array, weight: float) -> Factor:

@@ -1,34 +1,34 @@
-"""Weighted means of low-rank updates. Weights are the clients' shares of all examples; K clients of rank rᵢ."""
+"""Weighted means of updates. Weights are the clients' shares of all examples; K clients of rank rᵢ."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from converters.adapter import Factor, LowRank
-from coordinator.aggregate.delta import joined
+from converters.updates.low_rank import LowRank
+from converters.updates.update import ModuleUpdate
 from coordinator.aggregate.method import Cohort, Outcome, Weights
 
 
 def exact(cohort: Cohort) -> Outcome:
     """Σ pᵢ ΔWᵢ exactly, without forming any ΔW: a (Σrᵢ, in), b (out, Σrᵢ). Ranks may differ.
 
-    Cost: none; the clients' factors are named with their weights, and read when something is written.
+    Cost: none; the clients' tensors are named with their weights, and read when something is written.
     Source: FLoRA's stacking, arXiv 2409.05976.
     """
-    return stacked(cohort, cohort.by_examples)
+    return weighted(cohort, cohort.by_examples)
 
 
-def stacked(cohort: Cohort, weights: Weights) -> Outcome:
+def weighted(cohort: Cohort, weights: Weights) -> Outcome:
     """Σ wᵢ ΔWᵢ exactly, for any weights (K,); who has none takes no room. With a start, ΔW₀ + Σ wᵢ (ΔWᵢ − ΔW₀): where
     weights add up to 1, the start cancels."""
     counting = np.flatnonzero(weights)
 
-    def update(module: str) -> LowRank:
-        factors = cohort.factors(module)
-        found = LowRank.sum([factors[i] for i in counting], weights[counting].tolist())
+    def update(module: str) -> ModuleUpdate:
+        updates = cohort.of(module)
+        total = updates[0].sum([updates[i] for i in counting], weights[counting].tolist())
         if cohort.start is None:
-            return found
-        return joined(found, cohort.start.modules[module], 1.0 - float(weights.sum()))
+            return total
+        return total.plus(cohort.start.modules[module], 1.0 - float(weights.sum()))
 
     return Outcome(weights, update)
 
@@ -44,10 +44,11 @@ def task_arithmetic(cohort: Cohort) -> Outcome:
 def svd(cohort: Cohort) -> Outcome:
     """The best approximation of Σ pᵢ ΔWᵢ of the clients' own rank r = max rᵢ: a (r, in), b (out, r).
 
-    Cost: O((out + in)(Σr)² + (Σr)³) a module, never out × in (truncate.py). Source: FlexLoRA, arXiv 2402.11505.
+    Cost: O((out + in)(Σr)² + (Σr)³) a module, never out × in (converters/updates/truncate.py). Source: FlexLoRA,
+    arXiv 2402.11505.
     """
     weights = cohort.by_examples
-    return Outcome(weights, exact(cohort).update, lambda module: max(one.rank for one in cohort.factors(module)))
+    return Outcome(weights, exact(cohort).update, lambda module: max(update.rank for update in cohort.of(module)))
 
 
 def fedavg(cohort: Cohort) -> Outcome:
@@ -57,7 +58,12 @@ def fedavg(cohort: Cohort) -> Outcome:
     Cost: O(K r (out + in)) a module, in the memory of one client's. Source: FedIT, arXiv 2305.05644.
     """
     weights = cohort.by_examples
-    return Outcome(weights, lambda module: _of_factors(cohort.factors(module), weights))
+
+    def update(module: str) -> ModuleUpdate:
+        updates = cohort.of(module)
+        return updates[0].by_tensor(updates, weights.tolist())
+
+    return Outcome(weights, update)
 
 
 def ffa(cohort: Cohort) -> Outcome:
@@ -70,7 +76,7 @@ def ffa(cohort: Cohort) -> Outcome:
 
     def update(module: str) -> LowRank:
         factors = cohort.factors(module)
-        return LowRank(factors[0].a, _mean([(one, "b") for one in factors], weights))
+        return factors[0].with_mean_b(factors, weights.tolist())
 
     return Outcome(weights, update)
 
@@ -84,24 +90,9 @@ def fedex(cohort: Cohort) -> Outcome:
     """
     weights = cohort.by_examples
 
-    def update(module: str) -> LowRank:
-        factors = cohort.factors(module)
-        mean = _of_factors(factors, weights)
-        return LowRank.sum([mean, *factors, mean], [1.0, *weights.tolist(), -1.0])
+    def update(module: str) -> ModuleUpdate:
+        updates = cohort.of(module)
+        mean = updates[0].by_tensor(updates, weights.tolist())
+        return mean.sum([mean, *updates, mean], [1.0, *weights.tolist(), -1.0])
 
     return Outcome(weights, update)
-
-
-def _of_factors(factors: list[LowRank], weights: Weights) -> LowRank:
-    return LowRank(_mean([(one, "a") for one in factors], weights), _mean([(one, "b") for one in factors], weights))
-
-
-def _mean(parts: list[tuple[LowRank, str]], weights: Weights) -> Factor:
-    """Σ wᵢ of one factor of each, one after the other."""
-    total: Factor | None = None
-    for (update, name), weight in zip(parts, weights, strict=True):
-        part = np.float32(weight) * getattr(update, name)
-        total = part if total is None else np.add(total, part, out=total)
-        update.forget()
-    assert total is not None, "a cohort has at least one client"
-    return total

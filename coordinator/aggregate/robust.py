@@ -1,10 +1,10 @@
 """Methods that hold against some bad clients by how much they let each whole contribution count.
 
 They choose by ‖ΔW‖ and by distances over all modules together, from inner products that form no ΔW (gram.inner), and
-give the sum with these weights, stacked as `exact` stacks it: a (Σrᵢ, in), b (out, Σrᵢ), any ranks. All clients have
-the same say, since num_examples is only declared. All pairs of clients are compared: a hundred adapters of rank 16
-for a model of 1.1B parameters take minutes, a thousand hours. Distances are the same with a start in both adapters as
-without it in either.
+give the sum with these weights, as `exact` does: low-rank updates stacked, a (Σrᵢ, in), b (out, Σrᵢ), any ranks. All
+clients have the same say, since num_examples is only declared. All pairs of clients are compared: a hundred adapters of
+rank 16 for a model of 1.1B parameters take minutes, a thousand hours. Distances are the same with a start in both
+updates as without it in either.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from coordinator.aggregate import gram
-from coordinator.aggregate.mean import stacked
+from coordinator.aggregate.mean import weighted
 from coordinator.aggregate.method import Cohort, Outcome, Weights
 from oneround.v1 import federation_pb2 as pb
 
@@ -31,7 +31,7 @@ def norm_clip(cohort: Cohort) -> Outcome:
     """
     norms = np.sqrt(np.square(gram.norms(cohort.changed)).sum(1))  # (K,)
     bound = cohort.how.norm_bound * np.median(norms)
-    return stacked(cohort, cohort.alike * np.minimum(1.0, bound / np.maximum(norms, np.finfo(np.float64).tiny)))
+    return weighted(cohort, cohort.alike * np.minimum(1.0, bound / np.maximum(norms, np.finfo(np.float64).tiny)))
 
 
 def krum(cohort: Cohort) -> Outcome:
@@ -42,12 +42,12 @@ def krum(cohort: Cohort) -> Outcome:
     unlike the others is left out as a bad one would be.
     Cost: O((Σr)² (out + in)) a module, and K² floats. Source: arXiv 1703.02757.
     """
-    chosen = len(cohort.adapters) - cohort.how.byzantine_clients - 2
-    near = np.sort(_squared_distances(gram.products(cohort.adapters)), axis=1)[:, 1 : chosen + 1]  # less its own
+    chosen = len(cohort.updates) - cohort.how.byzantine_clients - 2
+    near = np.sort(_squared_distances(gram.products(cohort.updates)), axis=1)[:, 1 : chosen + 1]  # less its own
     best = np.argsort(near.sum(1), kind="stable")[: cohort.how.krum_keep or chosen]
-    weights = np.zeros(len(cohort.adapters))
+    weights = np.zeros(len(cohort.updates))
     weights[best] = 1 / len(best)
-    return stacked(cohort, weights)
+    return weighted(cohort, weights)
 
 
 def krum_needs(how: pb.AggregateSpec) -> int:
@@ -61,8 +61,8 @@ def geometric_median(cohort: Cohort) -> Outcome:
     Holds against fewer than half, whatever they send. By the smoothed Weiszfeld algorithm on inner products alone.
     Cost: O((Σr)² (out + in)) a module, and K² a round of at most a thousand. Source: RFA, arXiv 1912.13445.
     """
-    products = gram.products(cohort.adapters)
-    return stacked(cohort, weiszfeld(products, cohort.alike))
+    products = gram.products(cohort.updates)
+    return weighted(cohort, weiszfeld(products, cohort.alike))
 
 
 def weiszfeld(products: Weights, start: Weights) -> Weights:

@@ -1,15 +1,15 @@
 """Methods that look at every entry of ΔW, and so form it: a module's (out, in) in float32, a few times over, one module
-at a time and one client after the other. Where the round began with a start, ΔW is what was changed of it, and
-the start is added to what comes out. What comes out is dense, and brought back to low rank afterwards."""
+at a time and one client after the other. Where the round began with a start, ΔW is what was changed of it, and the
+start is added to what comes out. What comes out is dense, and brought back to the updates' kind afterwards."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
-from converters.adapter import Factor, LowRank
+from converters.updates.update import Factor, ModuleUpdate
 from coordinator.aggregate.method import Cohort, Outcome
 
 _ROWS = 256  # that DARE's mask is drawn for at a time
@@ -25,15 +25,15 @@ def ties(cohort: Cohort) -> Outcome:
     weights, density = cohort.by_examples, cohort.how.density
 
     def update(module: str) -> Factor:
-        factors = _changed(cohort, module)
-        total = np.zeros(factors[0].shape, np.float32)
-        for one, weight in zip(factors, weights, strict=True):
-            total += np.float32(weight) * trimmed(one, density)
+        updates = _changed(cohort, module)
+        total = np.zeros(updates[0].shape, np.float32)
+        for change, weight in zip(updates, weights, strict=True):
+            total += np.float32(weight) * trimmed(change, density)
         sign = np.sign(total)
         total[:] = 0
         voted = np.zeros_like(total)  # the weight of those that have the sign
-        for one, weight in zip(factors, weights, strict=True):
-            kept = trimmed(one, density)
+        for change, weight in zip(updates, weights, strict=True):
+            kept = trimmed(change, density)
             kept[kept * sign <= 0] = 0
             voted[kept != 0] += np.float32(weight)
             total += np.float32(weight) * kept
@@ -42,7 +42,7 @@ def ties(cohort: Cohort) -> Outcome:
     return Outcome(weights, update, _stacked_rank(cohort))
 
 
-def trimmed(update: LowRank, density: float) -> Factor:
+def trimmed(update: ModuleUpdate, density: float) -> Factor:
     """ΔW (out, in) with all but the largest `density` of its entries zero, by absolute value; equal ones all stay."""
     dense = update.delta()
     count = max(round(density * dense.size), 1)
@@ -62,22 +62,22 @@ def dare(cohort: Cohort) -> Outcome:
     weights, density = cohort.by_examples, cohort.how.density
 
     def update(module: str) -> Factor:
-        factors = _changed(cohort, module)
-        total = np.zeros(factors[0].shape, np.float32)
-        for one, weight in zip(factors, weights, strict=True):
-            dense = one.delta()
-            lot = np.random.default_rng(_seed(one))
+        updates = _changed(cohort, module)
+        total = np.zeros(updates[0].shape, np.float32)
+        for change, weight in zip(updates, weights, strict=True):
+            dense = change.delta()
+            rng = np.random.default_rng(_seed(change))
             for start in range(0, len(dense), _ROWS):
                 rows = dense[start : start + _ROWS]
-                rows *= lot.random(rows.shape, np.float32) < density
+                rows *= rng.random(rows.shape, np.float32) < density
             total += np.float32(weight / density) * dense
         return _from_start(total, cohort, module)
 
     return Outcome(weights, update, _stacked_rank(cohort))
 
 
-def _changed(cohort: Cohort, module: str) -> list[LowRank]:
-    return [one.modules[module] for one in cohort.changed]
+def _changed(cohort: Cohort, module: str) -> list[ModuleUpdate]:
+    return [update.modules[module] for update in cohort.changed]
 
 
 def _from_start(change: Factor, cohort: Cohort, module: str) -> Factor:
@@ -85,10 +85,10 @@ def _from_start(change: Factor, cohort: Cohort, module: str) -> Factor:
     return change if cohort.start is None else cohort.start.modules[module].add_to(change)
 
 
-def _seed(update: LowRank) -> int:
+def _seed(update: ModuleUpdate) -> int:
     digest = hashlib.sha256()
-    for factor in (update.a, update.b):
-        digest.update(np.ascontiguousarray(factor).data)
+    for tensor in update.tensors().values():
+        digest.update(np.ascontiguousarray(tensor.make()).data)
     update.forget()
     return int.from_bytes(digest.digest()[:8])
 
@@ -97,8 +97,8 @@ def _stacked_rank(cohort: Cohort) -> Callable[[str], int]:
     """What `exact` would have, and the start, which does not cancel here; and what can be at most."""
 
     def rank(module: str) -> int:
-        factors: Sequence[LowRank] = cohort.factors(module)
+        updates = cohort.of(module)
         start = cohort.start.modules[module].rank if cohort.start else 0
-        return min(sum(one.rank for one in factors) + start, *factors[0].shape)
+        return min(sum(update.rank for update in updates) + start, *updates[0].shape)
 
     return rank

@@ -1,4 +1,4 @@
-"""From a checked spec to an open round: the base found and fingerprinted, the initial adapter made or taken from where
+"""From a checked spec to an open round: the base found and fingerprinted, the initial update made or taken from where
 the job starts, the row written."""
 
 from __future__ import annotations
@@ -6,7 +6,8 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
-from converters import adapter, architectures, checkpoint
+from converters import architectures, checkpoint
+from converters.updates import kinds
 from coordinator.jobs import base_model, warm_start
 from coordinator.jobs import spec as jobs
 from coordinator.round import State
@@ -27,19 +28,16 @@ def open_round(spec: pb.JobSpec, state: Path, blobs: Blobs, known: Store, now: f
     prepared = base_model.prepare(spec.model, state / "bases")
     if prepared.revision:
         spec.model.revision = prepared.revision
-    shapes = architectures.adapted(prepared.base, spec.lora.target_modules)
+    kind, shapes = kinds.kind_of(spec), architectures.adapted(prepared.base, kinds.settings(spec).target_modules)
     base_model.gguf(spec.model, prepared, state / "bases")
 
     initial = blobs.uploads / f"{spec.name}.initial"
-    fresh = adapter.initial(shapes, spec.lora.rank, spec.train.seed)
-    adapter.write(warm_start.read(source, spec, prepared, shapes) if source else fresh, initial)
+    kind.write(warm_start.read(source, spec, prepared, shapes) if source else kind.initial(shapes, spec), initial)
     size = initial.stat().st_size
     with blobs.changing:
         announced = pb.Job(
             spec=spec,
-            modules=[
-                pb.Module(name=name, out_features=s.out, in_features=s.into) for name, s in sorted(shapes.items())
-            ],
+            modules=[kind.announced(name, shape, spec) for name, shape in sorted(shapes.items())],
             initial=pb.Artifact(name="initial.safetensors", digest=blobs.adopt(initial), size=size),
             base_files=prepared.files,
             base_fingerprint=prepared.fingerprint,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from converters import adapter, formats
 from converters.adapter import Adapter, Shape
+from converters.updates import kinds, lora
 from coordinator.jobs.base_model import PreparedBase
 from coordinator.storage.publications import version_folder
 from coordinator.storage.store import Store
@@ -32,7 +33,7 @@ def find(spec: pb.JobSpec, state: Path, known: Store) -> WarmStart | None:
         UsageError: there is no such job, or it has published nothing.
         BadData: there is no such file.
     """
-    where = spec.lora.start_from
+    where = kinds.settings(spec).start_from
     if not where:
         return None
     if not rules.is_job_name(where):
@@ -58,8 +59,8 @@ def find(spec: pb.JobSpec, state: Path, known: Store) -> WarmStart | None:
     version = publications[-1].version
     folder = version_folder(state, where, version)
     digests = {artifact.name: artifact.digest for artifact in publications[-1].artifacts}
-    said = pb.Start(job=where, job_id=earlier.id, version=version, digest=digests[statements.MANIFEST])
-    return WarmStart(folder / "peft", said, earlier.base_fingerprint)
+    start = pb.Start(job=where, job_id=earlier.id, version=version, digest=digests[statements.MANIFEST])
+    return WarmStart(folder / "peft", start, earlier.base_fingerprint)
 
 
 def read(source: WarmStart, spec: pb.JobSpec, prepared: PreparedBase, shapes: Mapping[str, Shape]) -> Adapter:
@@ -69,17 +70,17 @@ def read(source: WarmStart, spec: pb.JobSpec, prepared: PreparedBase, shapes: Ma
         UsageError: it is over another base, or of another rank.
         BadData: it cannot be read, or does not fit the job.
     """
-    where = spec.lora.start_from
+    where = kinds.settings(spec).start_from
     if source.base_fingerprint and source.base_fingerprint != prepared.fingerprint:
         raise UsageError(
             f"job {where!r} has another base model than this one, and its adapter means nothing over it",
             hint=f"coordinator show {where} has its base; give this job the same model.base and model.revision",
         )
     try:
-        found = formats.read(formats.recognise(source.path), prepared.base)
-        if (base := found.metadata.get("base", prepared.fingerprint)) != prepared.fingerprint:
+        start = formats.read(formats.recognise(source.path), prepared.base)
+        if (base := start.metadata.get("base", prepared.fingerprint)) != prepared.fingerprint:
             raise BadAdapter(f"it was trained over base {base}, and this job's is {prepared.fingerprint}")
-        adapter.check(found, shapes)
+        adapter.check(start, shapes)
     except BadData as error:
         raise BadAdapter(
             f"this job cannot start from {where}: {error}",
@@ -87,8 +88,8 @@ def read(source: WarmStart, spec: pb.JobSpec, prepared: PreparedBase, shapes: Ma
         ) from error
     except OSError as error:
         raise BadData(f"this job cannot start from {where}: {error.strerror or error}") from error
-    _check_rank(source.job, spec, found)
-    return Adapter(found.modules)
+    _check_rank(source.job, spec, start)
+    return Adapter(start.modules)
 
 
 def taken(source: WarmStart, initial: str) -> pb.Start:
@@ -98,15 +99,15 @@ def taken(source: WarmStart, initial: str) -> pb.Start:
     return pb.Start(digest=initial)
 
 
-def _check_rank(earlier: pb.Start, spec: pb.JobSpec, found: Adapter) -> None:
+def _check_rank(earlier: pb.Start, spec: pb.JobSpec, start: Adapter) -> None:
     """Clients train every module in the job's rank, and no other."""
-    wanted, where = spec.lora.rank, spec.lora.start_from
-    module, rank = max(found.ranks.items(), key=lambda one: abs(one[1] - wanted))
+    wanted, where = kinds.kind_of(spec).rank(spec), kinds.settings(spec).start_from
+    module, rank = max(start.ranks.items(), key=lambda item: abs(item[1] - wanted))
     if rank == wanted:
         return
-    ranks = set(found.ranks.values())
+    ranks = set(start.ranks.values())
     what = f"version {earlier.version} of job {where!r}" if earlier.job else where
-    hint = f"lora.rank = {rank} in this job" if len(ranks) == 1 and rank <= rules.MOST_RANK else ""
+    hint = f"lora.rank = {rank} in this job" if len(ranks) == 1 and rank <= lora.MOST_RANK else ""
     if earlier.job and rank > wanted:
         hint = (
             f"coordinator publish {where} --adapter-rank {wanted}, then submit this job again; for rounds to come,"

@@ -25,6 +25,7 @@ from converters import architectures
 from converters.architectures import Base
 from converters.gguf import file as gguf_file
 from converters.gguf import merge as gguf_merge
+from converters.updates.low_rank import LowRank
 from coordinator import aggregate
 from coordinator.aggregate import Aggregated
 from coordinator.publication import cohort, exporters, model_card, verifiers
@@ -73,7 +74,7 @@ def _build(order: BuildOrder, work: Path, report: Report) -> None:
     files.replace(work / statements.MANIFEST, [manifest.to_json(whole)])
 
 
-def _aggregate(order: BuildOrder, scratch: Path, report: Report) -> tuple[Aggregated, list[ContributionEntry]]:
+def _aggregate(order: BuildOrder, scratch: Path, report: Report) -> tuple[Aggregated[LowRank], list[ContributionEntry]]:
     """The cohort's update, and what the manifest says of every contribution."""
     report("comparing the contributions")
     start, sent = cohort.start(order, scratch), cohort.read(order)
@@ -103,7 +104,7 @@ def _release(parts: Sequence[Part], verification: Verification) -> list[Part]:
 
 def _manifest(
     order: BuildOrder,
-    aggregated: Aggregated,
+    aggregated: Aggregated[LowRank],
     entries: Sequence[ContributionEntry],
     parts: Sequence[Part],
     verification: Verification,

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from converters import adapter
 from converters.adapter import Adapter
+from converters.updates import kinds
+from converters.updates.low_rank import LowRank
 from coordinator import aggregate
 from coordinator.admission import outliers
 from coordinator.admission.outliers import Assessment, Member
@@ -27,19 +28,20 @@ def start(order: BuildOrder, scratch: Path) -> Adapter | None:
 
     Rounded as contributions are, so that what a client left as it was is no change.
     """
-    if not order.spec.lora.start_from:
+    if not kinds.settings(order.spec).start_from:
         return None
     assert order.initial, "a job that starts from an adapter has it"
-    file, whole = scratch / "start.safetensors", adapter.read(order.initial)
-    frozen_a = stream.digest(order.initial) if order.spec.lora.freeze_a else ""
-    adapter.write(whole, file, order.spec.upload.dtype, frozen_a)
-    return adapter.read(file, whole)
+    kind = kinds.kind_of(order.spec)
+    file, whole = scratch / "start.safetensors", kind.read(order.initial)
+    initial = stream.digest(order.initial) if kind.is_partial(order.spec) else ""
+    kind.write(whole, file, order.spec.upload.dtype, initial)
+    return kind.read(file, whole)
 
 
 def read(order: BuildOrder) -> dict[str, Adapter]:
     """What each candidate sent, by its id; factors stay on disk until they are used."""
-    frozen = adapter.read(order.initial) if order.initial and order.spec.lora.freeze_a else None
-    return {candidate.id: adapter.read(candidate.file, frozen) for candidate in order.contributions}
+    kind, frozen = kinds.kind_of(order.spec), kinds.frozen(order.spec, order.initial)
+    return {candidate.id: kind.read(candidate.file, frozen) for candidate in order.contributions}
 
 
 def assess(order: BuildOrder, sent: Mapping[str, Adapter], start: Adapter | None) -> dict[str, Assessment]:
@@ -81,9 +83,10 @@ def updates(
     sent: Mapping[str, Adapter],
     assessments: Mapping[str, Assessment],
     start: Adapter | None,
-) -> list[ClientUpdate]:
+) -> list[ClientUpdate[LowRank]]:
     """What is averaged: the updates of those who take part, scaled down where they were clipped."""
-    by_factor = order.spec.lora.freeze_a or aggregate.METHODS[order.spec.aggregate.method].one_rank
+    kind, method = kinds.kind_of(order.spec), aggregate.METHODS[order.spec.aggregate.method]
+    by_factor = kind.is_partial(order.spec) or method.needs_one_rank
     return [
         ClientUpdate(clipped(sent[each.id], assessments[each.id].scale, start, by_factor=by_factor), each.num_examples)
         for each in taking

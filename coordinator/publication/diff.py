@@ -15,7 +15,7 @@ from rich.text import Text
 
 from converters import peft
 from coordinator.aggregate import METHODS
-from coordinator.aggregate.gram import inner, pieces
+from coordinator.aggregate.gram import inner
 from oneround import manifest, statements
 from oneround.errors import LayoutMismatch
 from oneround.manifest import ContributionEntry, FileCheck, Manifest
@@ -117,7 +117,7 @@ def _adapters(old: Path, new: Path) -> dict[str, Any]:
         raise LayoutMismatch(f"{old} and {new} do not adapt the same modules, {odd[0]} for one")
     modules, total = [], [0.0, 0.0, 0.0]
     for name in sorted(before.modules):
-        left, right = pieces(before.modules[name]), pieces(after.modules[name])
+        left, right = before.modules[name].pieces(), after.modules[name].pieces()
         products = [float(inner(left).sum()), float(inner(right).sum()), float(inner(left, right).sum())]
         total = [sum(pair) for pair in zip(total, products, strict=True)]
         modules.append({"module": name, **_distance(*products)})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from google.protobuf import json_format
 
+from converters.updates import kinds
 from coordinator.jobs import base_model
 from coordinator.jobs.base_model import PreparedBase
 from coordinator.jobs.leases import public_id
@@ -28,7 +29,7 @@ def order(state: Path, store: Store, blobs: Blobs, name: str) -> tuple[BuildOrde
     spec = _spec(record, publication)
     base = _prepared_base(record, spec, state)
     names = {client.client_id: client.name for client in store.clients(name)}
-    starts_from_file = spec.lora.freeze_a or spec.lora.start_from
+    starts_from_file = kinds.needs_initial(spec)
     build_order = BuildOrder(
         spec=spec,
         job_id=record.job.id,

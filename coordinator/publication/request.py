@@ -3,7 +3,7 @@ contributions that are in."""
 
 from __future__ import annotations
 
-from converters import adapter
+from converters.updates import kinds
 from coordinator import aggregate
 from coordinator.jobs import spec as jobs
 from coordinator.storage.blobs import Blobs
@@ -39,9 +39,10 @@ def check(spec: pb.JobSpec, store: Store, blobs: Blobs) -> pb.JobSpec:
     """
     taking = [each for each in store.contributions(spec.name) if each.verdict in ("admitted", "clipped")]
     spec = jobs.check(spec, clients=len(taking) or None)
-    if aggregate.METHODS[spec.aggregate.method].one_rank and not spec.lora.freeze_a:
-        ranks = [adapter.read(blobs.path(contribution.digest)).ranks for contribution in taking]
-        one_rank = all(other == ranks[0] for other in ranks)
-        if why := aggregate.unfit(spec.aggregate, clients=len(taking), one_rank=one_rank, frozen_a=False):
+    kind = kinds.kind_of(spec)
+    if aggregate.METHODS[spec.aggregate.method].needs_one_rank and not kind.is_partial(spec):
+        ranks = [kind.read(blobs.path(contribution.digest)).ranks for contribution in taking]
+        one_rank, clients = all(other == ranks[0] for other in ranks), len(taking)
+        if why := aggregate.unfit(spec.aggregate, clients=clients, kind=kind.MODULE, one_rank=one_rank, frozen_a=False):
             raise UsageError(why, hint="--method exact takes any")
     return spec

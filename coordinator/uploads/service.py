@@ -11,6 +11,7 @@ from pathlib import Path
 
 import structlog
 
+from converters.updates import sizes
 from coordinator import metrics
 from coordinator import round as rounds
 from coordinator.auth.signer import Signer
@@ -220,8 +221,6 @@ def _check(declared: pb.Declaration, job: pb.Job) -> None:
         raise UsageError("the declared digest is not a SHA-256 in lower-case hex")
     if declared.steps >= 1 << 32 or not math.isfinite(declared.train_loss):
         raise UsageError("the declared steps or loss cannot be")
-    rank = job.spec.lora.rank
-    factors = sum(rank * (module.out_features + module.in_features) for module in job.modules)
-    largest = 4 * factors + 1024 * len(job.modules) + 65536  # in float32, with room for the header
+    largest = sizes.most_upload_bytes(job)
     if not 0 < declared.size <= largest:
         raise UsageError(f"an upload of {declared.size} bytes is declared; this job's adapters have at most {largest}")

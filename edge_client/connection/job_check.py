@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from converters import checkpoint
+from converters.updates import kinds, sizes
 from oneround import rules, stream
 from oneround.errors import BadData
 from oneround.v1 import federation_pb2 as pb
@@ -19,7 +20,8 @@ def check(job: pb.Job) -> None:
     Raises:
         BadData: it says something else.
     """
-    why = rules.broken(job.spec) or _modules(job) or _files(job)
+    of_update = kinds.kind_of(job.spec).rules_of(job.spec)
+    why = rules.broken(job.spec, of_update) or _modules(job) or _files(job)
     if not why and not re.fullmatch(r"[0-9a-f]{32}", job.id):
         why = "its id is none"
     if not why and not rules.is_time(job.deadline_unix):
@@ -38,7 +40,9 @@ def _modules(job: pb.Job) -> str:
         for features in (module.in_features, module.out_features)
     ):
         return f"a module has no features, or more than {_MOST_FEATURES:,}"
-    return "" if _is_small_enough(job) else "the adapter to begin with is larger than its rank"
+    if job.initial.size > sizes.most_initial_bytes(job):
+        return "the adapter to begin with is larger than its rank"
+    return kinds.unannounced(job)
 
 
 def _files(job: pb.Job) -> str:
@@ -53,10 +57,3 @@ def _files(job: pb.Job) -> str:
     if job.base_fingerprint != stream.fingerprint(job.base_files):
         return "its base model's fingerprint is not that of the files"
     return ""
-
-
-def _is_small_enough(job: pb.Job) -> bool:
-    """Whether the adapter that is fetched to begin with can be one of the job's rank."""
-    header = 16_384 + sum(2 * (len(module.name) + 160) for module in job.modules)
-    most = job.spec.lora.rank * sum(module.in_features + module.out_features for module in job.modules)
-    return job.initial.size <= 4 * most + header  # in float32

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters import adapter
+from converters.updates.sizes import finished_bytes, snapshot_bytes
 from edge_client import outbox
 from edge_client.connection.remote import local_path, partial_path
 from edge_client.outbox import Outbox
@@ -76,36 +76,9 @@ def keep_room(job: pb.Job, box: Outbox) -> None:
 _RECORD_BYTES = 4096
 
 
-def snapshot_bytes(job: pb.Job) -> int:
-    """Size of a snapshot: the factors that are trained and two moments of each, in float32."""
-    return 3 * 4 * elements(job) + _header_bytes(job, 6)
-
-
-def finished_bytes(job: pb.Job) -> int:
-    """Size of the finished adapter, in the dtype that it travels in; a little more, never less."""
-    return sent_bytes(job) + _header_bytes(job, 2)
-
-
-def sent_bytes(job: pb.Job) -> int:
-    """Size of the finished adapter without its header."""
-    return adapter.WIRE_DTYPES[job.spec.upload.dtype].itemsize * elements(job)
-
-
-def elements(job: pb.Job) -> int:
-    """Numbers that are trained and sent: of A (r, in), unless it is frozen, and B (out, r) of every module."""
-    return job.spec.lora.rank * sum(
-        module.out_features + (0 if job.spec.lora.freeze_a else module.in_features) for module in job.modules
-    )
-
-
 def existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that is there."""
     return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-
-
-def _header_bytes(job: pb.Job, tensors_each: int) -> int:
-    """At most what safetensors needs to name the tensors."""
-    return 16_384 + sum(tensors_each * (len(module.name) + 160) for module in job.modules)
 
 
 def _missing(file: Path, artifact: pb.Artifact) -> int:

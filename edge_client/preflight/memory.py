@@ -11,8 +11,8 @@ import psutil
 
 from converters import checkpoint
 from converters.settings import Settings
+from converters.updates import sizes
 from edge_client.backends import Backend
-from edge_client.preflight import disk
 from edge_client.training.recipe import EXACT, LOGITS_AT_ONCE, Setup
 from oneround.errors import BadModel
 from oneround.v1 import federation_pb2 as pb
@@ -124,7 +124,7 @@ def memory_needed(
     logits = 3 * _FLOAT * base.vocabulary * min(chunk, tokens)
     rounded = sum(module.out_features * module.in_features for module in job.modules) if setup.bits else 0
     weights = (base.parameters - rounded) * width + rounded * (setup.bits + _SCALES) / 8
-    held = weights + 7 * _FLOAT * disk.elements(job)
+    held = weights + 7 * _FLOAT * sizes.elements(job)
     return int(_RUNTIME_BYTES + held + _OVERHEAD.get(backend, max(_OVERHEAD.values())) * (activations + logits))
 
 

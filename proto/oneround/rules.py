@@ -17,7 +17,6 @@ SCHEDULES = ("constant", "linear", "cosine")
 DTYPES = ("float32", "bfloat16", "float16")
 DURATION = "a number and a unit, as 90s, 30m, 24h or 7d"
 SIZE = "a number and a unit, as 500MB, 50GB or 1TB"
-MOST_RANK = 1024
 YEAR_10000 = 253_402_300_800.0  # seconds since the Unix epoch; no calendar here goes on after it
 
 JOB_NAME = r"[a-z0-9][a-z0-9._-]{0,62}"  # it becomes part of paths
@@ -28,9 +27,12 @@ _BYTES = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 Rule = tuple[str, object, str]  # a key, whether it holds, and what is expected
 
 
-def broken(spec: pb.JobSpec) -> str:
-    """The first rule that a spec breaks, as `lora.rank is 0; expected 1 to 1024`; empty when it keeps them all."""
-    model, lora, train, round_, upload = spec.model, spec.lora, spec.train, spec.round, spec.upload
+def broken(spec: pb.JobSpec, of_update: Iterable[Rule]) -> str:
+    """The first rule that a spec breaks, as `lora.rank is 0; expected 1 to 1024`; empty when it keeps them all.
+
+    `of_update`: the rules of its kind of update, which stand with the kind (converters/updates).
+    """
+    model, train, round_, upload = spec.model, spec.train, spec.round, spec.upload
     clients = max(round_.min_clients, round_.target_clients)
     return first_broken(
         spec,
@@ -43,12 +45,7 @@ def broken(spec: pb.JobSpec) -> str:
             ),
             ("model.revision", len(model.revision) <= 200 and model.revision.isprintable(), "a branch, tag or commit"),
             ("model.gguf", len(model.gguf) <= 4096 and model.gguf.isprintable(), "a file"),
-            ("lora.rank", 1 <= lora.rank <= MOST_RANK, f"1 to {MOST_RANK}"),
-            ("lora.alpha", 0 < lora.alpha < 1e6, "more than 0"),
-            ("lora.dropout", 0 <= lora.dropout < 1, "0 or more and less than 1"),
-            ("lora.target_modules", len(lora.target_modules) <= 4096, "at most 4096 names"),
-            ("lora.target_modules", all(re.fullmatch(MODULE_NAME, name) for name in lora.target_modules), "names"),
-            ("lora.start_from", is_start(lora.start_from), "the name of an earlier job, or a path with a / in it"),
+            *of_update,
             ("train.epochs", 0 < train.epochs <= 1000, "more than 0 and at most 1000"),
             ("train.learning_rate", 0 < train.learning_rate <= 10, "more than 0 and at most 10"),
             ("train.schedule", train.schedule in SCHEDULES, one_of(SCHEDULES)),

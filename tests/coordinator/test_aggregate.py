@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from converters.adapter import Adapter, LowRank
 from coordinator.aggregate import ClientUpdate, aggregate
-from coordinator.aggregate.truncate import truncate
 from oneround.errors import LayoutMismatch
 from oneround.v1 import federation_pb2 as pb
 
@@ -102,7 +101,7 @@ def test_contributions_must_adapt_the_same_modules() -> None:
 @settings(max_examples=25, deadline=None)
 def test_truncation_is_the_best_of_its_rank(seed: int, rank: int) -> None:
     factors = adapter(seed, dict.fromkeys(SHAPES, 5)).modules["q"]
-    found, kept, whole = truncate(factors, rank)
+    found, kept, whole = factors.compact(rank)
     values = np.linalg.svd(factors.delta().astype(np.float64), compute_uv=False)
     assert found.rank == rank
     np.testing.assert_allclose([kept, whole], [(values[:rank] ** 2).sum(), (values**2).sum()], rtol=1e-4)

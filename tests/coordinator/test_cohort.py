@@ -16,6 +16,7 @@ from converters import adapter
 from converters.adapter import Adapter, LowRank, Shape
 from coordinator.admission import outliers
 from coordinator.admission.outliers import Assessment, Member, judge
+from coordinator.aggregate import gram
 from coordinator.aggregate.gram import inner
 from oneround.v1 import federation_pb2 as pb
 from tests.coordinator.cohorts import SHAPES, dense, honest, member
@@ -294,4 +295,4 @@ def test_memory_is_flat_in_the_number_of_clients(tmp_path: Path) -> None:
     peak(4)  # imports
     few, many = peak(10), peak(60)
     assert many < 1.6 * few, (few, many)
-    assert many < 0.5 * outliers._WORKERS * 60 * 32 * (512 + 512) * 4, "half of one layer of all of them, for each core"
+    assert many < 0.5 * gram._WORKERS * 60 * 32 * (512 + 512) * 4, "half of one layer of all of them, for each core"

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from converters import adapter
 from converters.adapter import Adapter, LowRank, Shape
 from coordinator.aggregate import METHODS, PARAMETERS, ClientUpdate, aggregate, described
-from coordinator.aggregate.truncate import low_rank
 from oneround.errors import LayoutMismatch
 from oneround.v1 import federation_pb2 as pb
 from tests.coordinator.references import (
@@ -58,8 +57,8 @@ def test_a_method_gives_what_dense_numpy_gives(
     spec = how(method, density=density, krum_keep=keep, norm_bound=0.5 + density)
     needs = METHODS[method]
     cohorts = [cohort(seed, n_clients)]
-    if not needs.frozen_a:
-        cohorts.append(cohort(seed, n_clients, frozen=False, ranks=(2,) if needs.one_rank else (1, 3, 2)))
+    if not needs.needs_frozen_a:
+        cohorts.append(cohort(seed, n_clients, frozen=False, ranks=(2,) if needs.needs_one_rank else (1, 3, 2)))
     for given_ in cohorts:
         result = aggregate(given_, spec, rank=0 if method == "svd" else FULL)
         assert_close(deltas(result.adapter), REFERENCES[method](given_, spec), 1e-3)
@@ -113,14 +112,14 @@ def test_what_a_method_cannot_take_it_refuses_at_once() -> None:
     mixed, apart, few = cohort(0, 5, frozen=False, ranks=(2, 3)), cohort(0, 5, frozen=False), cohort(0, 2)
     for method, needs in METHODS.items():
         for given_, bad, says in (
-            (mixed, needs.one_rank, "of one rank"),
-            (apart, needs.frozen_a, "lora.freeze_a = true"),
-            (few, needs.at_least(pb.AggregateSpec()) > 2, "contributions, not 2"),
+            (mixed, needs.needs_one_rank, "of one rank"),
+            (apart, needs.needs_frozen_a, "lora.freeze_a = true"),
+            (few, needs.min_clients(pb.AggregateSpec()) > 2, "contributions, not 2"),
         ):
             if bad:
                 with pytest.raises(LayoutMismatch, match=says):
                     aggregate(given_, method)
-            elif not (given_ is mixed and needs.frozen_a):
+            elif not (given_ is mixed and needs.needs_frozen_a):
                 aggregate(given_, method)
     with pytest.raises(LayoutMismatch, match="needs at least 9 contributions, not 5"):
         aggregate(apart, how("krum", byzantine_clients=3))
@@ -158,7 +157,7 @@ def test_subspace_iteration_comes_close_to_the_best(spectrum: str) -> None:
         left, values, right = np.linalg.svd(dense, full_matrices=False)
         dense = (left * (values[0] / np.arange(1, 301))) @ right
     best = np.square(np.linalg.svd(dense, compute_uv=False)[:20]).sum()
-    found = low_rank(dense, 20)
+    found = LowRank.nearest(dense, 20)
     assert found.update.rank == 20 and 0.95 * best < found.kept < 1.0001 * best
     assert np.square(dense - found.update.delta()).sum() == pytest.approx(found.whole - found.kept, rel=1e-3)
 
@@ -175,7 +174,7 @@ def test_a_method_is_described_with_its_parameters() -> None:
 def test_memory_is_flat_in_the_number_of_clients(tmp_path: Path, method: str) -> None:
     """Rows of all clients' B are one slab from some size on, and ΔW is small beside all factors."""
     dense = "density" in METHODS[method].parameters
-    shape = Shape(8192, 16) if METHODS[method].frozen_a else Shape(160, 128) if dense else Shape(512, 128)
+    shape = Shape(8192, 16) if METHODS[method].needs_frozen_a else Shape(160, 128) if dense else Shape(512, 128)
     shapes = {f"layers.{n}": shape for n in range(2)}
     start, rng, files = adapter.initial(shapes, 16, seed=0), np.random.default_rng(0), []
     for n in range(120):

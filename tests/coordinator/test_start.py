@@ -56,17 +56,17 @@ def test_a_method_averages_what_was_changed_and_adds_the_start(
     method: str, seed: int, n_clients: int, rate: float, frozen: bool
 ) -> None:
     needs, spec = METHODS[method], how(method, density=0.5, norm_bound=0.8)
-    frozen = frozen or needs.frozen_a
+    frozen = frozen or needs.needs_frozen_a
     start, given_ = begun(seed, n_clients, frozen=frozen)
     spec.server_learning_rate = rate
-    result = aggregate(given_, spec, rank=0 if needs.free else FULL, start=start)
+    result = aggregate(given_, spec, rank=0 if needs.is_lazy else FULL, start=start)
     before = deltas(start)
     if method == "fedavg" and not frozen:  # a mean of whole factors; the rate goes from the start to it
         middle = REFERENCES[method](given_, spec)
         expected = {name: before[name] + rate * (middle[name] - before[name]) for name in SHAPES}
     else:
         reference = "exact" if method == "svd" else method  # which truncates the whole, and here to a rank that is full
-        alone = changed(start, given_, collapsed=needs.frozen_a or (needs.one_rank and frozen))
+        alone = changed(start, given_, collapsed=needs.needs_frozen_a or (needs.needs_one_rank and frozen))
         made = REFERENCES[reference](alone, spec)
         expected = {name: before[name] + rate * made[name] for name in SHAPES}
     assert_close(deltas(result.adapter), expected, 2e-3)
@@ -77,7 +77,7 @@ def test_ranks_do_not_grow_by_the_start() -> None:
     frozen_start, frozen = begun(3, 4, frozen=True)
 
     def ranks(method: str, rate: float = 1.0) -> set[int]:
-        first, among = (frozen_start, frozen) if METHODS[method].frozen_a else (start, given_)
+        first, among = (frozen_start, frozen) if METHODS[method].needs_frozen_a else (start, given_)
         spec = pb.AggregateSpec(method=method, server_learning_rate=rate)
         return set(aggregate(among, spec, start=first).adapter.ranks.values())
 

@@ -11,6 +11,7 @@ import pytest
 
 from converters import adapter
 from converters.adapter import Adapter, LowRank
+from converters.updates import sizes
 from coordinator.jobs import spec as job
 from edge_client import outbox, session
 from edge_client.connection import remote as remotes
@@ -59,15 +60,15 @@ def test_sizes_are_those_of_the_files(tmp_path: Path, dtype: str, rank: int) -> 
     adapter.write(Adapter(made.modules, {"job": "x" * 64, "base": "ab" * 32}), tmp_path / "adapter", dtype)
     snapshot.write(tmp_path / "snapshot", Snapshot((0.5,) * 100, snapshot_arrays(made)), "ab" * 32)
     finished, kept = ((tmp_path / name).stat().st_size for name in ("adapter", "snapshot"))
-    assert finished <= disks.finished_bytes(spec) < finished + 40_000
-    assert kept <= disks.snapshot_bytes(spec) < kept + 60_000
+    assert finished <= sizes.finished_bytes(spec) < finished + 40_000
+    assert kept <= sizes.snapshot_bytes(spec) < kept + 60_000
 
 
 def test_what_is_here_is_not_needed_again(tmp_path: Path) -> None:
     spec = announced()
     box = outbox.outbox(tmp_path, spec)
     fresh = disks.room(spec, tmp_path, None)
-    assert fresh.base == 5 * MB and fresh.training > 2 * disks.snapshot_bytes(spec) + MB + disks.MARGIN_BYTES
+    assert fresh.base == 5 * MB and fresh.training > 2 * sizes.snapshot_bytes(spec) + MB + disks.MARGIN_BYTES
     assert disks.room(spec, tmp_path, tmp_path).base == 0, "the person has the base"
 
     folder = outbox.model_folder(tmp_path, spec)
@@ -80,7 +81,7 @@ def test_what_is_here_is_not_needed_again(tmp_path: Path) -> None:
     box.initial.write_bytes(b"x" * MB)
     disks.keep_room(spec, box)
     later = disks.room(spec, tmp_path, None)
-    assert later.base == 0 and fresh.training - later.training >= MB + disks.finished_bytes(spec)
+    assert later.base == 0 and fresh.training - later.training >= MB + sizes.finished_bytes(spec)
     box.keep_trained(factors(spec), "bfloat16", pb.Declaration(num_examples=1))
     assert disks.room(spec, tmp_path, None).needed == 0
 

@@ -10,8 +10,9 @@ import pytest
 
 from converters import architectures, checkpoint
 from converters.settings import Settings
+from converters.updates import sizes
 from edge_client import backends
-from edge_client.preflight import disk, memory
+from edge_client.preflight import memory
 from edge_client.training.recipe import EXACT, Setup
 from oneround.errors import BadModel
 from oneround.v1 import federation_pb2 as pb
@@ -49,7 +50,7 @@ def test_it_grows_with_what_it_follows_from() -> None:
     with_dropout.CopyFrom(job)
     with_dropout.spec.lora.dropout = 0.1
     assert needed(with_dropout) > whole
-    assert needed(job, longest=2) > 4 * memory.parameters(BASE) + 28 * disk.elements(job)
+    assert needed(job, longest=2) > 4 * memory.parameters(BASE) + 28 * sizes.elements(job)
 
 
 def test_parameters_are_counted_or_inferred() -> None:

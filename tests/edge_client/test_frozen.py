@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from converters import adapter, tensors
+from converters.updates import sizes
 from coordinator.jobs import spec as job
 from edge_client import outbox
-from edge_client.preflight import disk
 from tests.daemons import SPEC, running
 from tests.fakes import FakeBackend
 from tests.participants import participant, take_part
@@ -25,7 +25,7 @@ async def test_b_alone_is_sent_and_admitted(tmp_path: Path) -> None:
     assert joined is not None and header[adapter.FROZEN_A] == joined.job.initial.digest
     assert found and all(name.endswith("lora_B.weight") for name in found)
     expected = 2 * 2 * sum(module.out_features for module in joined.job.modules)  # rank 2, two bytes each
-    assert disk.sent_bytes(joined.job) == expected and expected < receipt.size <= disk.finished_bytes(joined.job)
+    assert sizes.sent_bytes(joined.job) == expected and expected < receipt.size <= sizes.finished_bytes(joined.job)
 
     initial = adapter.read(box.initial)
     for name, update in adapter.read(box.adapter, initial).modules.items():

@@ -242,7 +242,7 @@ class JobSpec(_message.Message):
 
     @_builtins.property
     def lora(self) -> Global___LoraSpec:
-        """The adapter's shape."""
+        """A LoRA adapter, and its shape."""
 
     @_builtins.property
     def train(self) -> Global___TrainSpec:
@@ -286,11 +286,13 @@ class JobSpec(_message.Message):
         admission: Global___AdmissionSpec | None = ...,
         access: Global___AccessSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "admission", b"admission", "aggregate", b"aggregate", "lora", b"lora", "model", b"model", "name", b"name", "publish", b"publish", "round", b"round", "train", b"train", "upload", b"upload"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "admission", b"admission", "aggregate", b"aggregate", "lora", b"lora", "model", b"model", "name", b"name", "publish", b"publish", "round", b"round", "train", b"train", "update", b"update", "upload", b"upload"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "admission", b"admission", "aggregate", b"aggregate", "lora", b"lora", "model", b"model", "name", b"name", "publish", b"publish", "round", b"round", "train", b"train", "upload", b"upload"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["access", b"access", "admission", b"admission", "aggregate", b"aggregate", "lora", b"lora", "model", b"model", "name", b"name", "publish", b"publish", "round", b"round", "train", b"train", "update", b"update", "upload", b"upload"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_update: _TypeAlias = _typing.Literal["lora"]  # noqa: Y015
+    _WhichOneofArgType_update: _TypeAlias = _typing.Literal["update", b"update"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_update) -> _WhichOneofReturnType_update | None: ...
 
 Global___JobSpec: _TypeAlias = JobSpec  # noqa: Y015
 
@@ -770,26 +772,56 @@ class Module(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     OUT_FEATURES_FIELD_NUMBER: _builtins.int
     IN_FEATURES_FIELD_NUMBER: _builtins.int
+    LOW_RANK_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name that transformers gives it: `model.layers.0.self_attn.q_proj`."""
     out_features: _builtins.int
     """Rows of the weight (output features)."""
     in_features: _builtins.int
     """Columns of the weight (input features)."""
+    @_builtins.property
+    def low_rank(self) -> Global___LowRankModule:
+        """By two low-rank factors."""
+
     def __init__(
         self,
         *,
         name: _builtins.str | None = ...,
         out_features: _builtins.int | None = ...,
         in_features: _builtins.int | None = ...,
+        low_rank: Global___LowRankModule | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["in_features", b"in_features", "name", b"name", "out_features", b"out_features"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["in_features", b"in_features", "low_rank", b"low_rank", "name", b"name", "out_features", b"out_features", "tuned", b"tuned"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["in_features", b"in_features", "name", b"name", "out_features", b"out_features"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["in_features", b"in_features", "low_rank", b"low_rank", "name", b"name", "out_features", b"out_features", "tuned", b"tuned"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_tuned: _TypeAlias = _typing.Literal["low_rank"]  # noqa: Y015
+    _WhichOneofArgType_tuned: _TypeAlias = _typing.Literal["tuned", b"tuned"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_tuned) -> _WhichOneofReturnType_tuned | None: ...
+
+Global___Module: _TypeAlias = Module  # noqa: Y015
+
+@_typing.final
+class LowRankModule(_message.Message):
+    """A module whose weight is tuned by ΔW = B A."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    """Rows of A and columns of B."""
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rank", b"rank"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Module: _TypeAlias = Module  # noqa: Y015
+Global___LowRankModule: _TypeAlias = LowRankModule  # noqa: Y015
 
 @_typing.final
 class Job(_message.Message):
