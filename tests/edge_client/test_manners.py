@@ -379,7 +379,7 @@ def test_a_coordinators_stop_ends_a_pause(tmp_path: Path) -> None:
                 if status.joined:
                     break
             await daemon.close("notes")
-            with pytest.raises(session.Refused, match="stopped this job"):
+            with pytest.raises(Refused, match="stopped this job"):
                 await asyncio.wait_for(taking, 10)
 
     asyncio.run(test())

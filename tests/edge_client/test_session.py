@@ -13,7 +13,7 @@ import pytest
 from converters.adapter import Adapter, LowRank
 from coordinator.jobs import spec
 from edge_client import session
-from edge_client.backends import EXACT, Progress, Setup
+from edge_client.backends import EXACT, MemoryFigures, Progress, Setup
 from edge_client.connection import remote as remotes
 from edge_client.connection.identity import Pins
 from edge_client.connection.remote import OnBytes, Remote
@@ -45,6 +45,12 @@ class Quick:
 
     def precision(self) -> str:
         return "float32"
+
+    def memory_figures(self) -> MemoryFigures:
+        return MemoryFigures(overhead=1.75)
+
+    def incompatible(self, base: Path, plan: Batches) -> str:
+        return ""
 
     def train(
         self,
