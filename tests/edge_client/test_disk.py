@@ -13,7 +13,7 @@ from converters import adapter
 from converters.adapter import Adapter, LowRank
 from coordinator.jobs import spec as job
 from edge_client import outbox, session
-from edge_client.backends import Progress
+from edge_client.backends import MemoryFigures, Progress
 from edge_client.connection import remote as remotes
 from edge_client.connection.identity import Pins
 from edge_client.data.batches import Batches
@@ -133,6 +133,12 @@ class Fills:
 
     def device(self) -> str:
         return "cpu"
+
+    def memory_figures(self) -> MemoryFigures:
+        return MemoryFigures(overhead=1.75)
+
+    def incompatible(self, base: Path, plan: Batches) -> str:
+        return ""
 
     def train(
         self,

@@ -11,12 +11,15 @@ import pytest
 from converters import architectures, checkpoint
 from converters.settings import Settings
 from edge_client import backends
+from edge_client.backends import MemoryFigures
 from edge_client.preflight import disk, memory
+from edge_client.session.prepare import estimate_memory
 from edge_client.training.recipe import EXACT, Setup
 from oneround.errors import BadModel
 from oneround.v1 import federation_pb2 as pb
 from tests.edge_client.test_session import Quick
 
+FIGURES = MemoryFigures(overhead=1.75, logits_at_once=1 << 22)
 BASE = Path(__file__).parents[2] / "benchmarks" / "base"
 
 
@@ -29,6 +32,7 @@ def job_over(base: Path, **train: int) -> pb.Job:
 
 def needed(job: pb.Job, **options: object) -> int:
     base = memory.model(checkpoint.config(BASE), memory.parameters(BASE))
+    options = {"figures": FIGURES, **options}
     return memory.memory_needed(base, job, **options)  # type: ignore[arg-type]
 
 
@@ -37,7 +41,7 @@ def test_it_grows_with_what_it_follows_from() -> None:
     whole = needed(job)
     assert needed(job, longest=512) == needed(job, longest=9999) == whole, "what is longer is cut"
     assert needed(job, longest=64) < whole and needed(job, setup=Setup("bfloat16")) < 0.6 * whole
-    assert needed(job, backend="torch") != needed(job, backend="mlx") > 0
+    assert whole < needed(job, figures=replace(FIGURES, keeps_attention=True)) < needed(job, figures=MemoryFigures(9.0))
     ladder = [setup := EXACT]
     while (smaller := setup.smaller(8)) is not None:
         ladder.append(setup := smaller)
@@ -63,11 +67,11 @@ def test_parameters_are_counted_or_inferred() -> None:
 
 def test_a_model_whose_config_says_something_else_has_no_estimate(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"n_embd": 768, "n_layer": 12}))
-    assert memory.outlook(tmp_path, job_over(BASE), Quick()) is None
+    assert estimate_memory(tmp_path, job_over(BASE), Quick(), None, EXACT) is None
 
 
 def test_what_is_short_is_said() -> None:
-    seen = memory.outlook(BASE, job_over(BASE), Quick(), longest=64)
+    seen = estimate_memory(BASE, job_over(BASE), Quick(), 64, EXACT)
     assert seen is not None and seen.available and not seen.short
     assert replace(seen, available=seen.needed - 1).short
     assert not replace(seen, available=None).short, "a device of its own has memory that is not known here"
@@ -105,7 +109,8 @@ def test_it_is_near_what_a_training_took() -> None:
     ).stdout
     small, large = map(int, printed.split())
     took = large - small
-    expected = needed(job_over(BASE, batch_size=8, max_seq_len=256), backend="torch") - needed(
-        job_over(BASE, batch_size=1, max_seq_len=16), backend="torch"
+    figures = backends.load("torch").memory_figures()
+    expected = needed(job_over(BASE, batch_size=8, max_seq_len=256), figures=figures) - needed(
+        job_over(BASE, batch_size=1, max_seq_len=16), figures=figures
     )
     assert 0.6 * took < expected < 3 * took, (took, expected)

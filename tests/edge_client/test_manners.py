@@ -25,6 +25,7 @@ from edge_client.pausing import sensors as machine
 from edge_client.pausing.controller import PauseController
 from edge_client.pausing.policy import IDLE_SECONDS, Heat, Pause, PausePolicy, Readings, decide, why_pause
 from edge_client.ui.screen import Screen
+from oneround.errors import Refused
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.coordinator.test_server import SPEC, running
