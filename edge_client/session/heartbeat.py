@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from edge_client.connection import retry
@@ -30,9 +30,11 @@ def pause_after(reply: pb.HeartbeatReply, chance: Callable[[], float] = random.r
 
 
 class Heartbeat:
-    """What the coordinator is told every few seconds (`now`), and why it wants this client to stop, once it does."""
+    """What the coordinator is told every few seconds (`now`), and why it wants this client to stop, once it does.
+    `sleep` is asyncio's, or a test's."""
 
-    def __init__(self, lease: str) -> None:
+    def __init__(self, lease: str, *, sleep: Callable[[float], Awaitable[object]] = asyncio.sleep) -> None:
+        self._sleep = sleep
         self.now = pb.HeartbeatRequest(lease=lease)
         self.stop = ""
         self._judgement = pb.Judgement(verdict=pb.VERDICT_PENDING)
@@ -56,7 +58,7 @@ class Heartbeat:
                 self._miss()
             except OneroundError:
                 self._miss()
-            await asyncio.sleep(pause)
+            await self._sleep(pause)
 
     def _hear(self, reply: pb.HeartbeatReply) -> None:
         if reply.directive == pb.DIRECTIVE_STOP:
