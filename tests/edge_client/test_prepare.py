@@ -58,7 +58,7 @@ def test_doctor_refuses_as_join_does_what_mlx_computes_otherwise(tmp_path: Path)
     base = tmp_path / "base"
     shutil.copytree(BASE, base)
     config = json.loads((base / "config.json").read_text())
-    changes = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 8}
+    changes = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 2}
     (base / "config.json").write_text(json.dumps({**config, **changes}))
 
     async def test() -> None:
