@@ -132,7 +132,8 @@ def svg() -> str:
     width = max(x for x, _ in corners.values()) + WIDTH + GAP
     height = max(y for _, y in corners.values()) + HEIGHT + GAP
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif"'
+        ' font-size="12">',
         "<title>The rooms of oneround and what they import</title>",
         f'<rect width="{width}" height="{height}" fill="white"/>',
     ]

@@ -169,10 +169,10 @@ def all_outboxes(state: Path) -> Sequence[Outbox]:
 
 def of_job(state: Path, name: str, deadline: float) -> Iterator[Outbox]:
     """The box, if there is one, of the job of this name with this deadline (seconds since the Unix epoch)."""
-    for found in all_outboxes(state):
-        joined = found.joined()
+    for box in all_outboxes(state):
+        joined = box.joined()
         if joined is not None and joined.job.spec.name == name and joined.job.deadline_unix == deadline:
-            yield found
+            yield box
 
 
 def moved(state: Path, before: str, now: str) -> None:
@@ -188,10 +188,10 @@ def find(state: Path, name: str) -> Outbox:
     Raises:
         Refused: this machine has joined none.
     """
-    for found in all_outboxes(state):
-        joined = found.joined()
+    for box in all_outboxes(state):
+        joined = box.joined()
         if joined is not None and joined.job.spec.name == name:
-            return found
+            return box
     raise Refused(f"this machine has not joined a job {name!r}", hint="edge-client status")
 
 
@@ -208,13 +208,13 @@ def published_folder(state: Path, name: str) -> Path:
 
 def published_here(state: Path, name: str, version: int = 0) -> Path | None:
     """A published model that was fetched before: of this version, or of the newest (0); the most precise one."""
-    found: dict[int, Path] = {}
+    most_precise: dict[int, Path] = {}
     for file in published_folder(state, name).glob("v*/*.gguf"):
         number = file.parent.name.removeprefix("v")
         if number.isdecimal() and file.name[0] != ".":
-            before = found.setdefault(int(number), file)
-            found[int(number)] = max(before, file, key=lambda each: each.stat().st_size)
-    return found.get(version or max(found, default=0))
+            before = most_precise.setdefault(int(number), file)
+            most_precise[int(number)] = max(before, file, key=lambda gguf: gguf.stat().st_size)
+    return most_precise.get(version or max(most_precise, default=0))
 
 
 def model_folder(state: Path, job: pb.Job) -> Path:

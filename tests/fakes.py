@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from converters.adapter import Adapter, LowRank
-from edge_client.backends import Progress
+from edge_client.backends import MemoryFigures, Progress
 from edge_client.connection.remote import OnBytes, Remote
 from edge_client.data.batches import Batches
 from edge_client.training.recipe import EXACT, Recipe, Setup
@@ -51,6 +51,12 @@ class FakeBackend:
 
     def precision(self) -> str:
         return "float32"
+
+    def memory_figures(self) -> MemoryFigures:
+        return MemoryFigures(overhead=1.75)
+
+    def incompatible(self, base: Path, plan: Batches) -> str:
+        return ""
 
     def train(
         self,

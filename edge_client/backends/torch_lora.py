@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 from torch.nn import functional
 
 from converters.adapter import Adapter, LowRank, Shape
 from edge_client.training.recipe import Recipe
+from edge_client.training.snapshot import Snapshot
 from oneround.errors import LayoutMismatch
 
 if TYPE_CHECKING:
@@ -29,24 +32,9 @@ def adapt(model: PreTrainedModel, initial: Adapter, recipe: Recipe) -> dict[str,
     Raises:
         LayoutMismatch: the model lacks a module of `initial`, or has it in another shape.
     """
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    for name, factors in initial.modules.items():
-        if name not in linears:
-            raise LayoutMismatch(f"the model has no linear layer {name}")
-        shape = Shape(linears[name].out_features, linears[name].in_features)  # a quantised weight has another shape
-        if shape != factors.shape:
-            raise LayoutMismatch(f"{name} adapts {factors.shape}, the model's is {shape}")
-    ranks = initial.ranks
-    common = next(iter(ranks.values()))
-    config = LoraConfig(
-        r=common,
-        lora_alpha=recipe.alpha,
-        lora_dropout=recipe.dropout,
-        target_modules=list(ranks),
-        rank_pattern={name: rank for name, rank in ranks.items() if rank != common},
-    )
-    inject_adapter_in_model(config, model)
-    layers = {name: model.get_submodule(name) for name in ranks}
+    _require_modules(model, initial)
+    inject_adapter_in_model(_config(initial.ranks, recipe), model)
+    layers = {name: model.get_submodule(name) for name in initial.modules}
     for name, layer in layers.items():
         factors = initial.modules[name]
         scaling = recipe.scaling(factors.rank)
@@ -61,6 +49,28 @@ def adapt(model: PreTrainedModel, initial: Adapter, recipe: Recipe) -> dict[str,
     return layers
 
 
+def _require_modules(model: PreTrainedModel, initial: Adapter) -> None:
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    for name, factors in initial.modules.items():
+        if name not in linears:
+            raise LayoutMismatch(f"the model has no linear layer {name}")
+        shape = Shape(linears[name].out_features, linears[name].in_features)  # a quantised weight has another shape
+        if shape != factors.shape:
+            raise LayoutMismatch(f"{name} adapts {factors.shape}, the model's is {shape}")
+
+
+def _config(ranks: dict[str, int], recipe: Recipe) -> LoraConfig:
+    """PEFT's, for exactly these modules."""
+    common = next(iter(ranks.values()))
+    return LoraConfig(
+        r=common,
+        lora_alpha=recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=list(ranks),
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != common},
+    )
+
+
 def weights(layers: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """What is trained, by its name in a snapshot."""
     for name, layer in layers.items():
@@ -73,6 +83,36 @@ def factors(layer: Any, scaling: float) -> LowRank:
     """The layer's factors in the common layout: scaling folded into B."""
     a, b = (part[NAME].weight.detach().float().cpu().numpy() for part in (layer.lora_A, layer.lora_B))
     return LowRank(a.copy(), (b * scaling).astype(a.dtype))
+
+
+def arrays(layers: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, NDArray[np.float32]]:
+    """What a snapshot keeps, copied: the weights that are trained, and AdamW's moments of each."""
+    copies = {}
+    for name, weight in weights(layers):
+        moments = optimizer.state[weight]
+        for key, tensor in (
+            (name, weight.detach()),
+            (f"{name}.first", moments["exp_avg"]),
+            (f"{name}.second", moments["exp_avg_sq"]),
+        ):
+            copies[key] = tensor.to("cpu", copy=True).numpy()
+    return copies
+
+
+def resume(layers: dict[str, Any], optimizer: torch.optim.Optimizer, snapshot: Snapshot) -> None:
+    """Put weights and moments back as a snapshot has them."""
+    for name, weight in weights(layers):
+        kept, first, second = (
+            torch.tensor(snapshot.arrays[key], device=weight.device)
+            for key in (name, f"{name}.first", f"{name}.second")
+        )
+        with torch.no_grad():
+            weight.copy_(kept)
+        optimizer.state[weight] = {
+            "step": torch.tensor(float(snapshot.step)),
+            "exp_avg": first,
+            "exp_avg_sq": second,
+        }
 
 
 def _forward(layer: Any, scaling: float, x: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ import torch
 from torch.nn import functional
 
 from edge_client.data.batches import Batch
-from edge_client.training.recipe import LOGITS_AT_ONCE
 from oneround.errors import BadModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+LOGITS_AT_ONCE = 1 << 22  # elements that are held of a batch's logits: 16 MiB in float32
 
 
 class TargetLoss:
@@ -32,8 +33,8 @@ class TargetLoss:
         if model.base_model is model:
             raise BadModel(f"{type(model).__name__} has no body apart from its head, so it cannot be trained here")
         self.body = model.base_model
-        self._given = _Given()
-        setattr(model, model.base_model_prefix, self._given)
+        self._body_output = _BodyOutput()
+        setattr(model, model.base_model_prefix, self._body_output)
         self._model = model
 
     def backward(self, batch: Batch, count: int) -> torch.Tensor:
@@ -43,21 +44,21 @@ class TargetLoss:
         labels = torch.from_numpy(batch.targeted).to(device).long()
         output = self.body(input_ids=inputs, use_cache=False)
         hidden = output.last_hidden_state.flatten(0, 1)[targets]  # (targets, D)
-        there = hidden.detach().requires_grad_()
+        leaf = hidden.detach().requires_grad_()  # collects what the chunks send back
         total = torch.zeros((), device=device)
         rows = max(1, LOGITS_AT_ONCE // self._model.config.get_text_config().vocab_size)
-        for piece, label in zip(there.split(rows), labels.split(rows), strict=True):  # type: ignore[no-untyped-call]
-            self._given.output = replace(output, last_hidden_state=piece[None])
+        for piece, label in zip(leaf.split(rows), labels.split(rows), strict=True):  # type: ignore[no-untyped-call]
+            self._body_output.output = replace(output, last_hidden_state=piece[None])
             logits = self._model(input_ids=inputs[:1, :1], use_cache=False).logits[0]  # (rows, V)
             loss = functional.cross_entropy(logits.float(), label, reduction="sum") / count
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        hidden.backward(there.grad)
-        self._given.output = None
+        hidden.backward(leaf.grad)
+        self._body_output.output = None
         return total
 
 
-class _Given(torch.nn.Module):
+class _BodyOutput(torch.nn.Module):
     """Stands where the model's body was, and gives what the body gave before."""
 
     output: Any = None

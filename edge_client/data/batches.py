@@ -5,8 +5,9 @@ Deterministic in (examples, seed), with random access by step, so that training 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from oneround.errors import BadData
 
 # Batches that are sorted by length together: enough for little padding, few enough to keep epochs different.
 _BUCKET = 64
+NEXT_TOKEN = "next-token"  # a loss: cross-entropy of the next token, at the targets
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class Batch:
     inputs: NDArray[np.int32]  # (B, T)
     labels: NDArray[np.int32]  # (B, T): inputs, one token on
     mask: NDArray[np.bool_]  # (B, T): which labels are targets
+
+    @property
+    def size(self) -> int:
+        """B, the number of examples."""
+        return len(self.inputs)
 
     @property
     def num_targets(self) -> int:
@@ -66,6 +73,8 @@ class Batches:
         BadData: there is no example with a target.
     """
 
+    loss = NEXT_TOKEN
+
     def __init__(
         self, examples: Sequence[Example], batch_size: int, epochs: float, seed: int, *, room: int = 0
     ) -> None:
@@ -91,6 +100,23 @@ class Batches:
     def num_targets(self) -> int:
         """Target tokens of one epoch."""
         return sum(example.num_targets for example in self.examples)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        lengths: list[int] = self._lengths.tolist()
+        return lengths
+
+    @property
+    def settings(self) -> tuple[int, int, int]:
+        """What decides, beside the examples, what is in each batch."""
+        return self.batch_size, self.room, self.seed
+
+    def content(self) -> Iterator[NDArray[Any]]:
+        """Token ids and targets of every example, in order."""
+        for example in self.examples:
+            yield np.asarray(example.ids)
+            yield np.asarray(example.is_target)
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, 0 ≤ step < total_steps."""

@@ -165,17 +165,17 @@ def _example(ids: Sequence[int], spans: Iterable[tuple[int, int]]) -> Example:
     return Example(np.asarray(ids, dtype=np.int32), is_target)
 
 
-def _end(ids: Sequence[int], start: int, said: Sequence[int]) -> int:
-    """Where the turn ends that begins at `start`; `said` is the conversation up to and with it.
+def _end(ids: Sequence[int], start: int, spoken: Sequence[int]) -> int:
+    """Where the turn ends that begins at `start`; `spoken` is the conversation up to and with it.
 
     Some templates write a turn otherwise when it is the last: Qwen3 puts (empty) thoughts in front of it. Then the turn
     is what both end with.
     """
-    shared = _shared(ids, said)
-    if shared == len(said):
+    shared = _shared(ids, spoken)
+    if shared == len(spoken):
         return shared
-    for skipped in range(start, len(said)):
-        rest = said[skipped:]
+    for skipped in range(start, len(spoken)):
+        rest = spoken[skipped:]
         if ids[start : start + len(rest)] == rest:
             return max(shared, start + len(rest))
     return shared

@@ -11,6 +11,7 @@ from typing import Literal
 from edge_client.backends import Backend
 from edge_client.connection.remote import Remote
 from edge_client.connection.target import ANY, Target
+from edge_client.session.prepare import Prepared
 from oneround.errors import OneroundError
 from oneround.v1 import federation_pb2 as pb
 
@@ -48,7 +49,7 @@ class Case:
     job: pb.Job | None = None
     done: bool = False  # trained already; only sending is left, if anything
     base: Path | None = None  # the base model's folder; or one with its small files
-    longest: int | None = None  # tokens of the longest row
+    prepared: Prepared | None = None  # the data as join would train on it
     open_now: AsyncExitStack = field(default_factory=AsyncExitStack)
 
 

@@ -12,14 +12,14 @@ import time
 from pathlib import Path
 
 from converters import checkpoint
-from edge_client import outbox, session
+from edge_client import outbox
 from edge_client.connection import connect, job_check, trust
 from edge_client.connection.remote import local_path
-from edge_client.data import tokenize
-from edge_client.data.batches import Batches
 from edge_client.doctor.finding import Case, Finding, note, ok
 from edge_client.preflight import disk
-from edge_client.preflight import memory as footprint
+from edge_client.preflight.memory import MemoryEstimate
+from edge_client.session.fetch import fetch_base
+from edge_client.session.prepare import Prepared, estimate_memory, load_rows, prepare
 from edge_client.training.recipe import Setup
 from edge_client.ui.screen import Screen
 from oneround import tls
@@ -38,8 +38,8 @@ _SET_CLOCK = {
 }
 
 
-class _Heard(Screen):
-    """Keeps what finding a coordinator reports, and prints nothing."""
+class _Recorder(Screen):
+    """Keeps the events of finding a coordinator, and prints nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,11 +50,11 @@ class _Heard(Screen):
 
 
 async def coordinator(case: Case) -> Finding | None:
-    heard = _Heard()
-    finding = connect.connected(case.target, case.state, heard, case.job_name, pin=False)
+    recorder = _Recorder()
+    connecting = connect.connected(case.target, case.state, recorder, case.job_name, pin=False)
     try:
-        case.remote = await case.open_now.enter_async_context(finding)
-        case.first_use = "pinned" in heard.events
+        case.remote = await case.open_now.enter_async_context(connecting)
+        case.first_use = "pinned" in recorder.events
         asked = time.time()
         case.jobs = await case.remote.jobs()
         case.skew = (asked + time.time()) / 2 - case.jobs.now_unix
@@ -64,10 +64,10 @@ async def coordinator(case: Case) -> Finding | None:
     except OneroundError as error:
         case.unreached = str(error)
         raise
-    if "moved" in heard.events:
-        return ok("coordinator", f"at {case.remote.server} now, and no more at {heard.events['moved']['before']}")
-    found = ", found on this network" if "found" in heard.events else ""
-    return ok("coordinator", f"answers at {case.remote.server}{found}")
+    if "moved" in recorder.events:
+        return ok("coordinator", f"at {case.remote.server} now, and no more at {recorder.events['moved']['before']}")
+    how = ", found on this network" if "found" in recorder.events else ""
+    return ok("coordinator", f"answers at {case.remote.server}{how}")
 
 
 async def certificate(case: Case) -> Finding | None:
@@ -133,7 +133,7 @@ async def job(case: Case) -> Finding | None:
     try:
         offered = await case.remote.describe(case.job_name)
     except Refused as error:
-        names = ", ".join(each.spec.name for each in case.jobs.jobs if each.takes_contributions)
+        names = ", ".join(status.spec.name for status in case.jobs.jobs if status.takes_contributions)
         error.hint = f"--job with one of: {names}" if names else error.hint or "ask the operator for a job"
         raise
     job_check.check(offered)
@@ -142,12 +142,12 @@ async def job(case: Case) -> Finding | None:
     case.done = box.trained() is not None or box.receipt() is not None
     if box.receipt() is not None:
         return ok("job", f"{name}: this machine's contribution is in")
-    taking = any(each.takes_contributions for each in case.jobs.jobs if each.spec.name == name)
+    taking = any(status.takes_contributions for status in case.jobs.jobs if status.spec.name == name)
     if not taking:
         raise Refused(f"{name} takes no more contributions", hint=f"edge-client pull {name}")
     until = datetime.datetime.fromtimestamp(offered.deadline_unix + case.skew).astimezone()
-    stands = "; trained here already, join only sends it" if case.done else ""
-    return ok("job", f"{name}: takes contributions until {until:%Y-%m-%d %H:%M}{stands}")
+    already = "; trained here already, join only sends it" if case.done else ""
+    return ok("job", f"{name}: takes contributions until {until:%Y-%m-%d %H:%M}{already}")
 
 
 async def base(case: Case) -> Finding | None:
@@ -157,7 +157,7 @@ async def base(case: Case) -> Finding | None:
         files = checkpoint.model_files(case.model)
         if case.remote is None or case.job is None:
             return ok("base model", f"{case.model} holds one, of {len(files)} files; which, a job will say")
-        case.base = await session.fetch_base(case.remote, case.job, case.state, case.model, Screen())
+        case.base = await fetch_base(case.remote, case.job, case.state, case.model, Screen())
         return ok("base model", f"{case.model} is the job's")
     if case.remote is None or case.job is None:
         return None
@@ -177,28 +177,42 @@ async def data(case: Case) -> Finding | None:
         return None
     if not case.data.exists():
         raise BadData(f"there is no data at {case.data}", hint="--data FILE_OR_FOLDER")
-    rows = await asyncio.to_thread(tokenize.load, case.data, skip_bad_rows=case.skip_bad_rows)
+    spec = case.job.spec if case.job is not None else pb.JobSpec()
+    rows = await asyncio.to_thread(load_rows, case.data, spec, skip_bad_rows=case.skip_bad_rows)
     says = f"{len(rows.train):,} rows to train on and {len(rows.held_out):,} held out, from {_files(len(rows.files))}"
-    skipped, cut, dropped = rows.skipped, 0, 0
-    if case.job is not None and case.base is not None and case.backend is not None:
-        train, tokenizer = case.job.spec.train, await asyncio.to_thread(tokenize.load_tokenizer, case.base)
-        made = await asyncio.to_thread(
-            tokenize.tokenise, rows.train, tokenizer, train.max_seq_len, skip_bad_rows=case.skip_bad_rows
-        )
-        plan = Batches(made.examples, train.batch_size, train.epochs, train.seed)
-        case.longest, skipped, cut, dropped = made.longest, skipped + made.skipped, made.truncated, made.dropped
-        says += (
-            f"; {plan.num_targets:,} target tokens, {plan.total_steps:,} steps; the longest row has {made.longest:,}"
-        )
-        if cut:
-            says += f"; {cut:,} are cut at {train.max_seq_len} tokens"
-        if dropped:
-            says += f"; {dropped:,} have no answer left within {train.max_seq_len} tokens and are dropped"
+    if case.job is None or case.base is None or case.backend is None:
+        return _of_data(says, rows.skipped)
+    case.prepared = await asyncio.to_thread(
+        prepare, rows, case.base, spec, case.backend, skip_bad_rows=case.skip_bad_rows
+    )
+    return planned(case.prepared, says, spec.train.max_seq_len)
+
+
+def planned(prepared: Prepared, says: str, max_seq_len: int) -> Finding:
+    """What join would train on."""
+    plan = prepared.plan
+    says += f"; {plan.num_targets:,} target tokens, {plan.total_steps:,} steps"
+    says += f"; the longest row has {prepared.longest:,}"
+    if prepared.truncated:
+        says += f"; {prepared.truncated:,} are cut at {max_seq_len} tokens"
+    if prepared.dropped:
+        says += f"; {prepared.dropped:,} have no answer left within {max_seq_len} tokens and are dropped"
+    return _of_data(says, prepared.skipped, lost=prepared.truncated + prepared.dropped)
+
+
+def _of_data(says: str, skipped: int, lost: int = 0) -> Finding:
     if skipped:
         says += f"; {skipped:,} bad rows are skipped"
-    if cut or dropped or skipped:
+    if lost or skipped:
         return note("data", says, "shorten or mend these rows, if they matter")
     return ok("data", says)
+
+
+async def compatibility(case: Case) -> Finding | None:
+    if case.prepared is None or case.backend is None:
+        return None
+    case.prepared.require_compatible()
+    return ok("compatibility", f"{case.backend.name} computes what this base model's config.json says")
 
 
 def _files(count: int) -> str:
@@ -223,10 +237,11 @@ async def memory(case: Case) -> Finding | None:
     if case.job is None or case.base is None or case.backend is None:
         return None
     setup = Setup(case.backend.precision())
-    return outlook(footprint.outlook(case.base, case.job, case.backend, case.longest, setup), case.job)
+    longest = case.prepared.longest if case.prepared is not None else None
+    return outlook(estimate_memory(case.base, case.job, case.backend, longest, setup), case.job)
 
 
-def outlook(expected: footprint.MemoryEstimate | None, job: pb.Job) -> Finding:
+def outlook(expected: MemoryEstimate | None, job: pb.Job) -> Finding:
     """Whether training fits into memory, by an estimate that is rather too high."""
     if expected is None:
         return ok("memory", "how much this model needs cannot be told from its config.json")

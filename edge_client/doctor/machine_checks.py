@@ -53,8 +53,20 @@ async def packages(case: Case) -> Finding:
         return note("packages", "oneround runs here without being installed", "pip install oneround")
     if wrong := unmet(requirements, extra, installed):
         raise UsageError("; ".join(wrong), hint=f"pip install --upgrade 'oneround[{extra}]'")
-    shown = ("oneround", "grpcio", "numpy", "torch", "transformers", "peft", "mlx", "mlx-lm")
+    shown = ("oneround", "grpcio", "numpy", *of_backends(requirements))
     return ok("packages", ", ".join(f"{name} {version}" for name in shown if (version := installed(name))))
+
+
+def of_backends(requirements: Iterable[str]) -> list[str]:
+    """The distributions that training backends bring along, as their extras name them, each once."""
+    markers = [(requirement.name, requirement.marker) for requirement in map(Requirement, requirements)]
+    names = (
+        name
+        for extra in backends.BACKENDS
+        for name, marker in markers
+        if marker is not None and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})
+    )
+    return list(dict.fromkeys(names))
 
 
 def unmet(requirements: Iterable[str], extra: str, version_of: Callable[[str], str | None]) -> list[str]:
@@ -63,11 +75,11 @@ def unmet(requirements: Iterable[str], extra: str, version_of: Callable[[str], s
     for requirement in map(Requirement, requirements):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
             continue
-        here = version_of(requirement.name)
-        if here is None:
+        version = version_of(requirement.name)
+        if version is None:
             wrong.append(f"{requirement.name} is not installed")
-        elif not requirement.specifier.contains(Version(here), prereleases=True):
-            wrong.append(f"{requirement.name} {here} is here, {requirement.specifier} is needed")
+        elif not requirement.specifier.contains(Version(version), prereleases=True):
+            wrong.append(f"{requirement.name} {version} is here, {requirement.specifier} is needed")
     return wrong
 
 

@@ -27,6 +27,7 @@ CHECKS: dict[str, Check] = {
     "job": job_checks.job,
     "base model": job_checks.base,
     "data": job_checks.data,
+    "compatibility": job_checks.compatibility,
     "disk": job_checks.room,
     "memory": job_checks.memory,
 }
@@ -39,15 +40,15 @@ async def examine(case: Case, screen: Screen) -> AsyncIterator[Finding]:
     async with case.open_now:
         for name, check in CHECKS.items():
             if check is job_checks.coordinator:  # which may ask the person for one of several
-                found = await _found(name, check, case)
+                finding = await _finding(name, check, case)
             else:
                 with screen.busy(f"looking at: {name}"):
-                    found = await _found(name, check, case)
-            if found is not None:
-                yield found
+                    finding = await _finding(name, check, case)
+            if finding is not None:
+                yield finding
 
 
-async def _found(name: str, check: Check, case: Case) -> Finding | None:
+async def _finding(name: str, check: Check, case: Case) -> Finding | None:
     try:
         return await check(case)
     except OneroundError as error:
@@ -59,9 +60,9 @@ async def _found(name: str, check: Check, case: Case) -> Finding | None:
 async def report(case: Case, screen: Screen, *, as_json: bool) -> int:
     """Print each finding as it comes; returns the exit code of the first problem, 0 if there is none."""
     console = Console(highlight=False, soft_wrap=True, emoji=False)
-    found = []
+    findings = []
     async for finding in examine(case, screen):
-        found.append(finding)
+        findings.append(finding)
         if as_json:
             shown = {"check": finding.check, "level": finding.level, "says": finding.says, "hint": finding.hint}
             print(json.dumps(shown), flush=True)
@@ -71,7 +72,7 @@ async def report(case: Case, screen: Screen, *, as_json: bool) -> int:
         if finding.hint:
             console.print(f"{'':24}[dim]Try:[/] ", end="")
             console.print(printable(finding.hint), markup=False)
-    problems = [finding for finding in found if finding.level == "problem"]
+    problems = [finding for finding in findings if finding.level == "problem"]
     if not as_json:
         stops = {0: "Nothing stops", 1: "1 problem stops"}.get(len(problems), f"{len(problems)} problems stop")
         console.print(f"\n{stops} this machine from taking part.")

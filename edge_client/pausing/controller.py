@@ -20,7 +20,7 @@ Release = Callable[[], None]
 
 
 class PauseController:
-    """Keeps to a person's manners. `read` and `keep_awake` are the machine, or a test's."""
+    """Keeps to a person's pause policy. `read` and `keep_awake` are the machine, or a test's."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class PauseController:
         keep_awake: Callable[[], Release] = sensors.keep_awake,
         look_seconds: float = LOOK_SECONDS,
     ) -> None:
-        self._manners = asked
+        self._asked = asked
         self._read = read or partial(sensors.read, idle=asked.idle)
         self._keep_awake = keep_awake
         self._look_seconds = look_seconds
@@ -102,7 +102,7 @@ class PauseController:
 
     async def _look(self) -> None:
         readings = await asyncio.to_thread(self._read)
-        before, self._pause = self._pause, policy.decide(readings, self._manners, self._pause, time.monotonic())
+        before, self._pause = self._pause, policy.decide(readings, self._asked, self._pause, time.monotonic())
         if self._pause is not None:
             self._let_sleep()
             if self._waited[1] is not None and before and before.reason.kind != self._pause.reason.kind:

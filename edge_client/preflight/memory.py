@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,21 +12,14 @@ import psutil
 from converters import checkpoint
 from converters.settings import Settings
 from converters.updates import sizes
-from edge_client.backends import Backend
-from edge_client.training.recipe import EXACT, LOGITS_AT_ONCE, Setup
-from oneround.errors import BadModel
+from edge_client.backends import MemoryFigures
+from edge_client.training.recipe import EXACT, Setup
 from oneround.v1 import federation_pb2 as pb
 
 _FLOAT = 4  # bytes
 _WIDTH = {"float32": 4, "bfloat16": 2}
 _SCALES = 0.5  # bits that the scales of a quantised base take for each weight
 _RUNTIME_BYTES = 64 << 20  # threads, libraries that are loaded late
-
-# Peak memory over what the tensors alone would take: temporaries, and freed blocks that are not given back. PyTorch
-# on a CPU leaves that to malloc, which fragments; MLX pools its blocks.
-_OVERHEAD = {"torch": 1.75, "mlx": 1.25}
-_ON_THIS_MEMORY = ("cpu", "mps", "metal")  # devices that share the machine's memory
-_KEEPS_ATTENTION = frozenset({"mlx"})  # (heads, T, T) for the backward pass, by what was measured
 
 
 @dataclass(frozen=True)
@@ -81,12 +74,12 @@ def parameters_announced(files: Sequence[pb.Artifact], config: Settings) -> int:
 def memory_needed(
     base: ModelShape,
     job: pb.Job,
+    figures: MemoryFigures,
     *,
-    backend: str = "torch",
     longest: int | None = None,
     setup: Setup = EXACT,
 ) -> int:
-    """Bytes that training a job takes over what the process has with its framework loaded.
+    """Bytes that training a language model takes over what the process has with its framework loaded.
 
     `longest` is the longest example in tokens, the job's max_seq_len if not given.
 
@@ -95,7 +88,7 @@ def memory_needed(
     normed inputs, queries and the attention's output, keys and values, gate, up, their product and the activation, and
     the rank of every adapter; with dropout also every adapter's input again and a mask; with checkpointing the layer's
     input, and all of it for one layer at a time. Then the logits, their logarithm and its gradient, of a chunk or of
-    all tokens. Times what was measured for the framework; see _OVERHEAD.
+    all tokens. Times what was measured for the backend; see MemoryFigures.
 
     Held against the peak of a child process on Linux x86-64 CPUs (PyTorch 2.13, MLX 0.32), for random Llamas of 0.1M to
     113M parameters, batches of 1 × 64 to 8 × 512 tokens: MLX in float32 0.9 to 1.35 times what was measured from 0.3 GB
@@ -108,24 +101,24 @@ def memory_needed(
     examples = math.ceil(spec.train.batch_size / setup.parts)
     tokens = examples * (spec.train.max_seq_len if spec.train.packing else length)
     queries, keys = base.heads * base.head_dim, base.kv_heads * base.head_dim
-    each = 4 * base.hidden + 2 * queries + 2 * keys + 4 * base.intermediate
-    if backend in _KEEPS_ATTENTION:
-        each += base.heads * length
+    per_layer = 4 * base.hidden + 2 * queries + 2 * keys + 4 * base.intermediate
+    if figures.keeps_attention:
+        per_layer += base.heads * length
     adapters = spec.lora.rank * len(job.modules)
     if spec.lora.dropout:
         adapters += sum(module.in_features for module in job.modules) * 5 // 4
     kept = (
-        base.hidden * base.layers + each + adapters // base.layers
+        base.hidden * base.layers + per_layer + adapters // base.layers
         if setup.checkpointing
-        else base.layers * each + adapters
+        else base.layers * per_layer + adapters
     )
     activations = width * tokens * kept
-    chunk = max(1, LOGITS_AT_ONCE // base.vocabulary) if backend == "torch" else tokens
+    chunk = max(1, figures.logits_at_once // base.vocabulary) if figures.logits_at_once else tokens
     logits = 3 * _FLOAT * base.vocabulary * min(chunk, tokens)
     rounded = sum(module.out_features * module.in_features for module in job.modules) if setup.bits else 0
     weights = (base.parameters - rounded) * width + rounded * (setup.bits + _SCALES) / 8
     held = weights + 7 * _FLOAT * sizes.elements(job)
-    return int(_RUNTIME_BYTES + held + _OVERHEAD.get(backend, max(_OVERHEAD.values())) * (activations + logits))
+    return int(_RUNTIME_BYTES + held + figures.overhead * (activations + logits))
 
 
 @dataclass(frozen=True)
@@ -141,25 +134,19 @@ class MemoryEstimate:
         return self.available is not None and self.needed > self.available
 
 
-def outlook(
-    folder: Path, job: pb.Job, backend: Backend, longest: int | None = None, setup: Setup = EXACT
-) -> MemoryEstimate | None:
-    """What training over the base in a folder will take here, with the first setup that fits, from the given one on; or
-    with the smallest, if none does. None when the base's config.json does not say enough.
+def free() -> int:
+    """Bytes of the machine's memory that are free now."""
+    return psutil.virtual_memory().available
 
-    Where the folder has no weights yet, their announced sizes count.
-    """
-    try:
-        config = checkpoint.config(folder)
-        here = any(folder.glob("*.safetensors"))
-        count = parameters(folder) if here else parameters_announced(job.base_files, config)
-        base = model(config, count)
-    except BadModel:
-        return None
-    available = psutil.virtual_memory().available if backend.device().startswith(_ON_THIS_MEMORY) else None
+
+def first_that_fits(
+    needed: Callable[[Setup], int], available: int | None, batch_size: int, setup: Setup
+) -> MemoryEstimate:
+    """What training will take with the first setup that fits, from the given one on; or with the smallest, if none
+    does. `available` in bytes; None: not known, so that any fits."""
     while True:
-        needed = memory_needed(base, job, backend=backend.name, longest=longest, setup=setup)
-        smaller = setup.smaller(job.spec.train.batch_size)
-        if available is None or needed <= available or smaller is None:
-            return MemoryEstimate(needed, available, setup)
+        estimate = MemoryEstimate(needed(setup), available, setup)
+        smaller = setup.smaller(batch_size)
+        if not estimate.short or smaller is None:
+            return estimate
         setup = smaller

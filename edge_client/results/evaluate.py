@@ -15,11 +15,11 @@ from converters import adapter, architectures
 from converters.families import NotKnownHere
 from converters.gguf import adapter as gguf_adapter
 from converters.gguf import base as gguf_base
-from edge_client.data import tokenize
 from edge_client.data.tokenize import Example
 from edge_client.outbox import DataSource
 from edge_client.results import llama_process
 from edge_client.results.llama_model import Loss
+from edge_client.tasks import language_modelling
 from oneround.errors import BadData, BadModel
 from oneround.v1 import federation_pb2 as pb
 
@@ -111,13 +111,13 @@ def held_out(source: DataSource, base: Path, max_seq_len: int, most_tokens: int)
     Raises:
         BadData: there is no such data, or nothing to measure on in it.
     """
-    rows = tokenize.load(Path(source.data), skip_bad_rows=source.skip_bad_rows).held_out
-    tokenizer = tokenize.load_tokenizer(base)
-    found = tokenize.tokenise(rows, tokenizer, max_seq_len, skip_bad_rows=source.skip_bad_rows).examples
-    chosen = drawn([example.num_targets for example in found], most_tokens)
+    skip, spec = source.skip_bad_rows, pb.JobSpec(train=pb.TrainSpec(max_seq_len=max_seq_len))
+    rows = language_modelling.load(Path(source.data), skip_bad_rows=skip).held_out
+    examples = language_modelling.prepare(rows, base, spec, skip_bad_rows=skip).examples
+    chosen = drawn([example.num_targets for example in examples], most_tokens)
     if not chosen:
         raise BadData(f"nothing is held out of {source.data} that could be measured on", hint="--data FILE_OR_FOLDER")
-    return [found[index] for index in chosen]
+    return [examples[index] for index in chosen]
 
 
 def drawn(tokens: Sequence[int], most: int) -> list[int]:
@@ -158,13 +158,13 @@ def own_adapter(trained: Path, base: Path, base_gguf: Path, to: Path, initial: P
 
 
 def measure(
-    files: Mapping[str, tuple[Path, Path | None]], found: Sequence[Example], on_tokens: Callable[[str, int], None]
+    files: Mapping[str, tuple[Path, Path | None]], examples: Sequence[Example], on_tokens: Callable[[str, int], None]
 ) -> Scores:
     """Have llama.cpp measure each of MODELS, a GGUF and perhaps an adapter, each in a process of its own.
 
     `on_tokens` is called with a model and how many target tokens of all models together are done.
     """
-    tokens = np.array([example.num_targets for example in found], np.int64)
+    tokens = np.array([example.num_targets for example in examples], np.int64)
     nats: dict[str, Nats] = {}
     for number, model in enumerate(MODELS):
         before = number * int(tokens.sum())
@@ -172,5 +172,5 @@ def measure(
         def done(count: int, model: str = model, before: int = before) -> None:
             on_tokens(model, before + count)
 
-        nats[model] = np.array(llama_process.losses(*files[model], found, done))
+        nats[model] = np.array(llama_process.losses(*files[model], examples, done))
     return Scores(nats, tokens)

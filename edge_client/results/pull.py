@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from edge_client import outbox, session
+from edge_client import outbox
 from edge_client.connection import connect
 from edge_client.connection.identity import Pins
 from edge_client.connection.remote import Remote, local_path
@@ -14,6 +14,7 @@ from edge_client.connection.target import Target
 from edge_client.outbox import DataSource
 from edge_client.proofs import manifests, signers
 from edge_client.results import choose
+from edge_client.session.fetch import fetch_base
 from edge_client.ui.screen import Screen
 from oneround import files, statements, stream, tls
 from oneround.errors import BadData, NotEnough, Refused, Unreachable, UsageError
@@ -191,7 +192,7 @@ async def to_measure(
     try:
         async with connect.connected(target, state, screen, name) as remote:
             file, made = await fetch_model(remote, name, version, state, screen)
-            return await session.fetch_base(remote, job, state, model, screen), file, made.version
+            return await fetch_base(remote, job, state, model, screen), file, made.version
     except (Unreachable, NotEnough) as error:
         base = model or outbox.model_folder(state, job)
         here = outbox.published_here(state, name, version)

@@ -1,1 +1,1 @@
-"""One training recipe for every backend, and the snapshot to resume from."""
+"""What every backend follows: the recipe, the plan of steps, and the snapshot to resume from."""

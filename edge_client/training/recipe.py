@@ -75,7 +75,6 @@ class Recipe:
 
 PRECISIONS = ("float32", "bfloat16")
 BITS = (0, 4, 8)
-LOGITS_AT_ONCE = 1 << 22  # elements that PyTorch holds of a batch's logits: 16 MiB in float32
 
 
 @dataclass(frozen=True)

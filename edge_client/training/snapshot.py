@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converters import tensors
-from edge_client.data.batches import Batches
+from edge_client.training.plan import TrainingPlan
 from edge_client.training.recipe import EXACT, Recipe, Setup
 from oneround.errors import BadData
 
@@ -37,15 +37,13 @@ class Snapshot:
         return len(self.losses)
 
 
-def run_digest(backend: str, initial: str, recipe: Recipe, plan: Batches, rounding: str = "") -> str:
+def run_digest(backend: str, initial: str, recipe: Recipe, plan: TrainingPlan, rounding: str = "") -> str:
     """SHA-256 of all that a training run follows from; `initial` is the digest of the adapter that it starts from,
     `rounding` says what the base is rounded to. A snapshot of another run is of no use."""
-    settings = [backend, initial, asdict(recipe), plan.batch_size, plan.room, plan.seed, rounding]
+    settings = [backend, initial, asdict(recipe), *plan.settings, rounding]
     digest = hashlib.sha256(json.dumps(settings).encode())
-    for example in plan.examples:
-        for part in (example.ids, example.is_target):
-            array = np.asarray(part)
-            digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
+    for array in plan.content():
+        digest.update(f"{array.dtype}{array.shape}".encode() + array.tobytes())
     return digest.hexdigest()
 
 

@@ -7,20 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from converters import architectures
+from converters import architectures, checkpoint
 from edge_client import backends
-from edge_client.backends import EXACT
+from edge_client.backends import EXACT, mlx_compat
 from edge_client.data.batches import Batches
-from edge_client.data.tokenize import Example
-from edge_client.preflight import compat
-from oneround.errors import UsageError
+from edge_client.data.tokenize import Example, windows
 from tests.converters import tiny_families
 from tests.edge_client import tiny
 from tests.edge_client.backends import both, difference, recipe_for, trained
 
 needs_mlx = pytest.mark.skipif(backends.load("mlx").available() is not None, reason="needs mlx")
 
-# Where mlx-lm computes something else; see edge_client/preflight/compat.py. With this the model is outside of the gap.
+# Where mlx-lm computes something else, see edge_client/backends/mlx_compat.py. With this a model is outside of the gap.
 OUTSIDE: dict[str, dict[str, Any]] = {
     "gemma2": {"sliding_window": 64},
     "gemma3-untied": {"final_logit_softcapping": None},
@@ -68,9 +66,9 @@ def test_a_jobs_modules_are_those_that_peft_adapts(folder: Path) -> None:
 def test_a_jobs_modules_are_mlx_lms(folder: Path) -> None:
     import mlx.nn as nn
 
-    from edge_client.backends import mlx as backend
+    from edge_client.backends import mlx_model
 
-    linears = {name: m for name, m in backend._model(folder, EXACT).named_modules() if isinstance(m, nn.Linear)}
+    linears = {name: m for name, m in mlx_model.load(folder, EXACT).named_modules() if isinstance(m, nn.Linear)}
     shapes = {name: tuple(layer.weight.shape) for name, layer in linears.items() if name != "lm_head"}
     assert of_a_job(folder) == shapes
 
@@ -79,12 +77,12 @@ def test_a_jobs_modules_are_mlx_lms(folder: Path) -> None:
 def test_logits(folder: Path) -> None:
     import mlx.core as mx
 
-    from edge_client.backends import mlx as backend
+    from edge_client.backends import mlx_model
 
-    found = np.array(backend._model(folder, EXACT)(mx.array([tiny_families.PROMPT])))[0]
+    found = np.array(mlx_model.load(folder, EXACT)(mx.array([tiny_families.PROMPT])))[0]
     expected = tiny_families.torch_logits(folder)
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
-    compat.check("mlx", folder, [len(tiny_families.PROMPT)])
+    assert mlx_compat.gap(checkpoint.config(folder), [len(tiny_families.PROMPT)]) == ""
 
 
 @both
@@ -92,26 +90,26 @@ def test_logits(folder: Path) -> None:
 def test_what_mlx_lm_computes_otherwise_is_refused(tmp_path: Path, kind: str, more: dict[str, Any]) -> None:
     import mlx.core as mx
 
-    from edge_client.backends import mlx as backend
+    from edge_client.backends import mlx_model
 
     folder = tiny_families.save(tmp_path / kind, kind, **more)
-    found = np.array(backend._model(folder, EXACT)(mx.array([tiny_families.PROMPT])))[0]
+    found = np.array(mlx_model.load(folder, EXACT)(mx.array([tiny_families.PROMPT])))[0]
     expected = tiny_families.torch_logits(folder)
     assert np.abs(found - expected).max() > 0.05 * np.abs(expected).max(), "mlx-lm has closed the gap: take it out"
-    with pytest.raises(UsageError, match="mlx-lm computes something else") as caught:
-        compat.check("mlx", folder, [3, len(tiny_families.PROMPT)])
-    assert "--backend torch" in caught.value.hint
-    compat.check("torch", folder, [3, len(tiny_families.PROMPT)])
+    prompt = len(tiny_families.PROMPT)
+    plan = Batches([*windows(range(3), 3), *windows(range(prompt), prompt)], 1, 1, 0)
+    assert plan.lengths == [3, prompt]
+    assert backends.load("mlx").incompatible(folder, plan).startswith("mlx-lm computes something else")
+    assert backends.load("torch").incompatible(folder, plan) == ""
 
 
 def test_a_window_that_is_null_is_none(tmp_path: Path) -> None:
     """As in Mistral 7B since v0.2; where the key is missing, it is transformers' default."""
     (tmp_path / "config.json").write_text('{"model_type": "mistral", "sliding_window": null}')
-    compat.check("mlx", tmp_path, [5000])
+    assert mlx_compat.gap(checkpoint.config(tmp_path), [5000]) == ""
     (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
-    compat.check("mlx", tmp_path, [4097])
-    with pytest.raises(UsageError, match="more than 4096 tokens"):
-        compat.check("mlx", tmp_path, [4098])
+    assert mlx_compat.gap(checkpoint.config(tmp_path), [4097]) == ""
+    assert "more than 4096 tokens" in mlx_compat.gap(checkpoint.config(tmp_path), [4098])
 
 
 @both
@@ -119,7 +117,7 @@ def test_training(folder: Path) -> None:
     """Five steps in float32: the same losses, the same update."""
     examples = [Example(each.ids * 5 + 3, each.is_target) for each in tiny.examples(20, seed=4)]  # beyond tiny's 61 ids
     plan = Batches(examples, batch_size=4, epochs=1, seed=3)
-    compat.check("mlx", folder, (len(example.ids) for example in examples))
+    assert all(backends.load(name).incompatible(folder, plan) == "" for name in ("torch", "mlx"))
     initial = tiny.nonzero(dict(architectures.describe(folder).linears), ranks=(4, 2, 3))
     recipe = recipe_for(plan)
     (torch_losses, by_torch), (mlx_losses, by_mlx) = (

@@ -12,12 +12,14 @@ from converters import architectures, checkpoint
 from converters.settings import Settings
 from converters.updates import sizes
 from edge_client import backends
+from edge_client.backends import MemoryFigures
 from edge_client.preflight import memory
 from edge_client.training.recipe import EXACT, Setup
 from oneround.errors import BadModel
 from oneround.v1 import federation_pb2 as pb
 from tests.fakes import FakeBackend
 
+FIGURES = MemoryFigures(overhead=1.75, logits_at_once=1 << 22)
 BASE = Path(__file__).parents[2] / "benchmarks" / "base"
 
 
@@ -30,6 +32,7 @@ def job_over(base: Path, **train: int) -> pb.Job:
 
 def needed(job: pb.Job, **options: object) -> int:
     base = memory.model(checkpoint.config(BASE), memory.parameters(BASE))
+    options = {"figures": FIGURES, **options}
     return memory.memory_needed(base, job, **options)  # type: ignore[arg-type]
 
 
@@ -38,7 +41,7 @@ def test_it_grows_with_what_it_follows_from() -> None:
     whole = needed(job)
     assert needed(job, longest=512) == needed(job, longest=9999) == whole, "what is longer is cut"
     assert needed(job, longest=64) < whole and needed(job, setup=Setup("bfloat16")) < 0.6 * whole
-    assert needed(job, backend="torch") != needed(job, backend="mlx") > 0
+    assert whole < needed(job, figures=replace(FIGURES, keeps_attention=True)) < needed(job, figures=MemoryFigures(9.0))
     ladder = [setup := EXACT]
     while (smaller := setup.smaller(8)) is not None:
         ladder.append(setup := smaller)
@@ -106,7 +109,8 @@ def test_it_is_near_what_a_training_took() -> None:
     ).stdout
     small, large = map(int, printed.split())
     took = large - small
-    expected = needed(job_over(BASE, batch_size=8, max_seq_len=256), backend="torch") - needed(
-        job_over(BASE, batch_size=1, max_seq_len=16), backend="torch"
+    figures = backends.load("torch").memory_figures()
+    expected = needed(job_over(BASE, batch_size=8, max_seq_len=256), figures=figures) - needed(
+        job_over(BASE, batch_size=1, max_seq_len=16), figures=figures
     )
     assert 0.6 * took < expected < 3 * took, (took, expected)

@@ -85,7 +85,7 @@ def test_checkpointing_draws_the_same_dropout_twice_on_mlx() -> None:
     import mlx.core as mx
     import mlx.nn as nn
 
-    from edge_client.backends import mlx
+    from edge_client.backends import mlx_model
 
     class Layer(nn.Module):
         def __init__(self) -> None:
@@ -105,7 +105,7 @@ def test_checkpointing_draws_the_same_dropout_twice_on_mlx() -> None:
             return sum((layer(x) ** 2).sum() for layer in self.layers)
 
     model = Model()
-    mlx._checkpoint(model)
+    mlx_model.checkpoint_layers(model)
     x = mx.random.normal((1000,))
     for seed in range(3):
         mx.random.seed(seed)
@@ -148,8 +148,8 @@ def test_quantising_without_what_it_takes(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['bitsandbytes'] = None\n"
         "from pathlib import Path\nfrom oneround.errors import UsageError\n"
-        "from edge_client.backends import torch, Setup\n"
-        f"try: torch._model(Path({str(base)!r}), Setup(bits=4))\nexcept UsageError as e: print(e, '|', e.hint)"
+        "from edge_client.backends import torch_model, Setup\n"
+        f"try: torch_model.load(Path({str(base)!r}), Setup(bits=4))\nexcept UsageError as e: print(e, '|', e.hint)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "a quantised base needs bitsandbytes | pip install 'oneround[quantised]'\n", done.stderr

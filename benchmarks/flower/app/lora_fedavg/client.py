@@ -25,7 +25,7 @@ class Share:
     def __init__(self, whole: Batches, number: int, rounds: int) -> None:
         self.first, last = (whole.total_steps * n // rounds for n in (number - 1, number))
         self.total_steps = last - self.first
-        self._whole = whole
+        self._whole, self.loss = whole, whole.loss
 
     def batch(self, step: int) -> Batch:
         return self._whole.batch(self.first + step)
