@@ -13,13 +13,13 @@ from google.protobuf import json_format
 
 from coordinator.auth.signer import Signer
 from coordinator.jobs import base_model
-from coordinator.jobs.leases import public_id
 from coordinator.publication.build import BuildOrder, Candidate
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.publications import version_folder
 from coordinator.storage.store import Store
 from oneround import files, statements, stream
 from oneround.errors import BadData, NotEnough
+from oneround.signing import public_id
 from oneround.v1 import federation_pb2 as pb
 
 OnStage = Callable[[str], Awaitable[None]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -79,6 +80,8 @@ class PublicationScheduler:
             if isinstance(error, NotEnough) or (isinstance(error, OSError) and error.errno in FULL):
                 log.error("publishing_waits", job=name, reason=str(error))
                 await self._statuses.stage(name, f"waiting for room: {error}")
+                with suppress(OneroundError):  # the same disk may have no room for this
+                    await offload(self._store.record_delay, name, str(error), self._clock())
                 await asyncio.sleep(RETRY)
                 return  # the daemon's loop starts it again
             # Whatever it is, the operator is told and the round stops trying, or it would try for ever.

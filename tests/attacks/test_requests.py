@@ -36,10 +36,10 @@ from coordinator.cli import client as control
 from coordinator.cli import tables
 from coordinator.daemon import Daemon
 from coordinator.jobs import spec as job
-from coordinator.jobs.leases import public_id
 from coordinator.rpc import transport
 from edge_client.connection.remote import Remote
 from oneround import tls
+from oneround.signing import public_id
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
 from tests.clients import Crowd, connected, me, session, signed_in, speaking

@@ -23,11 +23,11 @@ from coordinator.auth import identity
 from coordinator.cli import client as control
 from coordinator.daemon import Daemon
 from coordinator.jobs import spec as job
-from coordinator.jobs.leases import public_id
 from edge_client.connection import remote as remotes
 from edge_client.connection.identity import Pins
 from edge_client.connection.remote import Remote
 from oneround.errors import Refused
+from oneround.signing import public_id
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
 from tests import commands

@@ -30,9 +30,9 @@ from grpc import StatusCode
 
 from coordinator.cli import client as control
 from coordinator.jobs import spec as job
-from coordinator.jobs.leases import public_id
 from oneround import statements, stream
 from oneround.errors import Refused, Unreachable
+from oneround.signing import public_id
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd, connected, me
 from tests.coordinator.dying import HOOK, ROOT, Plan
@@ -71,8 +71,8 @@ SUBMITTING = {
 _PARTIAL = "uploads/notes.<client>.<digest>"
 SENDING = {
     *(
-        "commit lets_in",
-        "commit seen",
+        "commit grant_pass",
+        "commit record_seen",
         "commit join",
         f"open {_PARTIAL}",
         f"write {_PARTIAL}",
@@ -81,7 +81,7 @@ SENDING = {
     ),
     *("fsync blobs", "commit contribute", f"unlink {_PARTIAL}"),
 }
-TAKING = SENDING | {"commit judge", "commit withdraw"}
+TAKING = SENDING | {"commit decide", "commit withdraw"}
 
 
 def _placed(folder: str, name: str) -> set[str]:
@@ -90,7 +90,7 @@ def _placed(folder: str, name: str) -> set[str]:
 
 _VERSIONS, _WORK = "publications/notes", "publications/notes/v<n>.partial"
 PUBLISHING = SENDING.union(
-    {"commit stand", "commit advance", "mkdir publications", f"mkdir {_VERSIONS}", f"fsync {_VERSIONS}"},
+    {"commit record_soundness", "commit advance", "mkdir publications", f"mkdir {_VERSIONS}", f"fsync {_VERSIONS}"},
     _placed(_VERSIONS, "v<n>.order.json"),
     {f"mkdir {_WORK}", f"fsync {_WORK}", f"rename {_VERSIONS}/v<n>", f"unlink {_VERSIONS}/v<n>.order.json"},
     *(_placed(_WORK, name) for name in ("adapter.gguf", "notes-f16.gguf", "README.md", "Modelfile", "manifest.json")),
@@ -108,7 +108,8 @@ DELETING = {"commit mark_deleted", "commit forget", "unlink blobs/<digest>", f"r
     {f"unlink {_VERSIONS}/v<n>/{kind}/adapter_config.json" for kind in ("peft", "mlx")},
     {f"unlink {_VERSIONS}/v<n>/peft/adapter_model.safetensors", f"unlink {_VERSIONS}/v<n>/mlx/adapters.safetensors"},
 )
-SOMETIMES = {"commit note", "commit stand", "commit advance"}  # by the clock, or by what the examiner is up to
+# By the clock, or by what the examiner is up to.
+SOMETIMES = {"commit record_progress", "commit record_soundness", "commit advance"}
 
 
 # ---- a process of daemons ----
