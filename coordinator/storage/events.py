@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Select, and_, func, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
 from coordinator.jobs import events
@@ -65,14 +65,14 @@ def _recorded(session: Session, job: str, keys: Sequence[str]) -> set[str | None
 
 def read(session: Session, job: str, after: int, limit: int) -> list[pb.Event]:
     """So many events of a job that follow number `after`, oldest first."""
-    query = _with_names(job).where(RecordedEvent.number > after).order_by(RecordedEvent.number)
-    return [_event(row, name) for row, name in session.execute(query.limit(limit))]
+    query = _of(job).where(RecordedEvent.number > after).order_by(RecordedEvent.number).limit(limit)
+    return _named(session, job, session.scalars(query).all())
 
 
 def newest(session: Session, job: str, limit: int) -> list[pb.Event]:
     """The last so many events of a job, oldest first."""
-    query = _with_names(job).order_by(RecordedEvent.number.desc())
-    return [_event(row, name) for row, name in session.execute(query.limit(limit))][::-1]
+    query = _of(job).order_by(RecordedEvent.number.desc()).limit(limit)
+    return _named(session, job, session.scalars(query).all()[::-1])
 
 
 def counts(session: Session) -> Mapping[tuple[str, str], int]:
@@ -83,14 +83,21 @@ def counts(session: Session) -> Mapping[tuple[str, str], int]:
     return {(job, kind): count for job, kind, count in session.execute(grouped)}
 
 
-def _with_names(job: str) -> Select[tuple[RecordedEvent, str | None]]:
-    who = and_(Client.job == RecordedEvent.job, Client.client_id == RecordedEvent.client_id)
-    return select(RecordedEvent, Client.name).outerjoin(Client, who).where(RecordedEvent.job == job)
+def _of(job: str) -> Select[tuple[RecordedEvent]]:
+    return select(RecordedEvent).where(RecordedEvent.job == job)
 
 
-def _event(row: RecordedEvent, name: str | None) -> pb.Event:
+def _named(session: Session, job: str, rows: Sequence[RecordedEvent]) -> list[pb.Event]:
+    """Rows as events, with what people call their clients now."""
+    clients = {row.client_id for row in rows}
+    query = select(Client.client_id, Client.name).where(Client.job == job, Client.client_id.in_(clients))
+    names = dict(session.execute(query).tuples().all())
+    return [_event(row, names.get(row.client_id, "")) for row in rows]
+
+
+def _event(row: RecordedEvent, name: str) -> pb.Event:
     event = pb.Event()
     event.CopyFrom(row.event)
     event.number, event.at_unix = row.number, row.at
-    event.client, event.client_name = public_id(row.client_id), name or ""
+    event.client, event.client_name = public_id(row.client_id), name
     return event

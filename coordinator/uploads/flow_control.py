@@ -80,9 +80,9 @@ class PacedStream(Generic[Message]):
 
     async def next(self) -> Message | None:
         """The next message, or None at the end; raises Interrupted when the stream is too slow."""
-        if self._peeked is not None:
-            message, self._peeked = self._peeked, None
-            return message
+        peeked, self._peeked = self._peeked, None
+        if peeked is not None:
+            return peeked
         message = await self._turns.next(self._messages)
         if message is not None:
             self._held.append(self._turns)

@@ -200,7 +200,7 @@ def test_sessions_of_nobody(sessions: Sessions, clock: Clock) -> None:
 @given(st.text(max_size=120))
 def test_texts_that_are_no_session(text: str) -> None:
     with pytest.raises(NotSignedIn):
-        Sessions(SECRET, COORDINATOR, Clock()).client(text)
+        Sessions(SECRET, COORDINATOR, Clock()).client_id(text)
 
 
 # ---- decisions ----
@@ -464,7 +464,7 @@ def test_hidden_and_missing_jobs_are_told_in_the_same_words(gate: Gate, sessions
     async def test() -> None:
         alice = caller(gate, sessions, "alice")
         for hidden, missing in (("by-token", "no-token"),):
-            for call, more in ((gate.see, ()), (gate.be_in, ()), (gate.enter, ("alice",))):
+            for call, more in ((gate.require_visible, ()), (gate.require_member, ()), (gate.may_join, ("alice",))):
                 one, other = await said(call, alice, hidden, *more), await said(call, alice, missing, *more)
                 assert (one[0].replace(hidden, missing), one[1].replace(hidden, missing)) == other
 
