@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
@@ -83,7 +84,7 @@ def counts(session: Session) -> Mapping[tuple[str, str], int]:
     return {(job, kind): count for job, kind, count in session.execute(grouped)}
 
 
-def _of(job: str) -> Select[tuple[RecordedEvent]]:
+def _of(job: str) -> Select[Any]:
     return select(RecordedEvent).where(RecordedEvent.job == job)
 
 
@@ -91,7 +92,7 @@ def _named(session: Session, job: str, rows: Sequence[RecordedEvent]) -> list[pb
     """Rows as events, with what people call their clients now."""
     clients = {row.client_id for row in rows}
     query = select(Client.client_id, Client.name).where(Client.job == job, Client.client_id.in_(clients))
-    names = dict(session.execute(query).tuples().all())
+    names: dict[str, str] = dict(session.execute(query).all())
     return [_event(row, names.get(row.client_id, "")) for row in rows]
 
 

@@ -24,6 +24,7 @@ from coordinator.cli import client as control
 from coordinator.daemon import Daemon
 from coordinator.jobs import spec as job
 from edge_client.connection import remote as remotes
+from edge_client.connection.channel import Connection
 from edge_client.connection.identity import Pins
 from edge_client.connection.remote import Remote
 from oneround.errors import Refused
@@ -337,7 +338,8 @@ def test_a_token_for_one_lets_one_in(tmp_path: Path) -> None:
 
 def speaking_again(crowd: Crowd, who: Remote, secret: str) -> Remote:
     """The same client after a restart."""
-    return Remote(crowd.server, crowd.channel, crowd.certificate, me=who.me, token=secret)
+    there = crowd.connection
+    return Remote(Connection(there.server, there.channel, there.certificate), me=who.me, token=secret)
 
 
 def test_tokens_that_let_nobody_in_any_more(tmp_path: Path) -> None:
@@ -526,6 +528,7 @@ import asyncio, json, sys
 from pathlib import Path
 from oneround.errors import OneroundError
 from edge_client.connection import remote
+from edge_client.connection.channel import Connection
 from edge_client.connection.identity import Pins
 from oneround.v1 import federation_pb2 as pb
 

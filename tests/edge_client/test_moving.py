@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from converters.adapter import Adapter
@@ -20,6 +21,7 @@ from coordinator.jobs import spec
 from edge_client import outbox, session
 from edge_client.backends import Progress
 from edge_client.connection import connect, retry
+from edge_client.connection.channel import Connection
 from edge_client.connection.remote import Remote
 from edge_client.connection.target import Target
 from edge_client.data.batches import Batches
@@ -166,7 +168,8 @@ class Away(Remote):
     """Nobody, anywhere."""
 
     def __init__(self) -> None:
-        self.server, self.looked = "nowhere:1", 0
+        super().__init__(Connection("nowhere:1", grpc.aio.insecure_channel("127.0.0.1:1")))
+        self.looked = 0
 
     async def find_again(self, lost: str) -> bool:
         self.looked += 1

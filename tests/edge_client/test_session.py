@@ -68,7 +68,9 @@ class Quick:
 class Fails(Remote):
     """A remote whose first upload meets an error."""
 
-    error: Exception | None = None
+    def __init__(self, remote: Remote, error: Exception | None) -> None:
+        super().__init__(remote.connection, remote.me)
+        self.error = error
 
     async def upload(self, lease: str, declaration: pb.Declaration, file: Path, on_bytes: OnBytes) -> pb.Receipt:
         if self.error is not None:
@@ -87,8 +89,7 @@ def participant(tmp_path: Path, backend: Quick, rows: int = 30) -> session.Parti
 
 async def take_part(address: str, who: session.Participant, error: Exception | None = None) -> pb.Receipt:
     async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
-        remote.__class__, remote.error = Fails, error  # type: ignore[assignment, attr-defined]
-        return await session.take_part(remote, "notes", who, Screen())
+        return await session.take_part(Fails(remote, error), "notes", who, Screen())
 
 
 def test_running_it_again_gives_the_same_receipt_and_trains_once(tmp_path: Path) -> None:
