@@ -313,6 +313,7 @@ class Rows:
     contributions: list[tuple[str, str, str, int, int, str]]  # job, client, digest, size, replaced, by_hand
     initial: list[str]  # digests
     versions: list[tuple[int, bool]]  # and whether each is made
+    events: Counter[tuple[str, str, str]]  # job, kind and client
 
 
 def at_rest(state: Path) -> Rows:
@@ -324,7 +325,11 @@ def at_rest(state: Path) -> Rows:
             database.execute("select job, client_id, digest, size, replaced, by_hand from contributions").fetchall(),
             [json.loads(text)["initial"]["digest"] for (text,) in database.execute("select job from jobs")],
             database.execute("select version, publication is not null from publications").fetchall(),
+            Counter(database.execute("select job, kind, client_id from events").fetchall()),
         )
+        numbers = "select count(*), max(number), min(number) from events group by job"
+        assert all(count == last and first == 1 for count, last, first in database.execute(numbers))
+        _told(database, rows)
         jobs = "select name from jobs union select ''"
         assert not database.execute(f"select client_id, job from passes where job not in ({jobs})").fetchall()
     finally:
@@ -341,6 +346,21 @@ def at_rest(state: Path) -> Rows:
         f"v{n}" for n, made in rows.versions if made
     }
     return rows
+
+
+def _told(database: sqlite3.Connection, rows: Rows) -> None:
+    """What is in the database is told by events, and nothing else is."""
+    assert {job for job, kind, _ in rows.events if kind == "round_opened"} == {
+        name for (name,) in database.execute("select name from jobs")
+    }
+    joined = {(job, client): times for (job, kind, client), times in rows.events.items() if kind == "joined"}
+    assert joined == dict.fromkeys(database.execute("select job, client_id from clients").fetchall(), 1)
+    received = Counter((row[0], row[1]) for row in rows.contributions)
+    assert received == {
+        (job, client): times for (job, kind, client), times in rows.events.items() if kind == "contribution_received"
+    }
+    published = sum(times for (_, kind, _), times in rows.events.items() if kind == "version_published")
+    assert published == sum(made for _, made in rows.versions)
 
 
 def check(world: World) -> None:
