@@ -18,8 +18,8 @@ def clear_unfinished(state: Path, name: str, versions: Collection[int]) -> list[
     dropped: list[str] = []
     place = state / "publications" / name
     for left_over in place.iterdir() if place.is_dir() else ():
-        found = re.fullmatch(r"v(\d+)(\.partial|\.order\.json|\.withheld|\.failed)?", left_over.name)
-        if not found or (int(found[1]) in versions and found[2] != ".partial") or found[2] == ".failed":
+        parts = re.fullmatch(r"v(\d+)(\.partial|\.order\.json|\.withheld|\.failed)?", left_over.name)
+        if not parts or (int(parts[1]) in versions and parts[2] != ".partial") or parts[2] == ".failed":
             continue
         if left_over.is_dir():
             shutil.rmtree(left_over)
