@@ -44,6 +44,7 @@ from crowd import Plan, Sendable, Tally
 from served import JOB, ROOT, Daemon, Found, Memory, Others, daemon, fetched, joined, judged, make_base, rank_for, say
 
 from coordinator.cli import client as control
+from edge_client.connection.channel import Connection as ClientConnection
 from edge_client.connection.remote import Remote
 from oneround.v1 import federation_pb2 as pb
 
@@ -217,7 +218,7 @@ async def _publishing(running: Daemon, work: Path) -> Found:
         sendables = crowd.write_adapters(first.job, initial, work / "adapters", range(3))
         channels = [crowd.channel(running.address, running.certificate) for _ in range(10)]
         remotes = [
-            Remote(running.address, channel, running.certificate, me=crowd.me(number))
+            Remote(ClientConnection(running.address, channel, running.certificate), crowd.me(number))
             for number, channel in enumerate(channels)
         ]
         leases = [(await joined(each, number)).lease for number, each in enumerate(remotes)]

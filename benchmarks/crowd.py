@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from converters import adapter
 from converters.adapter import Adapter, LowRank
+from edge_client.connection.channel import Connection as ClientConnection
 from edge_client.connection.identity import ClientKey
 from edge_client.connection.remote import Remote
 from oneround import stream, tls
@@ -175,7 +176,8 @@ class Client:
         await asyncio.sleep(random.uniform(0, self._plan.join_seconds))
         started = time.monotonic()
         self._channel = channel(self._plan.address, self._plan.certificate)
-        self._remote = Remote(self._plan.address, self._channel, self._plan.certificate, me=me(self._number))
+        connection = ClientConnection(self._plan.address, self._channel, self._plan.certificate)
+        self._remote = Remote(connection, me(self._number))
         self._lease = (await self._joined()).lease
         self._tally.joins.append(1e3 * (time.monotonic() - started))
         beats = beat(self._remote, self._lease, self._plan.beat_seconds, self._tally)

@@ -25,6 +25,7 @@ from bench_publish import SHAPE
 
 from converters import adapter, architectures, tensors
 from converters.tensors import Later
+from edge_client.connection.channel import Connection
 from edge_client.connection.remote import Remote
 from oneround.v1 import federation_pb2 as pb
 
@@ -51,7 +52,7 @@ class Daemon:
     async def remote(self, number: int) -> AsyncIterator[Remote]:
         """The connection of one client."""
         async with crowd.channel(self.address, self.certificate) as channel:
-            yield Remote(self.address, channel, self.certificate, me=crowd.me(number))
+            yield Remote(Connection(self.address, channel, self.certificate), crowd.me(number))
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from crowd import Sendable
 from served import JOB, Daemon, Found, Others, daemon, fetched, joined, judged, make_base, rank_for, say
 
 from coordinator.auth import identity
+from edge_client.connection.channel import Connection as ClientConnection
 from edge_client.connection.remote import Remote
 from oneround import stream
 from oneround.v1 import federation_pb2 as pb
@@ -126,8 +127,8 @@ class Upload:
 
     async def prepare(self) -> None:
         self._number += 1
-        there = self._remote
-        self._remote = Remote(there.server, there.channel, there.certificate, me=crowd.me(self._number))
+        there = self._remote.connection
+        self._remote = Remote(ClientConnection(there.server, there.channel, there.certificate), crowd.me(self._number))
         self._lease = (await joined(self._remote, self._number)).lease
         self._sent = changed(self._sent.file, self._number)
 

@@ -1,4 +1,4 @@
-"""The round as a pure state machine: what happened, and the time, give the next state. No clock, no effects.
+"""The round as a pure state machine: a trigger and the time give the next state. No clock, no effects.
 
 A round is open until it can publish; it goes on taking contributions until its deadline, and what comes in after a
 publication makes the next version of it.
@@ -82,12 +82,12 @@ class PublishingFailed:
     reason: str
 
 
-Event = Tick | CloseByHand | CancelByHand | PublishByHand | Published | PublishingFailed
+Trigger = Tick | CloseByHand | CancelByHand | PublishByHand | Published | PublishingFailed
 
 
-def apply(round: Round, event: Event, now: float) -> Round:
-    """The round after an event. Events that no longer matter leave it as it is, so replays are harmless."""
-    match event, round.state:
+def apply(round: Round, trigger: Trigger, now: float) -> Round:
+    """The round after a trigger. Triggers that no longer matter leave it as it is, so replays are harmless."""
+    match trigger, round.state:
         case Tick(), State.OPEN:
             return _publish_if_due(round, now)
         case Tick(), State.PUBLISHED | State.FAILED:

@@ -12,6 +12,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from edge_client.connection import remote as remotes
+from edge_client.connection.channel import Connection
 from edge_client.connection.identity import ClientKey, Pins
 from edge_client.connection.remote import Remote
 from oneround import signing, tls
@@ -26,17 +27,18 @@ def me(label: str) -> ClientKey:
 
 def speaking(remote: Remote, label: str, token: str = "") -> Remote:
     """The same connection in another client's mouth."""
-    return Remote(remote.server, remote.channel, remote.certificate, me=me(label), token=token)
+    there = remote.connection
+    return Remote(Connection(there.server, there.channel, there.certificate), me=me(label), token=token)
 
 
 async def session(remote: Remote) -> list[tuple[str, str]]:
     """The metadata with which a call is this client's."""
-    return list(await remote._signed_in())
+    return (await remote._signed_in()).metadata
 
 
 async def signed_in(remote: Remote, label: str, token: str = "") -> pb.SignInRequest:
     """What a client sends to sign in, and has not sent yet."""
-    asked = await remote._stub.Challenge(pb.ChallengeRequest())
+    asked = await remote.connection.stub.Challenge(pb.ChallengeRequest())
     coordinator = tls.fingerprint(remote.certificate) if remote.certificate else ""
     who = me(label)
     signature = signing.sign(who.key, signing.sign_in(coordinator, asked.challenge, token))
@@ -64,8 +66,8 @@ class Stub:
 
     def _known(self, lease: str) -> list[tuple[str, str]]:
         speaker = self._crowd.holders.get(lease, self._speaker)
-        assert speaker._session, "a speaker has signed in before it calls the stub"
-        return [("authorization", f"Session {speaker._session}")]
+        assert speaker.connection.session, "a speaker has signed in before it calls the stub"
+        return speaker.connection.metadata
 
     async def _upload(self, call: Any, messages: Any, **options: Any) -> pb.Receipt:
         """Nothing is sent before the first message says whose lease it is."""
@@ -93,11 +95,11 @@ class Crowd(Remote):
     """A connection that says what concerns a lease as the client whose lease it is, and all else as itself."""
 
     def __init__(self, remote: Remote) -> None:
-        self.go_on_over(remote)
-        self.plain = remote._stub
+        super().__init__(remote.connection, remote.me)
+        self.plain = remote.connection.stub
         self.holders: dict[str, Remote] = {}  # by lease
         self._speakers: dict[str, Remote] = {}
-        self._stub = Stub(self, self)  # type: ignore[assignment]
+        self._stub = Stub(self, self)
 
     @classmethod
     async def over(cls, remote: Remote) -> Crowd:

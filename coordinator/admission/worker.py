@@ -59,7 +59,7 @@ class AdmissionWorker:
                 try:
                     for contribution in await offload(self._store.pending):
                         reason = await self._examine(contribution)
-                        await judged(await offload(self._store.stand, contribution, reason, self._clock()))
+                        await judged(await offload(self._store.record_soundness, contribution, reason, self._clock()))
                 except OneroundError as error:  # a full disk, a database that is away: it passes
                     log.error("examining_waits", reason=str(error))
                     await asyncio.sleep(RETRY_SECONDS)

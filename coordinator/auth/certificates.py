@@ -23,7 +23,7 @@ def self_signed(key_pem: bytes, changes: Sequence[tls.Change], now: datetime.dat
     """A certificate (PEM) for a key that has followed others."""
     key = signing.private(key_pem)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, tls.NAME)])
-    made = (
+    builder = (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(subject)
@@ -35,9 +35,9 @@ def self_signed(key_pem: bytes, changes: Sequence[tls.Change], now: datetime.dat
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     )
     if changes:
-        made = made.add_extension(tls.extension(changes), critical=False)
+        builder = builder.add_extension(tls.extension(changes), critical=False)
     algorithm = None if isinstance(key, ed25519.Ed25519PrivateKey) else hashes.SHA256()
-    return made.sign(key, algorithm).public_bytes(Encoding.PEM)
+    return builder.sign(key, algorithm).public_bytes(Encoding.PEM)
 
 
 def holds(certificate: bytes, key_pem: bytes, now: datetime.datetime) -> bool:
@@ -53,12 +53,12 @@ def holds(certificate: bytes, key_pem: bytes, now: datetime.datetime) -> bool:
 def changes_up_to(certificate: bytes, key_pem: bytes) -> tuple[tls.Change, ...]:
     """The changes that led to a key, by a certificate of it or of one that was to follow it."""
     try:
-        known = tls.changes(certificate)
+        changes = tls.changes(certificate)
     except ValueError:
         return ()
-    keys = [each.key for each in known]
+    keys = [each.key for each in changes]
     own = signing.spki(signing.private(key_pem))
-    return known[: keys.index(own)] if own in keys else known if tls.public_key(certificate) == own else ()
+    return changes[: keys.index(own)] if own in keys else changes if tls.public_key(certificate) == own else ()
 
 
 def operators(certificate: Path, key: Path) -> tuple[bytes, bytes]:

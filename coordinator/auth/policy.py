@@ -32,16 +32,17 @@ _PRIVATE = tuple(
 
 @dataclass(frozen=True)
 class Caller:
-    """Whoever makes a call: the client with this id, on the local network or not; or the operator."""
+    """Who makes a call: the client with this id, on the local network or not; or the operator."""
 
     client_id: str = ""
     local: bool = False
     operator: bool = False
 
 
-def standing(who: str, *, local: bool, passed: bool) -> Access:
-    """Where somebody stands with a job for `who`. With a pass one is in, wherever one is; from the local network one is
-    in an open job, and may ask for one that takes approval; anybody else is not to know that there is one."""
+def access(who: str, *, local: bool, passed: bool) -> Access:
+    """What somebody may do with a job whose access is `who`. With a pass they are in, wherever they are. From the local
+    network they are in an open job, and may ask to be let into one that takes approval. Anybody else may not know that
+    there is such a job."""
     if passed or (who == "open" and local):
         return "in"
     return "may ask" if who == "approved" and local else "out"
@@ -64,4 +65,4 @@ def is_local(peer: str, interfaces: Iterable[lan.Interface]) -> bool:
         address = address.ipv4_mapped
     if any(address in network for network in _PRIVATE):  # is_private takes in more, and other things in each Python
         return True
-    return any(str(address) == own.partition("%")[0] for each in interfaces for own in each.addresses)
+    return any(str(address) == own.partition("%")[0] for interface in interfaces for own in interface.addresses)

@@ -1,7 +1,7 @@
-"""Who speaks: a client proves that it holds its key, and gets a session that speaks for it for a while.
+"""Who calls: a client proves that it holds its key, and gets a session that stands for it for a while.
 
-Nothing is kept of either but the challenges that were answered in the last minute: both are made so that this
-coordinator, and nobody else, can tell its own. A restart ends no session.
+Challenges and sessions carry a MAC of this coordinator, so that it knows its own without keeping them; it keeps only
+the challenges that were answered in the last minute. A restart ends no session.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ class Sessions:
 
     def challenge(self) -> bytes:
         """Something to sign."""
-        said = secrets.token_bytes(_NONCE) + _TIME.pack(self._clock())
-        return said + self._mac(b"challenge", said)
+        content = secrets.token_bytes(_NONCE) + _TIME.pack(self._clock())
+        return content + self._mac(b"challenge", content)
 
-    def proven(self, request: pb.SignInRequest) -> str:
-        """The client_id of who signed a challenge of ours, which nobody has done before.
+    def authenticate(self, request: pb.SignInRequest) -> str:
+        """The client_id of the key that signed a challenge of ours. Each challenge can be answered once.
 
         Raises:
-            NotSignedIn: the challenge is not ours, too old or used, or the key is not the signature's.
+            NotSignedIn: the challenge is not ours, too old or used, or the signature is not the key's.
             UsageError: the key is not an Ed25519 key.
         """
-        said, mac = request.challenge[:-_MAC], request.challenge[-_MAC:]
-        if len(said) != _NONCE + _TIME.size or not hmac.compare_digest(mac, self._mac(b"challenge", said)):
+        content, mac = request.challenge[:-_MAC], request.challenge[-_MAC:]
+        if len(content) != _NONCE + _TIME.size or not hmac.compare_digest(mac, self._mac(b"challenge", content)):
             raise NotSignedIn("the challenge is not one of this coordinator's")
         now = self._clock()
-        if not 0 <= now - _TIME.unpack(said[_NONCE:])[0] <= CHALLENGE_SECONDS:
+        if not 0 <= now - _TIME.unpack(content[_NONCE:])[0] <= CHALLENGE_SECONDS:
             raise NotSignedIn("the challenge is too old", hint="run the same command again")
         try:
             key = signing.public(request.key)
@@ -74,25 +74,25 @@ class Sessions:
 
     def issue(self, client_id: str) -> str:
         """A session for a client."""
-        said = bytes.fromhex(client_id) + _TIME.pack(self._clock() + SESSION_SECONDS)
-        return base64.urlsafe_b64encode(said + self._mac(b"session", said)).decode()
+        content = bytes.fromhex(client_id) + _TIME.pack(self._clock() + SESSION_SECONDS)
+        return base64.urlsafe_b64encode(content + self._mac(b"session", content)).decode()
 
-    def client(self, session: str) -> str:
-        """The client_id that a session speaks for.
+    def client_id(self, session: str) -> str:
+        """The client_id that a session stands for.
 
         Raises:
-            NotSignedIn: it is not one of ours, or is over.
+            NotSignedIn: the session is not one of ours, or is over.
         """
         try:
             whole = base64.urlsafe_b64decode(session)
         except (ValueError, binascii.Error):
             whole = b""
-        said, mac = whole[:-_MAC], whole[-_MAC:]
-        if len(said) != _ID + _TIME.size or not hmac.compare_digest(mac, self._mac(b"session", said)):
+        content, mac = whole[:-_MAC], whole[-_MAC:]
+        if len(content) != _ID + _TIME.size or not hmac.compare_digest(mac, self._mac(b"session", content)):
             raise NotSignedIn("this call needs a session", hint="update oneround, or run the same command again")
-        if self._clock() > _TIME.unpack(said[_ID:])[0]:
+        if self._clock() > _TIME.unpack(content[_ID:])[0]:
             raise NotSignedIn("the session is over", hint="run the same command again")
-        return said[:_ID].hex()
+        return content[:_ID].hex()
 
-    def _mac(self, kind: bytes, said: bytes) -> bytes:
-        return hmac.digest(self._secret, kind + b" " + said, hashlib.sha256)
+    def _mac(self, kind: bytes, content: bytes) -> bytes:
+        return hmac.digest(self._secret, kind + b" " + content, hashlib.sha256)

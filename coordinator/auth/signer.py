@@ -17,19 +17,19 @@ class Signer:
     """Signs with the key that clients have pinned. Only the daemon has it: the publisher, which reads strangers' files,
     does not get it."""
 
-    def __init__(self, key: PrivateKey, known: Store) -> None:
+    def __init__(self, key: PrivateKey, store: Store) -> None:
         self._key = key
-        self._store = known
+        self._store = store
 
-    def receipt(self, given: Contribution) -> pb.Receipt:
+    def receipt(self, contribution: Contribution) -> pb.Receipt:
         """The coordinator's word for a contribution that is committed; the same one whenever it is asked for."""
         receipt = pb.Receipt(
-            job=given.job,
-            job_id=self._store.announced(given.job).job.id,
-            client_id=given.client_id,
-            digest=given.digest,
-            size=given.size,
-            received_unix=given.received,
+            job=contribution.job,
+            job_id=self._store.announced(contribution.job).job.id,
+            client_id=contribution.client_id,
+            digest=contribution.digest,
+            size=contribution.size,
+            received_unix=contribution.received,
         )
         receipt.signature.CopyFrom(statements.sign(self._key, statements.receipt(receipt)))
         return receipt
@@ -40,7 +40,7 @@ class Signer:
         Raises:
             NotEnough: the disk is full.
         """
-        said = statements.manifest(stream.digest(folder / statements.MANIFEST))
-        written = json_format.MessageToJson(statements.sign(self._key, said), preserving_proto_field_name=True)
-        files.replace(folder / statements.SIGNATURE, [f"{written}\n".encode()])
+        statement = statements.manifest(stream.digest(folder / statements.MANIFEST))
+        signature = json_format.MessageToJson(statements.sign(self._key, statement), preserving_proto_field_name=True)
+        files.replace(folder / statements.SIGNATURE, [f"{signature}\n".encode()])
         return folder / statements.SIGNATURE

@@ -54,14 +54,14 @@ def create(
         host = reachable_host(listening.address)
     if not host or not port.isdecimal():
         raise UsageError(f"{address!r} is not HOST:PORT", hint="--address host:50051")
-    made = asyncio.run(control.create_token(state, request))
-    link = str(invitation.Invitation(f"{host}:{port}", made.secret, listening.fingerprint))
+    created = asyncio.run(control.create_token(state, request))
+    link = str(invitation.Invitation(f"{host}:{port}", created.secret, listening.fingerprint))
     if as_json:
-        print_json(made.token, link=link)
+        print_json(created.token, link=link)
         return
     whom = "one machine" if uses == 1 else f"{uses} machines" if uses else "any number of machines"
-    until = time.strftime("%a %d %b %Y, %H:%M", time.localtime(made.token.expires_unix))
-    out.print(f"Token {made.token.id} lets {whom} into {job or 'every job'}, until {until}.", markup=False)
+    until = time.strftime("%a %d %b %Y, %H:%M", time.localtime(created.token.expires_unix))
+    out.print(f"Token {created.token.id} lets {whom} into {job or 'every job'}, until {until}.", markup=False)
     out.print("On the other machine:")
     print(f"edge-client join '{link}'")  # in one line, however narrow the terminal is
     if qr:

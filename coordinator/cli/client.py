@@ -55,12 +55,12 @@ def listening(state: Path) -> DaemonAddress:
 @asynccontextmanager
 async def channel(state: Path) -> AsyncIterator[tuple[grpc.aio.Channel, list[tuple[str, str]]]]:
     """A channel to the daemon, and the metadata that proves that we may administer it."""
-    found = listening(state)
+    daemon = listening(state)
     async with grpc.aio.insecure_channel(transport.socket(state)) as opened:  # which never leaves this machine
         try:
             yield opened, [("authorization", f"Bearer {identity.admin_token(state)}")]
         except grpc.aio.AioRpcError as error:
-            raise _readable(error, found.address, state) from error
+            raise _readable(error, daemon.address, state) from error
 
 
 async def submit(state: Path, spec: pb.JobSpec) -> pb.JobStatus:

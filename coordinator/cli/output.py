@@ -18,6 +18,8 @@ out = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() el
 
 DEFAULT_STATE = Path(platformdirs.user_data_dir("oneround")) / "coordinator"
 State = Annotated[Path, typer.Option("--state", help="The daemon's folder.", show_default="the user's data folder")]
+Database = Annotated[str, typer.Option("--database", help="SQLAlchemy URL; SQLite in the state folder if empty.")]
+BlobsUrl = Annotated[str, typer.Option("--blobs", help="fsspec URL for contributions; the state folder if empty.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, for scripts.")]
 Why = Annotated[str, typer.Option("--why", help="For the record; goes into the manifest.")]
 

@@ -15,8 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator import aggregate
+from coordinator.jobs import events
 from oneround.text import human_size
 from oneround.v1 import federation_pb2 as pb
+
+SHOWN_EVENTS = 8  # the newest of a job
 
 
 def jobs(statuses: Sequence[pb.JobStatus]) -> Table:
@@ -68,6 +71,7 @@ def job(status: pb.JobStatus) -> RenderableType:
     else:
         parts.append(Text("  no client has joined yet"))
     parts.extend(_helped(status))
+    parts.extend(_events(status.events[-SHOWN_EVENTS:]))
     for publication in status.publications:
         how = f"{publication.contributions} contributions, {aggregate.described(publication.aggregate)}"
         parts.append(Text(f"Published v{publication.version}: {how} ({publication.reason})"))
@@ -81,11 +85,24 @@ def job(status: pb.JobStatus) -> RenderableType:
     return Group(*parts)
 
 
-def start(taken: pb.Start, spec: pb.JobSpec) -> str:
+def _events(newest: Sequence[pb.Event]) -> list[RenderableType]:
+    """What happened last: when, to whom, what."""
+    if not newest:
+        return []
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("when", "who", "what"):
+        table.add_column(heading)
+    for event in newest:
+        at = datetime.fromtimestamp(event.at_unix, UTC).astimezone().strftime("%a %d %b %H:%M:%S")
+        table.add_row(at, escape(event.client_name or event.client), escape(events.sentence(event)))
+    return [table]
+
+
+def start(source: pb.Start, spec: pb.JobSpec) -> str:
     """What a job started from, for people."""
-    if taken.job:
-        return f"version {taken.version} of {taken.job} (manifest {taken.digest})"
-    return f"{spec.lora.start_from} (adapter {taken.digest})"
+    if source.job:
+        return f"version {source.version} of {source.job} (manifest {source.digest})"
+    return f"{spec.lora.start_from} (adapter {source.digest})"
 
 
 def reachable_host(address: str) -> str:
@@ -99,7 +116,7 @@ def _clients(clients: Sequence[pb.ClientStatus]) -> Table:
     for heading in ("client", "id", "machine", "phase", "steps", "loss", "tokens/s", "examples", "sent", "verdict"):
         table.add_column(heading)
     for client in clients:
-        given = client.contribution if client.HasField("contribution") else None
+        contribution = client.contribution if client.HasField("contribution") else None
         table.add_row(
             escape(client.name),
             client.id,
@@ -108,19 +125,19 @@ def _clients(clients: Sequence[pb.ClientStatus]) -> Table:
             f"{client.step}/{client.total_steps}" if client.total_steps else "",
             f"{client.loss:.3f}" if client.total_steps else "",
             f"{client.tokens_per_second:.0f}" if client.total_steps else "",
-            str(given.declaration.num_examples) if given else "",
-            human_size(given.declaration.size) if given else "",
-            escape(verdict(given)) if given else "",
+            str(contribution.declaration.num_examples) if contribution else "",
+            human_size(contribution.declaration.size) if contribution else "",
+            escape(verdict(contribution)) if contribution else "",
         )
     return table
 
 
-def verdict(given: pb.Contribution) -> str:
-    """What is made of a contribution."""
-    found = given.judgement
-    word = _word(pb.Verdict.Name(found.verdict)) if found.verdict else "pending"
-    again = " (may send another)" if given.may_replace else ""
-    return (f"{word}: {found.reason}" if found.reason else word) + again
+def verdict(contribution: pb.Contribution) -> str:
+    """The verdict on a contribution, and why."""
+    judgement = contribution.judgement
+    word = _word(pb.Verdict.Name(judgement.verdict)) if judgement.verdict else "pending"
+    again = " (may send another)" if contribution.may_replace else ""
+    return (f"{word}: {judgement.reason}" if judgement.reason else word) + again
 
 
 def _helped(status: pb.JobStatus) -> list[RenderableType]:
@@ -133,27 +150,27 @@ def _helped(status: pb.JobStatus) -> list[RenderableType]:
     for heading in ("base", "own adapter", "published", "− base", "− own", "tokens"):
         table.add_column(heading, justify="right")
     for client in status.clients:
-        for one in client.evaluations:
-            if one.version == whole.version:
-                table.add_row(escape(client.name), *_losses(one), f"{one.tokens:,}")
+        for evaluation in client.evaluations:
+            if evaluation.version == whole.version:
+                table.add_row(escape(client.name), *_losses(evaluation), f"{evaluation.tokens:,}")
     table.add_section()
     table.add_row(f"mean of {whole.clients}", *_losses(whole), "")
-    said = (
+    summary = (
         f"  Loss in nats per token, as clients report it. v{whole.version} is better than the base for "
         f"{whole.better_than_base} of {whole.clients}, and better than what they trained alone for "
         f"{whole.better_than_own} of {whole.clients}."
     )
-    return [table, Text(said)]
+    return [table, Text(summary)]
 
 
-def _losses(found: pb.Evaluation | pb.Comparison) -> tuple[str, ...]:
+def _losses(evaluation: pb.Evaluation | pb.Comparison) -> tuple[str, ...]:
     """Three losses, and how far the published one is from the others: below zero is better."""
     return (
-        f"{found.base_loss:.3f}",
-        f"{found.own_loss:.3f}",
-        f"{found.published_loss:.3f}",
-        f"{found.published_loss - found.base_loss:+.3f}",
-        f"{found.published_loss - found.own_loss:+.3f}",
+        f"{evaluation.base_loss:.3f}",
+        f"{evaluation.own_loss:.3f}",
+        f"{evaluation.published_loss:.3f}",
+        f"{evaluation.published_loss - evaluation.base_loss:+.3f}",
+        f"{evaluation.published_loss - evaluation.own_loss:+.3f}",
     )
 
 

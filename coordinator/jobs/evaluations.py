@@ -18,8 +18,8 @@ def check(evaluation: pb.Evaluation) -> None:
     Raises:
         UsageError: a number is missing, or cannot be.
     """
-    given = {field.name for field, _ in evaluation.ListFields()}
-    missing = [field.name for field in pb.Evaluation.DESCRIPTOR.fields if field.name not in given]
+    present = {field.name for field, _ in evaluation.ListFields()}
+    missing = [field.name for field in pb.Evaluation.DESCRIPTOR.fields if field.name not in present]
     if missing:
         raise UsageError(f"an evaluation without {', '.join(missing)}")
     losses = (evaluation.base_loss, evaluation.own_loss, evaluation.published_loss)
@@ -38,12 +38,12 @@ def compare(clients: Iterable[pb.ClientStatus]) -> list[pb.Comparison]:
     return [
         pb.Comparison(
             version=version,
-            clients=len(said),
-            better_than_base=sum(one.published_loss < one.base_loss for one in said),
-            better_than_own=sum(one.published_loss < one.own_loss for one in said),
-            base_loss=math.fsum(one.base_loss for one in said) / len(said),
-            own_loss=math.fsum(one.own_loss for one in said) / len(said),
-            published_loss=math.fsum(one.published_loss for one in said) / len(said),
+            clients=len(reported),
+            better_than_base=sum(report.published_loss < report.base_loss for report in reported),
+            better_than_own=sum(report.published_loss < report.own_loss for report in reported),
+            base_loss=math.fsum(report.base_loss for report in reported) / len(reported),
+            own_loss=math.fsum(report.own_loss for report in reported) / len(reported),
+            published_loss=math.fsum(report.published_loss for report in reported) / len(reported),
         )
-        for version, said in sorted(by_version.items())
+        for version, reported in sorted(by_version.items())
     ]

@@ -1,15 +1,20 @@
-"""Who is at work, to the second. Heartbeats stay in memory and are written down every few seconds: a crash forgets no
-more than where a training stood, and a thousand laptops do not keep the disk busy."""
+"""Who is at work, to the second. Heartbeats, and the events that they and opened uploads tell of, stay in memory and
+are written down every few seconds: a crash forgets no more than what clients say again, and a thousand laptops do not
+keep the disk busy."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from coordinator.jobs.events import kind
+from coordinator.storage.contributions import judgement
+from coordinator.storage.events import NewEvent
 from coordinator.storage.schema import Client, Contribution
 from coordinator.storage.store import Store
-from oneround.errors import UsageError
+from oneround.errors import OneroundError, UsageError
+from oneround.signing import public_id
 from oneround.v1 import federation_pb2 as pb
 
 ASLEEP_AFTER = 60.0  # seconds without a word from a client that is training
@@ -28,13 +33,30 @@ class Lease:
     contributed: bool = False
     judgement: pb.Judgement | None = None  # of its contribution; None: to be looked up
     unwritten: bool = False
+    _unrecorded: dict[str, NewEvent] = field(default_factory=dict)  # by kind, in order; each kind once
+
+    def notice(self, event: pb.Event, now: float) -> None:
+        """Keep an event until the lease is next written down."""
+        self._unrecorded.setdefault(kind(event), NewEvent(event, now, self.client.client_id))
+        self.unwritten = True
+
+    @property
+    def unrecorded(self) -> list[NewEvent]:
+        """The events that are not in the database yet."""
+        return list(self._unrecorded.values())
+
+    def recorded(self, happened: Sequence[NewEvent]) -> None:
+        """These events are in the database now."""
+        for new in happened:
+            if self._unrecorded.get(kind(new.event)) is new:
+                del self._unrecorded[kind(new.event)]
 
 
 class Leases:
     """The leases that were heard of since the daemon started; the others are in the store. Methods do not wait."""
 
-    def __init__(self, known: Store, clock: Callable[[], float]) -> None:
-        self._store = known
+    def __init__(self, store: Store, clock: Callable[[], float]) -> None:
+        self._store = store
         self._clock = clock
         self._leases: dict[str, Lease] = {}
         self._by_client: dict[tuple[str, str], Lease] = {}
@@ -43,8 +65,8 @@ class Leases:
         """A lease that is in memory."""
         return self._leases.get(token)
 
-    def hold(self, client: Client, given: Contribution | None) -> Lease:
-        """Take a client's row and what it gave into memory, or renew what is there by it."""
+    def hold(self, client: Client, contribution: Contribution | None) -> Lease:
+        """Take a client's row and its contribution into memory, or renew what is in memory by them."""
         beat = pb.HeartbeatRequest(
             step=client.step,
             total_steps=client.total_steps,
@@ -52,33 +74,35 @@ class Leases:
             tokens_per_second=client.tokens_per_second,
         )
         lease = self._leases.setdefault(client.lease, Lease(client, client.last_seen, beat))
-        lease.client, lease.contributed = client, lease.contributed or given is not None
+        lease.client, lease.contributed = client, lease.contributed or contribution is not None
         self._by_client[client.job, client.client_id] = lease
-        if given is not None:
-            self.judged(given)
+        if contribution is not None:
+            self.judged(contribution)
         return lease
 
-    def judged(self, given: Contribution) -> None:
-        """What is made of a contribution has changed."""
-        if lease := self._by_client.get((given.job, given.client_id)):
-            lease.judgement = judgement(given)
+    def judged(self, contribution: Contribution) -> None:
+        """The verdict on a contribution has changed."""
+        if lease := self._by_client.get((contribution.job, contribution.client_id)):
+            lease.judgement = judgement(contribution)
 
     def judged_anew(self, job: str) -> None:
-        """A cohort was judged: what is made of a job's contributions has to be looked up."""
+        """A cohort was judged: the verdicts on a job's contributions have to be looked up."""
         for lease in self._leases.values():
             if lease.client.job == job:
                 lease.judgement = None
 
     def heard(self, lease: Lease, beat: pb.HeartbeatRequest | None = None) -> None:
-        """A client gave a sign of life, and may have said how far it is.
+        """Note a sign of life of a client, and how far it is if it says so.
 
         Raises:
-            UsageError: what it says cannot be.
+            UsageError: its loss or speed is invalid.
         """
         if beat is not None:
             numbers = (beat.loss, beat.tokens_per_second)
             if not all(math.isfinite(number) and 0 <= number < 1e12 for number in numbers):
                 raise UsageError("a heartbeat says a loss or a speed that cannot be")
+            if beat.step and not lease.beat.step:
+                lease.notice(pb.Event(first_step=pb.FirstStep(total_steps=beat.total_steps)), self._clock())
             lease.beat = beat
         lease.last_seen, lease.unwritten = self._clock(), True
 
@@ -88,21 +112,22 @@ class Leases:
         return min(max(2.0, len(self._leases) / BEATS_A_SECOND), ASLEEP_AFTER / 3)
 
     def write_down(self) -> None:
-        """Put what was heard into the store; blocks."""
-        unwritten = [(token, lease) for token, lease in list(self._leases.items()) if lease.unwritten]
-        for _, lease in unwritten:
+        """Put what was heard into the store; blocks. If that fails, it is put there the next time."""
+        unwritten = [lease for lease in list(self._leases.values()) if lease.unwritten]
+        for lease in unwritten:
             lease.unwritten = False
-        self._store.note(
-            {
-                "lease": token,
-                "last_seen": lease.last_seen,
-                "step": lease.beat.step,
-                "total_steps": lease.beat.total_steps,
-                "loss": lease.beat.loss,
-                "tokens_per_second": lease.beat.tokens_per_second,
-            }
-            for token, lease in unwritten
-        )
+        happened = {lease.client.lease: lease.unrecorded for lease in unwritten}
+        by_job: dict[str, list[NewEvent]] = {}
+        for lease in unwritten:
+            by_job.setdefault(lease.client.job, []).extend(happened[lease.client.lease])
+        try:
+            self._store.record_progress(map(_progress, unwritten), by_job)
+        except OneroundError:
+            for lease in unwritten:
+                lease.unwritten = True
+            raise
+        for lease in unwritten:
+            lease.recorded(happened[lease.client.lease])
 
     def forget(self, job: str) -> None:
         """A job is gone."""
@@ -111,7 +136,7 @@ class Leases:
             del self._by_client[client.job, client.client_id]
 
     def statuses(self, clients: Iterator[Client]) -> Iterator[tuple[Client, pb.ClientStatus]]:
-        """What operators see of clients, whether they were heard of lately or not."""
+        """What operators see of clients, whether or not they were heard of lately."""
         for client in clients:
             lease = self._leases.get(client.lease) or Lease(client, client.last_seen)
             beat = lease.beat if client.lease in self._leases else client
@@ -131,10 +156,17 @@ class Leases:
             )
 
 
-def judgement(given: Contribution) -> pb.Judgement:
-    """A contribution's verdict, as it goes over the wire."""
-    verdict = pb.Verdict.Value(f"VERDICT_{given.verdict.upper()}")
-    return pb.Judgement(verdict=verdict, reason=given.reason, by_hand=bool(given.by_hand))
+def _progress(lease: Lease) -> dict[str, object]:
+    """A lease as its columns."""
+    beat = lease.beat
+    return {
+        "lease": lease.client.lease,
+        "last_seen": lease.last_seen,
+        "step": beat.step,
+        "total_steps": beat.total_steps,
+        "loss": beat.loss,
+        "tokens_per_second": beat.tokens_per_second,
+    }
 
 
 def phase(lease: Lease, now: float) -> pb.Phase.ValueType:
@@ -146,8 +178,3 @@ def phase(lease: Lease, now: float) -> pb.Phase.ValueType:
     if lease.uploading:
         return pb.PHASE_UPLOADING
     return pb.PHASE_ASLEEP if now - lease.last_seen > ASLEEP_AFTER else pb.PHASE_TRAINING
-
-
-def public_id(client_id: str) -> str:
-    """A client as people name it: the first twelve hex digits of its id."""
-    return client_id[:12]

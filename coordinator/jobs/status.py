@@ -9,20 +9,22 @@ from pathlib import Path
 
 from coordinator import round as rounds
 from coordinator.jobs import evaluations
-from coordinator.jobs.leases import Leases, judgement
+from coordinator.jobs.leases import Leases
+from coordinator.storage.contributions import judgement
 from coordinator.storage.publications import version_folder
 from coordinator.storage.schema import Contribution
 from coordinator.storage.store import Store
 from oneround.v1 import federation_pb2 as pb
 
-LOOK_AGAIN = 5.0  # seconds; a deadline passes without an event
+LOOK_AGAIN = 5.0  # seconds; a deadline passes, and nothing tells of it
+NEWEST_EVENTS = 200  # that a whole status has
 
 
 class Statuses:
     """Puts statuses together, once for however many watch."""
 
-    def __init__(self, known: Store, leases: Leases, publications: Path, clock: Callable[[], float]) -> None:
-        self._store = known
+    def __init__(self, store: Store, leases: Leases, publications: Path, clock: Callable[[], float]) -> None:
+        self._store = store
         self._leases = leases
         self._publications = publications
         self._clock = clock
@@ -37,21 +39,21 @@ class Statuses:
             self._changed.notify_all()
 
     async def stage(self, name: str, stage: str) -> None:
-        """What the publisher is doing; empty: nothing."""
+        """Say what the publisher is doing; empty: nothing."""
         self._stages[name] = stage
         await self.changed(name)
 
     def outline(self, name: str) -> pb.JobStatus:
         """A job without its clients."""
-        known, round, counts = self._store.announced(name), self._store.round(name), self._store.counts(name)
+        announced, round, counts = self._store.announced(name), self._store.round(name), self._store.counts(name)
         publications = self._store.publications(name)
         for publication in publications:
             publication.folder = str(version_folder(self._publications.parent, name, publication.version))
         status = pb.JobStatus(
-            spec=known.job.spec,
+            spec=announced.job.spec,
             state=pb.State.Value(f"STATE_{round.state.upper()}"),
             reason=round.reason,
-            opened_unix=known.opened,
+            opened_unix=announced.opened,
             deadline_unix=round.rules.deadline,
             publications=publications,
             stage=self._stages.get(name, ""),
@@ -60,17 +62,17 @@ class Statuses:
             admitted=counts.admitted,
             takes_contributions=rounds.takes_contributions(round, self._clock()),
         )
-        if known.job.HasField("started_from"):
-            status.started_from.CopyFrom(known.job.started_from)
+        if announced.job.HasField("started_from"):
+            status.started_from.CopyFrom(announced.job.started_from)
         return status
 
-    def whole(self, name: str) -> pb.JobStatus:
-        """A job with everybody who joined and what they gave."""
+    def whole(self, name: str, *, events: int = NEWEST_EVENTS) -> pb.JobStatus:
+        """A job with everybody who joined, what they contributed, and its newest so many events."""
         status = self.outline(name)
-        given = {contribution.client_id: contribution for contribution in self._store.contributions(name)}
+        by_client = {contribution.client_id: contribution for contribution in self._store.contributions(name)}
         reported = self._store.evaluations(name)
         for client, shown in self._leases.statuses(iter(self._store.clients(name))):
-            contribution = given.get(client.client_id)
+            contribution = by_client.get(client.client_id)
             if contribution is not None:
                 shown.contribution.CopyFrom(_shown(contribution))
                 if shown.phase != pb.PHASE_WITHDRAWN:
@@ -80,6 +82,7 @@ class Statuses:
             shown.evaluations.extend(reported.get(client.client_id, ()))
             status.clients.append(shown)
         status.comparisons.extend(evaluations.compare(status.clients))
+        status.events.extend(self._store.newest_events(name, events) if events else ())
         return status
 
     async def watch(self, name: str) -> AsyncIterator[pb.JobStatus]:
@@ -100,10 +103,10 @@ class Statuses:
             last = status
 
 
-def _shown(given: Contribution) -> pb.Contribution:
+def _shown(contribution: Contribution) -> pb.Contribution:
     return pb.Contribution(
-        declaration=given.declaration,
-        judgement=judgement(given),
-        received_unix=given.received,
-        may_replace=given.may_replace,
+        declaration=contribution.declaration,
+        judgement=judgement(contribution),
+        received_unix=contribution.received,
+        may_replace=contribution.may_replace,
     )

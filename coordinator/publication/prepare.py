@@ -10,7 +10,6 @@ from google.protobuf import json_format
 from converters.updates import kinds
 from coordinator.jobs import base_model
 from coordinator.jobs.base_model import PreparedBase
-from coordinator.jobs.leases import public_id
 from coordinator.publication.order import BuildOrder, Candidate
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.publications import version_folder
@@ -18,6 +17,7 @@ from coordinator.storage.rounds import JobRecord
 from coordinator.storage.schema import Contribution, Publication
 from coordinator.storage.store import Store
 from oneround.manifest import ContributionEntry, StartedFrom
+from oneround.signing import public_id
 from oneround.v1 import federation_pb2 as pb
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -97,6 +98,8 @@ class PublicationScheduler:
     async def _wait_for_room(self, name: str, error: Exception) -> None:
         log.error("publishing_waits", job=name, reason=str(error))
         await self._statuses.stage(name, f"waiting for room: {error}")
+        with suppress(OneroundError):  # the same disk may have no room for this
+            await offload(self._store.record_delay, name, str(error), self._clock())
         await asyncio.sleep(RETRY)
 
     async def _give_up(self, name: str, error: Exception, failed: OnFailed) -> None:

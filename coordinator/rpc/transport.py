@@ -47,16 +47,16 @@ class Certificates:
 
     def credentials(self) -> grpc.ServerCredentials:
         """For one server; each has its own."""
-        given = self._shown
+        configured = self._shown
 
         def renewed() -> grpc.ServerCertificateConfiguration | None:
-            nonlocal given
-            if (now := self._current()) is given:
+            nonlocal configured
+            if (now := self._current()) is configured:
                 return None
-            given = now
+            configured = now
             return self._configuration(now)
 
-        first, must = self._configuration(given), bool(self._client_ca)
+        first, must = self._configuration(configured), bool(self._client_ca)
         # None is for no change, which the stubs do not know.
         return grpc.dynamic_ssl_server_credentials(first, renewed, must)  # type: ignore[arg-type]
 
@@ -94,12 +94,12 @@ def socket(state: Path) -> str:
     Raises:
         NotEnough: that folder is not this user's alone.
     """
-    there = state.resolve() / "admin.sock"
-    if len(os.fsencode(there)) <= _LONGEST_SOCKET:
-        return f"unix:{there}"
+    path = state.resolve() / "admin.sock"
+    if len(os.fsencode(path)) <= _LONGEST_SOCKET:
+        return f"unix:{path}"
     folder = Path(tempfile.gettempdir()) / f"oneround-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise NotEnough(f"{folder} is not yours alone", hint="remove it, or give --state a folder with a shorter path")
-    return f"unix:{folder / hashlib.sha256(os.fsencode(there)).hexdigest()[:16]}.sock"
+    return f"unix:{folder / hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.sock"

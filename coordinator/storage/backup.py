@@ -58,13 +58,13 @@ def backup(state: Path, folder: Path, database: str = "", blobs: str = "") -> Ba
     partial = folder / f".{_ROWS}.partial"
     partial.unlink(missing_ok=True)
     _copy_rows(source, _sqlite(partial))
-    done, known = BackupSummary(), Store(_sqlite(partial))
+    done, store = BackupSummary(), Store(_sqlite(partial))
     try:
-        done.jobs = len(known.names())
-        there = Blobs(state, blobs)
-        for digest in sorted(known.digests()):
-            _copy(there.path(digest), folder / "blobs" / digest, done)
-        for file in _published(known, state):
+        done.jobs = len(store.names())
+        stored = Blobs(state, blobs)
+        for digest in sorted(store.digests()):
+            _copy(stored.path(digest), folder / "blobs" / digest, done)
+        for file in _published(store, state):
             _copy(file, folder / file.relative_to(state), done)
         for name in _IDENTITY:
             (folder / name).unlink(missing_ok=True)
@@ -73,7 +73,7 @@ def backup(state: Path, folder: Path, database: str = "", blobs: str = "") -> Ba
     except FileNotFoundError as error:
         raise BadData(f"{error.filename} went while it was copied", hint="run the backup again") from error
     finally:
-        known.close()
+        store.close()
     for leftover in folder.glob(f".{_ROWS}.partial-*"):  # SQLite's own, empty once it is closed
         leftover.unlink()
     with partial.open("rb+") as written:
@@ -96,27 +96,27 @@ def restore(folder: Path, state: Path, database: str = "", blobs: str = "") -> B
         raise UsageError(f"there is a coordinator's state in {state} already", hint="--state NEW-FOLDER")
     state.mkdir(parents=True, exist_ok=True)
     with command.only_one(state, "coordinator"):
-        done, there = BackupSummary(), Blobs(state, blobs)
+        done, stored = BackupSummary(), Blobs(state, blobs)
         partial = state / f".{_ROWS}.partial"
         shutil.copy(folder / _ROWS, partial)
-        known = Store(_sqlite(partial))
+        store = Store(_sqlite(partial))
         try:
-            done.jobs = len(known.names())
-            for digest in sorted(known.digests()):
+            done.jobs = len(store.names())
+            for digest in sorted(store.digests()):
                 file = folder / "blobs" / digest
                 if not file.is_file() or stream.digest(file) != digest:
                     raise BadData(f"{file} is missing or damaged", hint="restore from another backup")
-                copied = there.uploads / digest
+                copied = stored.uploads / digest
                 _copy(file, copied, done)
-                there.put(copied, digest)
+                stored.put(copied, digest)
                 copied.unlink()
-            for file in _published(known, folder):
+            for file in _published(store, folder):
                 _copy(file, state / file.relative_to(folder), done)
             for name in _IDENTITY:
                 if name != _SECRET or (folder / name).exists():
                     _copy(folder / name, state / name, done)
         finally:
-            known.close()
+            store.close()
         if database:
             _copy_rows(_sqlite(partial), database)
             partial.unlink()
@@ -132,10 +132,10 @@ def _sqlite(file: Path) -> URL:
     return URL.create("sqlite", database=str(file))
 
 
-def _published(known: Store, state: Path) -> Iterator[Path]:
+def _published(store: Store, state: Path) -> Iterator[Path]:
     """Every file of every version, and what was withheld of it."""
-    for name in known.names():
-        for publication in known.publications(name):
+    for name in store.names():
+        for publication in store.publications(name):
             folder = state / "publications" / name / f"v{publication.version}"
             yield from (file for file in sorted(folder.rglob("*")) if file.is_file())
             yield from (file for file in sorted(folder.with_name(f"{folder.name}.withheld").glob("*")))

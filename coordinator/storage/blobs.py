@@ -37,8 +37,8 @@ class Blobs:
         self.uploads.mkdir(parents=True, exist_ok=True)
         self._growing: dict[tuple[str, str], set[str]] = {}  # digests of partial uploads, by job and client
         for file in self.uploads.iterdir():
-            if found := re.fullmatch(r"(.+)\.([0-9a-f]{32})\.([0-9a-f]{64})", file.name):
-                self._growing.setdefault((found[1], found[2]), set()).add(found[3])
+            if parts := re.fullmatch(r"(.+)\.([0-9a-f]{32})\.([0-9a-f]{64})", file.name):
+                self._growing.setdefault((parts[1], parts[2]), set()).add(parts[3])
 
     def path(self, digest: str) -> Path:
         """A blob as a file on this machine, which nobody changes."""
@@ -110,8 +110,8 @@ class Blobs:
 
     def sweep(self, digests: Collection[str], uploads: Collection[Path]) -> list[str]:
         """Drop every blob and every upload that nothing stands for, before anything else is at work; returns names."""
-        found = [entry.rsplit("/", 1)[-1] for entry in self._fs.ls(self._root, detail=False)]
-        orphans = [name for name in found if name not in digests]
+        names = [entry.rsplit("/", 1)[-1] for entry in self._fs.ls(self._root, detail=False)]
+        orphans = [name for name in names if name not in digests]
         self.drop(orphans)
         for upload in self.uploads.iterdir():
             if upload not in uploads:

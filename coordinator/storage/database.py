@@ -66,11 +66,11 @@ def engine(url: str | URL) -> Engine:
 
     A transaction that will write is begun on `engine.execution_options(writes=True)`.
     """
-    made = create_engine(url)
-    if made.dialect.name == "sqlite":
-        event.listen(made, "connect", _durable_sqlite)
-        event.listen(made, "begin", _begin)
-    return made
+    created = create_engine(url)
+    if created.dialect.name == "sqlite":
+        event.listen(created, "connect", _durable_sqlite)
+        event.listen(created, "begin", _begin)
+    return created
 
 
 def _durable_sqlite(connection: Any, _record: Any) -> None:

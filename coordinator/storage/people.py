@@ -27,8 +27,8 @@ class People:
 
     # Clients
 
-    def seen(self, client_id: str, name: str, now: float) -> None:
-        """A client asks for something."""
+    def record_seen(self, client_id: str, name: str, now: float) -> None:
+        """Take down that a client was here, under this name."""
         with self._database.writes() as session:
             _person(session, client_id, name, now)
 
@@ -37,51 +37,51 @@ class People:
         with self._database.reads() as session:
             return set(session.scalars(select(Person.client_id).where(Person.banned)))
 
-    def jobs_of(self, client_id: str) -> set[str]:
+    def passes_of(self, client_id: str) -> set[str]:
         """The jobs that a client has a pass for; EVERY among them, if for every one."""
         with self._database.reads() as session:
             return set(session.scalars(select(Pass.job).where(Pass.client_id == client_id, Pass.granted)))
 
-    def asks(self, client_id: str, job: str, name: str, now: float) -> None:
-        """A client would take part in a job that takes approval. It may ask as often as it likes.
+    def request_pass(self, client_id: str, job: str, name: str, now: float) -> None:
+        """Take down that a client asks to take part in a job. Asking again changes nothing.
 
         Raises:
             NotEnough: as many as an operator can look at wait already.
         """
         with self._database.writes() as session:
-            known = session.get(Pass, (client_id, job)) is not None
+            has_asked = session.get(Pass, (client_id, job)) is not None
             asking = select(func.count()).where(Pass.job == job, not_(Pass.granted))
-            if not known and (session.scalar(asking) or 0) >= MOST_WAITING:
+            if not has_asked and (session.scalar(asking) or 0) >= MOST_WAITING:
                 raise NotEnough(f"too many wait to be let into {job!r}", hint="tell the operator, and ask again later")
             _person(session, client_id, name, now)
-            if not known:
+            if not has_asked:
                 session.add(Pass(client_id=client_id, job=job, granted=False, how="", at=now))
 
-    def lets_in(self, client_id: str, job: str, name: str, how: str, now: float) -> None:
-        """A client may take part in a job from now on."""
+    def grant_pass(self, client_id: str, job: str, name: str, how: str, now: float) -> None:
+        """Let a client take part in a job from now on."""
         with self._database.writes() as session:
             _person(session, client_id, name, now)
             _grant(session, client_id, job, how, now)
 
-    def known(self, job: str = "") -> list[tuple[Person, list[Pass]]]:
+    def everybody(self, job: str = "") -> list[tuple[Person, list[Pass]]]:
         """Everybody, or those with something to do with a job; who was seen last comes first."""
         with self._database.reads() as session:
             passes: dict[str, list[Pass]] = {}
-            for each in session.scalars(select(Pass).order_by(Pass.job)):
-                passes.setdefault(each.client_id, []).append(each)
+            for row in session.scalars(select(Pass).order_by(Pass.job)):
+                passes.setdefault(row.client_id, []).append(row)
             people = session.scalars(select(Person).order_by(Person.last_seen.desc(), Person.client_id)).all()
-            known = [(person, passes.get(person.client_id, [])) for person in people]
-        return [(person, given) for person, given in known if not job or any(p.job in (job, EVERY) for p in given)]
+        everybody = [(person, passes.get(person.client_id, [])) for person in people]
+        return [(person, own) for person, own in everybody if not job or any(p.job in (job, EVERY) for p in own)]
 
     def settle(self, client_id: str, job: str, settlement: pb.Settlement.ValueType, why: str, now: float) -> None:
-        """The operator's decision of a client."""
+        """Take down the operator's decision about a client."""
         with self._database.writes() as session:
             person = session.get_one(Person, client_id)
             if settlement == pb.SETTLEMENT_APPROVE:
                 _grant(session, client_id, job, "approved", now)
             elif settlement == pb.SETTLEMENT_REFUSE:
-                given = delete(Pass).where(Pass.client_id == client_id)
-                session.execute(given.where(Pass.job == job) if job else given)
+                refused = delete(Pass).where(Pass.client_id == client_id)
+                session.execute(refused.where(Pass.job == job) if job else refused)
             else:
                 person.banned = settlement == pb.SETTLEMENT_BAN
                 person.why = why
@@ -91,7 +91,7 @@ class People:
     def create_token(self, job: str, expires: float, uses: int, note: str, now: float) -> tuple[Token, str]:
         """A token, and its secret, of which only a digest is kept."""
         secret = secrets.token_urlsafe(16)
-        made = Token(
+        token = Token(
             id=secrets.token_hex(4),
             digest=_digest(secret),
             job=job,
@@ -103,8 +103,8 @@ class People:
             revoked=False,
         )
         with self._database.writes() as session:
-            session.add(made)
-        return made, secret
+            session.add(token)
+        return token, secret
 
     def tokens(self) -> Sequence[Token]:
         """Newest first."""
@@ -121,19 +121,19 @@ class People:
             return token
 
     def redeem(self, secret: str, client_id: str, now: float) -> str:
-        """A client brings a token, and may take part in the job that it is for, which is returned. For whoever is in,
-        by it or otherwise, bringing it changes nothing, when it is used up, over or revoked too.
+        """Let a client into the job of a token; returns the job. For a client that is in already, by this token or
+        otherwise, it changes nothing, even if the token is used up, over or revoked.
 
         Raises:
-            Denied: there is no such token, or nobody comes in by it any more.
+            Denied: there is no such token, or it lets nobody in any more.
         """
         with self._database.writes() as session:
             token = session.scalar(select(Token).where(Token.digest == _digest(secret)))
             if token is None:
                 raise Denied("this token is not known here", hint="ask the operator for one: coordinator token create")
             _person(session, client_id, "", now)
-            there = session.get(Pass, (client_id, token.job))
-            if there is not None and there.granted:
+            row = session.get(Pass, (client_id, token.job))
+            if row is not None and row.granted:
                 return token.job
             for over, why in (
                 (token.revoked, "was revoked"),
@@ -147,27 +147,27 @@ class People:
             return token.job
 
     def forget(self, job: str) -> None:
-        """A job is gone, and what was given out for it."""
+        """Drop the passes and tokens of a job."""
         with self._database.writes() as session:
             session.execute(delete(Pass).where(Pass.job == job, Pass.job != EVERY))
             session.execute(delete(Token).where(Token.job == job, Token.job != EVERY))
 
 
 def _person(session: Session, client_id: str, name: str, now: float) -> None:
-    there = session.get(Person, client_id)
-    if there is None:
+    person = session.get(Person, client_id)
+    if person is None:
         session.add(Person(client_id=client_id, name=name, first_seen=now, last_seen=now, banned=False, why=""))
         session.flush()
     else:
-        there.name, there.last_seen = name or there.name, now
+        person.name, person.last_seen = name or person.name, now
 
 
 def _grant(session: Session, client_id: str, job: str, how: str, now: float) -> None:
-    there = session.get(Pass, (client_id, job))
-    if there is None:
+    row = session.get(Pass, (client_id, job))
+    if row is None:
         session.add(Pass(client_id=client_id, job=job, granted=True, how=how, at=now))
-    elif not there.granted or how != "open":
-        there.granted, there.how, there.at = True, how, now
+    elif not row.granted or how != "open":
+        row.granted, row.how, row.at = True, how, now
 
 
 def _by(token: Token) -> str:

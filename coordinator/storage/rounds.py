@@ -91,13 +91,13 @@ def begin_version(
 
 def rules(job: pb.Job) -> Rules:
     """What the job file says of the round."""
-    said = job.spec.round
+    spec = job.spec.round
     return Rules(
-        min_clients=said.min_clients,
-        target_clients=said.target_clients,
+        min_clients=spec.min_clients,
+        target_clients=spec.target_clients,
         deadline=job.deadline_unix,
-        grace=jobs.seconds(said.grace) if said.grace else None,
-        renew_every=jobs.seconds(said.renew_every) if said.renew_every else None,
+        grace=jobs.seconds(spec.grace) if spec.grace else None,
+        renew_every=jobs.seconds(spec.renew_every) if spec.renew_every else None,
     )
 
 

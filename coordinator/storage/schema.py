@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from google.protobuf import json_format
 from google.protobuf.message import Message
-from sqlalchemy import BigInteger, Dialect, Double, ForeignKeyConstraint, Index, Text
+from sqlalchemy import BigInteger, Dialect, Double, ForeignKeyConstraint, Index, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
@@ -165,6 +165,24 @@ class Evaluation(Base):
     version: Mapped[int] = mapped_column(primary_key=True)
     evaluation: Mapped[pb.Evaluation] = mapped_column(Proto(pb.Evaluation))
     received: Mapped[float]
+
+
+class RecordedEvent(Base):
+    """Something that happened in a round; see jobs/events.py. Rows are added, and never changed."""
+
+    __tablename__ = "events"
+    __table_args__ = (
+        ForeignKeyConstraint(["job"], ["jobs.name"]),
+        UniqueConstraint("job", "once", name="events_once"),
+    )
+    job: Mapped[str] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)  # 1, 2, … within the job
+    at: Mapped[float]
+    kind: Mapped[str]
+    client_id: Mapped[str]  # empty: it is about the whole round
+    once: Mapped[str | None]  # the same for what is not recorded twice; NULL, which is never the same, for all else
+    # What happened; number, time and client are filled in on the way out.
+    event: Mapped[pb.Event] = mapped_column(Proto(pb.Event))
 
 
 class Person(Base):

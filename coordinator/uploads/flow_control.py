@@ -63,21 +63,30 @@ class FlowControl:
 
 
 class PacedStream(Generic[Message]):
-    """One stream's messages, each in its turn. The first one, which says whose it is, is a stranger's and waits apart,
-    so that strangers keep none but each other waiting."""
+    """One stream's messages, each in its turn. As long as nobody knows whose stream it is, its first message is a
+    stranger's and waits apart, so that strangers keep none but each other waiting."""
 
-    def __init__(self, messages: AsyncIterator[Message], strangers: FlowControl, known: FlowControl) -> None:
+    def __init__(self, messages: AsyncIterator[Message], first: FlowControl, others: FlowControl) -> None:
         self._messages = messages
-        self._turns = strangers
-        self._known = known
+        self._turns, self._others = first, others
         self._held: deque[FlowControl] = deque()
+        self._peeked: Message | None = None
+
+    async def peek(self) -> Message | None:
+        """The next message, which stays the next one; or None at the end."""
+        if self._peeked is None:
+            self._peeked = await self.next()
+        return self._peeked
 
     async def next(self) -> Message | None:
         """The next message, or None at the end; raises Interrupted when the stream is too slow."""
+        peeked, self._peeked = self._peeked, None
+        if peeked is not None:
+            return peeked
         message = await self._turns.next(self._messages)
         if message is not None:
             self._held.append(self._turns)
-            self._turns = self._known
+            self._turns = self._others
         return message
 
     async def ends(self) -> bool:

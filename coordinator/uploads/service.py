@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from coordinator.jobs import spec as jobs
 from coordinator.jobs.leases import Lease
 from coordinator.round import Round
 from coordinator.storage.blobs import Blobs
+from coordinator.storage.events import NewEvent
 from coordinator.storage.schema import Client, Contribution
 from coordinator.storage.store import Store
 from coordinator.uploads.flow_control import FlowControl, PacedStream
@@ -36,8 +37,8 @@ offload = asyncio.to_thread
 class UploadService:
     """Takes contributions into the store and the blobs. Which streams are open is all that it keeps to itself."""
 
-    def __init__(self, known: Store, blobs: Blobs, signer: Signer, clock: Callable[[], float]) -> None:
-        self._store = known
+    def __init__(self, store: Store, blobs: Blobs, signer: Signer, clock: Callable[[], float]) -> None:
+        self._store = store
         self._blobs = blobs
         self._signer = signer
         self._clock = clock
@@ -56,11 +57,11 @@ class UploadService:
         """
         client = lease.client
         job = self._store.announced(client.job).job
-        given = await self._given(lease)
-        if given is not None and given.digest == declared.digest:
-            return pb.OpenUploadReply(committed_offset=given.size, receipt=self._signer.receipt(given))
-        if given is not None and not given.may_replace:
-            raise _conflict(given)
+        stored = await self._stored(lease)
+        if stored is not None and stored.digest == declared.digest:
+            return pb.OpenUploadReply(committed_offset=stored.size, receipt=self._signer.receipt(stored))
+        if stored is not None and not stored.may_replace:
+            raise _conflict(stored)
         if not rounds.takes_contributions(round, self._clock()):
             raise Refused(f"job {client.job!r} takes no more contributions: it is {round.state} ({round.reason})")
         _check(declared, job)
@@ -73,19 +74,27 @@ class UploadService:
             raise NotEnough("the coordinator's disk has no room for this upload")
         await self._claim(client, declared.size, jobs.size(job.spec.upload.quota))
         lease.declaration = declared
+        revision = stored.revision + 1 if stored is not None else 1
+        lease.notice(pb.Event(upload_opened=pb.UploadOpened(revision=revision, size=declared.size)), self._clock())
         return pb.OpenUploadReply(committed_offset=committed)
 
-    async def take(self, lease: Lease, first: pb.UploadRequest, rest: PacedStream[pb.UploadRequest]) -> Contribution:
+    async def take(self, lease: Lease, messages: PacedStream[pb.UploadRequest]) -> Contribution:
         """Take a contribution's bytes from the committed offset, and commit it once they are safe.
 
         Raises:
+            UsageError: nothing comes, or the first message names another lease.
             Interrupted: the stream broke off, is too slow, or does not begin where it should; it may be taken up again.
             BadData: the bytes are not those that were declared; they are dropped.
         """
+        first = await messages.next()
+        if first is None:
+            raise UsageError("an empty upload: the first message has the offset")
+        if first.lease not in ("", lease.client.lease):
+            raise UsageError("the first message names another lease than the call's metadata")
         client, declared = lease.client, lease.declaration
-        given = await self._given(lease)
-        if given is not None and not given.may_replace:
-            return given
+        stored = await self._stored(lease)
+        if stored is not None and not stored.may_replace:
+            return stored
         if declared is None:
             raise Refused("nothing is declared; call OpenUpload first")
         self._only_stream(lease)
@@ -95,8 +104,10 @@ class UploadService:
         lease.uploading = True
         try:
             partial = self._blobs.partial(client.job, client.client_id, declared.digest)
-            await self._receive(declared, partial, first, rest)
-            kept = await offload(self._commit, partial, Contribution.sent(client, declared, self._clock()))
+            await self._receive(declared, partial, first, messages)
+            before = lease.unrecorded
+            kept = await offload(self._commit, partial, Contribution.sent(client, declared, self._clock()), before)
+            lease.recorded(before)
             lease.contributed = True
             return kept
         finally:
@@ -112,8 +123,9 @@ class UploadService:
         """A job is gone."""
         self._claims.pop(job, None)
 
-    async def _given(self, lease: Lease) -> Contribution | None:
-        """What is in of a client. The daemon alone writes, so what a lease does not know of is not there."""
+    async def _stored(self, lease: Lease) -> Contribution | None:
+        """A client's contribution, if there is one. The daemon alone writes, so there is none that its lease does not
+        know of."""
         if not lease.contributed:
             return None
         return await offload(self._store.contribution, lease.client.job, lease.client.client_id)
@@ -125,30 +137,30 @@ class UploadService:
             NotEnough: with them, all that is in or declared is over it.
         """
         if client.job not in self._claims:
-            there = await offload(self._store.bytes_of, client.job)
+            stored = await offload(self._store.bytes_of, client.job)
             before = {
                 client_id: self._blobs.committed(file)
                 for file, job, client_id in self._blobs.partials()
                 if job == client.job
             }
-            self._claims.setdefault(client.job, before | {"": there})  # unless another one has asked meanwhile
+            self._claims.setdefault(client.job, before | {"": stored})  # unless another one has asked meanwhile
         claims = self._claims[client.job]
         if sum(claims.values()) - claims.get(client.client_id, 0) + size > quota:
             raise NotEnough(f"the uploads of job {client.job!r} have reached its quota; see upload.quota")
         claims[client.client_id] = size
 
-    def stream(self, messages: AsyncIterator[pb.UploadRequest]) -> PacedStream[pb.UploadRequest]:
-        """A stream of chunks, which waits for its turns."""
-        return PacedStream(messages, self._strangers, self._turns)
+    def stream(self, messages: AsyncIterator[pb.UploadRequest], *, authorised: bool) -> PacedStream[pb.UploadRequest]:
+        """A stream of chunks, which waits for its turns; the caller closes it."""
+        return PacedStream(messages, self._turns if authorised else self._strangers, self._turns)
 
-    def _commit(self, partial: Path, contribution: Contribution) -> Contribution:
+    def _commit(self, partial: Path, contribution: Contribution, before: Sequence[NewEvent]) -> Contribution:
         """The bytes get their place before the row that stands for them; a crash between leaves the upload whole."""
         with self._blobs.changing:
             if not partial.exists():
                 raise NotFound(f"job {contribution.job!r} was deleted, or this client has withdrawn")
             self._blobs.put(partial, contribution.digest)
             try:
-                kept = self._store.contribute(contribution)
+                kept = self._store.contribute(contribution, before)
             except NotFound:
                 self._blobs.drop({contribution.digest} - self._store.digests())
                 raise
@@ -171,13 +183,13 @@ class UploadService:
         try:
             data = self._data(first, rest, offset, declared.size)
             await stream.pour(data, sink, self._threads, rest.written)
-            found = await loop.run_in_executor(self._threads, sink.digest)
+            digest = await loop.run_in_executor(self._threads, sink.digest)
         finally:
             await loop.run_in_executor(self._threads, sink.close)
-        if found != declared.digest:
+        if digest != declared.digest:
             self._blobs.discard(*partial.name.rsplit(".", 2)[:2])
             raise BadData(
-                f"the upload's SHA-256 is {found}, and {declared.digest} was declared; what came in was dropped",
+                f"the upload's SHA-256 is {digest}, and {declared.digest} was declared; what came in was dropped",
                 hint="edge-client join again, which sends it from the start",
             )
 
@@ -208,11 +220,11 @@ class UploadService:
         raise Interrupted(f"the upload ended at byte {offset} of {size}")
 
 
-def _conflict(given: Contribution) -> Conflict:
+def _conflict(stored: Contribution) -> Conflict:
     """What a client hears that sends another contribution than the one that is in."""
     return Conflict(
-        f"this client's contribution to {given.job!r} is in already, and it is another one",
-        hint=f"ask the operator for `coordinator replace {given.job} CLIENT`",
+        f"this client's contribution to {stored.job!r} is in already, and it is another one",
+        hint=f"ask the operator for `coordinator replace {stored.job} CLIENT`",
     )
 
 

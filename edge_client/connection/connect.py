@@ -3,16 +3,17 @@ one on this network."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from edge_client import outbox
-from edge_client.connection import discovery, identity, tls_probe, trust
+from edge_client.connection import channel, discovery, identity, tls_probe, trust
+from edge_client.connection.channel import Connection
 from edge_client.connection.discovery import DiscoveredCoordinator
-from edge_client.connection.remote import Remote, connect
+from edge_client.connection.remote import Remote, stay
 from edge_client.connection.target import Target
 from edge_client.ui.screen import Screen
 from oneround import tls
@@ -21,41 +22,37 @@ from oneround.errors import NotEnough, OneroundError, Unreachable, UsageError
 _MOST_PLACES = 8  # that are tried; anybody on the network can say anything
 
 
-class RoamingRemote(Remote):
-    """A connection to the coordinator with a key, wherever it is."""
+@dataclass(frozen=True)
+class Roaming:
+    """Finds the coordinator with a key again, wherever it is. Connections that were left stay open until `open_now`
+    ends, for calls that are still on them."""
 
-    def __init__(
-        self, first: Remote, pins: identity.Pins, target: Target, state: Path, screen: Screen, open_now: AsyncExitStack
-    ) -> None:
-        self.go_on_over(first)
-        self._pins, self._target, self._state, self._screen, self._open_now = pins, target, state, screen, open_now
-        self._looking = asyncio.Lock()
+    pins: identity.Pins
+    target: Target
+    state: Path
+    screen: Screen
+    open_now: AsyncExitStack
 
-    async def find_again(self, lost: str) -> bool:
-        """Look for it where it was, where the network says it is, and where it has been before.
+    async def find_again(self, lost: Connection) -> Connection | None:
+        """Look where it was, where the network says it is, and where it has been before; None to stay.
 
-        A place that still shows the same certificate is kept: gRPC connects there again by itself, also when this
-        machine's own address has changed. Connections that were left stay open until the end, for calls that are still
-        on them.
+        A place that still shows the same certificate is kept: gRPC connects to it again by itself, also when this
+        machine's own address has changed.
         """
-        async with self._looking:
-            if self.server != lost:
-                return True
-            here = partial(connect, lost, self._pins, _unasked, key=self.fingerprint, own=self._target.own)
-            with suppress(OneroundError):
-                if (await tls_probe.look(lost, self._target.own)).certificate == self.certificate:
-                    return False
-                self._go_on(await self._open_now.enter_async_context(here()))  # with a renewed one
-                return True
-            with suppress(OneroundError):
-                self._go_on(await _elsewhere(self.fingerprint, lost, self._pins, self._target, self._open_now))
-                self._screen.say("moved", before=lost, server=self.server)
-                outbox.moved(self._state, lost, self.server)
-            return self.server != lost
-
-    def _go_on(self, other: Remote) -> None:
-        self.go_on_over(other)
-        _tell(other, self._screen)
+        opening = partial(channel.opened, lost.server, self.pins, _unasked, key=lost.fingerprint, own=self.target.own)
+        with suppress(OneroundError):
+            if (await tls_probe.look(lost.server, self.target.own)).certificate == lost.certificate:
+                return None
+            connection = await self.open_now.enter_async_context(opening())  # with a renewed one
+            _tell(connection, self.screen)
+            return connection
+        with suppress(OneroundError):
+            connection = await _elsewhere(lost.fingerprint, lost.server, self.pins, self.target, self.open_now)
+            _tell(connection, self.screen)
+            self.screen.say("moved", before=lost.server, server=connection.server)
+            outbox.moved(self.state, lost.server, connection.server)
+            return connection
+        return None
 
 
 @asynccontextmanager
@@ -66,58 +63,55 @@ async def connected(
     now; or to the one on this network. With `pin` the key of one that was never seen before is pinned, after the
     person has been asked where one is there."""
     pins, own, trusted = identity.Pins(state, keep=pin), target.own, target.trusted
-    said = ""  # the key that the network says it has
+    advertised = ""  # the key that the network says it has
 
     async def on_first_use(shown: trust.ShownCertificate) -> None:
         if pin:
-            await trust.first_time(screen, shown, said)
+            await trust.first_time(screen, shown, advertised)
         screen.say("pinned", server=shown.address, fingerprint=tls.grouped(shown.fingerprint))
 
     places = [target.address or _joined_at(state, job)]
     if not places[0]:
         if target.plain:  # who makes itself known speaks TLS
             raise UsageError("which coordinator?", hint="add --server HOST:PORT, as `coordinator serve` prints it")
-        chosen = await _found(screen, trusted)
-        places, said = list(chosen.addresses), chosen.fingerprint
+        chosen = await _discovered(screen, trusted)
+        places, advertised = list(chosen.addresses), chosen.fingerprint
     target.require_allowed(places[0])
+    me = identity.me(pins.state, keep=pins.keep)
     async with AsyncExitStack() as open_now:
         opening = partial(
-            connect,
-            pins=pins,
-            on_first_use=on_first_use,
-            trusted=trusted,
-            own=own,
-            insecure=target.plain,
-            token=target.token,
+            channel.opened, pins=pins, on_first_use=on_first_use, trusted=trusted, own=own, insecure=target.plain
         )
         try:
-            remote = await _first_that_answers([partial(opening, place) for place in places], open_now)
+            connection = await _first_that_answers([partial(opening, place) for place in places], open_now)
         except Unreachable as nobody:
             key = trusted or pins.all().get(places[0])
             if target.plain or key is None:
                 raise
             with screen.busy("looking for the coordinator on this network"):
                 try:
-                    remote = await _elsewhere(key, places[0], pins, target, open_now)
+                    connection = await _elsewhere(key, places[0], pins, target, open_now)
                 except Unreachable:
                     raise nobody from None
-            screen.say("moved", before=places[0], server=remote.server)
-            outbox.moved(state, places[0], remote.server)
-        _tell(remote, screen)
-        yield remote if target.plain else RoamingRemote(remote, pins, target, state, screen, open_now)
+            screen.say("moved", before=places[0], server=connection.server)
+            outbox.moved(state, places[0], connection.server)
+        _tell(connection, screen)
+        roaming = Roaming(pins, target, state, screen, open_now)
+        find_again = stay if target.plain else roaming.find_again  # without TLS no coordinator is known by its key
+        yield Remote(connection, me, token=target.token, find_again=find_again)
 
 
-def _tell(remote: Remote, screen: Screen) -> None:
-    if remote.before:
-        before, now = tls.grouped(remote.before), tls.grouped(remote.fingerprint)
-        screen.say("key_changed", server=remote.server, before=before, now=now)
+def _tell(connection: Connection, screen: Screen) -> None:
+    if connection.before:
+        before, now = tls.grouped(connection.before), tls.grouped(connection.fingerprint)
+        screen.say("key_changed", server=connection.server, before=before, now=now)
 
 
 def _unasked(shown: trust.ShownCertificate) -> None:
     """Of one whose key is known, nobody is asked."""
 
 
-async def _found(screen: Screen, trusted: str) -> DiscoveredCoordinator:
+async def _discovered(screen: Screen, trusted: str) -> DiscoveredCoordinator:
     """The coordinator on this network; the one that says it has the trusted key, if there is one.
 
     Raises:
@@ -125,15 +119,16 @@ async def _found(screen: Screen, trusted: str) -> DiscoveredCoordinator:
         UsageError: there are several, and none was chosen.
     """
     with screen.busy("looking for a coordinator on this network"):
-        found = await discovery.look()
+        coordinators = await discovery.look()
     if trusted:
-        found = [each for each in found if each.fingerprint == trusted][:1] or found
-    chosen = await _ask_which(found, screen) if len(found) > 1 and screen.can_ask else discovery.only(found)
+        coordinators = [each for each in coordinators if each.fingerprint == trusted][:1] or coordinators
+    ask = len(coordinators) > 1 and screen.can_ask
+    chosen = await _ask_which(coordinators, screen) if ask else discovery.only(coordinators)
     screen.say("found", name=chosen.name, server=chosen.addresses[0])
     return chosen
 
 
-async def _elsewhere(key: str, but: str, pins: identity.Pins, target: Target, open_now: AsyncExitStack) -> Remote:
+async def _elsewhere(key: str, but: str, pins: identity.Pins, target: Target, open_now: AsyncExitStack) -> Connection:
     """A connection to the coordinator with this key at another place: where the network says it is, or where it was.
 
     Raises:
@@ -141,21 +136,20 @@ async def _elsewhere(key: str, but: str, pins: identity.Pins, target: Target, op
     """
     heard: list[DiscoveredCoordinator] = []
     with suppress(NotEnough):
-        heard = await discovery.look(enough=lambda found: found.fingerprint == key)
-    said = [place for found in heard if found.fingerprint == key for place in found.addresses]
-    been = [place for place, pinned in pins.all().items() if pinned == key]
-    places = [place for place in dict.fromkeys(said + been) if place != but][:_MOST_PLACES]
+        heard = await discovery.look(enough=lambda coordinator: coordinator.fingerprint == key)
+    advertised = [place for coordinator in heard if coordinator.fingerprint == key for place in coordinator.addresses]
+    earlier = [place for place, pinned in pins.all().items() if pinned == key]
+    places = [place for place in dict.fromkeys(advertised + earlier) if place != but][:_MOST_PLACES]
     if not places:
         raise Unreachable("nobody on this network has the coordinator's key")
     return await _first_that_answers(
-        [partial(connect, place, pins, _unasked, key=key, own=target.own, token=target.token) for place in places],
-        open_now,
+        [partial(channel.opened, place, pins, _unasked, key=key, own=target.own) for place in places], open_now
     )
 
 
 async def _first_that_answers(
-    places: Sequence[Callable[[], AbstractAsyncContextManager[Remote]]], open_now: AsyncExitStack
-) -> Remote:
+    places: Sequence[Callable[[], AbstractAsyncContextManager[Connection]]], open_now: AsyncExitStack
+) -> Connection:
     for place in places[:-1]:
         with suppress(Unreachable):
             return await open_now.enter_async_context(place())
@@ -168,15 +162,15 @@ def _joined_at(state: Path, job: str) -> str:
     return next((box.server() for box in joined if not job or box.folder.name.rpartition("-")[0] == job), "")
 
 
-async def _ask_which(found: Sequence[DiscoveredCoordinator], screen: Screen) -> DiscoveredCoordinator:
+async def _ask_which(coordinators: Sequence[DiscoveredCoordinator], screen: Screen) -> DiscoveredCoordinator:
     rows = [
         f"  {number}  {each.name} at {each.addresses[0]}, key {tls.grouped(each.fingerprint[:16])} …"
-        for number, each in enumerate(found, 1)
+        for number, each in enumerate(coordinators, 1)
     ]
     screen.say("several", rows="\n".join(rows))
     while True:
-        answer = await screen.ask(f"Which one? \\[1-{len(found)}]")
+        answer = await screen.ask(f"Which one? \\[1-{len(coordinators)}]")
         if not answer:
             raise UsageError("no coordinator was chosen", hint="add --server HOST:PORT")
-        if answer.isdecimal() and 1 <= int(answer) <= len(found):
-            return found[int(answer) - 1]
+        if answer.isdecimal() and 1 <= int(answer) <= len(coordinators):
+            return coordinators[int(answer) - 1]

@@ -42,18 +42,18 @@ def me(state: Path, *, keep: bool = True) -> ClientKey:
     """
     file = state / "client-key.pem"
     if not file.exists():
-        made = passing()
+        created = passing()
         if keep:
-            pem = made.key.private_bytes(
+            pem = created.key.private_bytes(
                 serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
             )
             state.mkdir(parents=True, exist_ok=True)
             files.replace(file, [pem], private=True)
-        return made
+        return created
     try:
-        found = signing.private(file.read_bytes())
-        if isinstance(found, Ed25519PrivateKey):
-            return ClientKey(found)
+        key = signing.private(file.read_bytes())
+        if isinstance(key, Ed25519PrivateKey):
+            return ClientKey(key)
         why = "it holds another kind of key"
     except ValueError as error:
         why = str(error)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import datetime
 import hashlib
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path, PurePosixPath
@@ -15,25 +13,17 @@ from typing import Any
 import grpc
 from google.protobuf.message import Message
 
-from edge_client.connection import identity, tls_probe, trust
+from edge_client.connection import channel, identity, tls_probe
+from edge_client.connection.channel import CALL_SECONDS, Connection, OnFirstUse
 from edge_client.connection.identity import ClientKey, Pins
-from oneround import files, rules, signing, stream, tls
+from oneround import files, rules, stream
 from oneround.errors import BadData, Refused, Unreachable, from_status
 from oneround.text import one_line
 from oneround.v1 import federation_pb2 as pb
-from oneround.v1 import federation_pb2_grpc as rpc
 
 # What is fetched, by the ends of names: models, adapters, settings, signatures and texts. No program, and no pickle,
 # which can be one.
 _KINDS = frozenset({".gguf", ".safetensors", ".json", ".jinja", ".model", ".txt", ".md", ".signature"})
-
-CALL_SECONDS = 60.0
-_OPTIONS = [
-    ("grpc.max_receive_message_length", stream.MAX_MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
-    ("grpc.max_reconnect_backoff_ms", 10_000),
-]
 
 _GONE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED})
 _PASSING = _GONE | {
@@ -46,49 +36,62 @@ _PASSING = _GONE | {
 _files = ThreadPoolExecutor(2, "files")  # read, hash and write what travels
 
 OnBytes = Callable[[int], None]  # called with how many bytes of the file are across so far
-OnFirstUse = Callable[
-    [trust.ShownCertificate], Awaitable[None] | None
-]  # called before a key is pinned; may ask, and raise Refused
+# Looks for the coordinator of a connection that is lost; gives another connection to it, or None to stay on this one.
+FindAgain = Callable[[Connection], Awaitable[Connection | None]]
+
+
+async def stay(lost: Connection) -> Connection | None:
+    """For one who does not look: gRPC connects to the same place again by itself."""
+    return None
 
 
 class Remote:
-    """A connection. Methods raise OneroundError: Refused for a no, Unreachable when nobody answers."""
+    """The coordinator, over one connection at a time. Methods raise OneroundError: Refused for a no, Unreachable when
+    nobody answers."""
 
     def __init__(
         self,
-        server: str,
-        channel: grpc.aio.Channel,
-        certificate: bytes = b"",
+        connection: Connection,
         me: ClientKey | None = None,
         *,
         token: str = "",
-        before: str = "",
+        find_again: FindAgain = stay,
     ) -> None:
-        """`certificate` is PEM, and empty without TLS; `before` is the key that was pinned until now, and that the
-        certificate's follows; `token` is the secret of one, to come in by."""
-        self.server = server
-        self.certificate = certificate
-        self.before = before
-        self.channel = channel
-        self._stub = rpc.FederationStub(channel)
+        """Calls are made as `me`; `token` is the secret of one, to come in by. `find_again` says where to resume when
+        the coordinator does not answer any more."""
+        self.connection = connection
         self.me = me or identity.passing()
         self._token = token
         self.token_job = ""  # the job that the token is for, once signed in
-        self._session, self._renew_at = "", 0.0
-        self._signing_in = asyncio.Lock()
+        self._find_again = find_again
+        self._looking = asyncio.Lock()
+
+    @property
+    def server(self) -> str:
+        """HOST:PORT."""
+        return self.connection.server
+
+    @property
+    def certificate(self) -> bytes:
+        """PEM; empty without TLS."""
+        return self.connection.certificate
 
     @property
     def fingerprint(self) -> str:
         """The key's, in hex; empty without TLS."""
-        return tls.fingerprint(self.certificate) if self.certificate else ""
-
-    def go_on_over(self, other: Remote) -> None:
-        """Use another's connection from now on: the same coordinator, at another place or with another certificate."""
-        self.__dict__ |= other.__dict__
+        return self.connection.fingerprint
 
     async def find_again(self, lost: str) -> bool:
-        """Whether there is another place to go on at, when nobody answers at `lost`. See reach.Roaming."""
-        return self.server != lost
+        """Resume over another connection when nobody answers at `lost` any more; whether there is another one. Calls
+        that are under way stay on the old one."""
+        async with self._looking:
+            if self.server != lost:
+                return True
+            connection = await self._find_again(self.connection)
+            if connection is None:
+                return False
+            self.connection = connection
+            return True
 
     async def join(self, request: pb.JoinRequest) -> pb.JoinReply:
         reply: pb.JoinReply = await self._call("Join", request)
@@ -114,15 +117,16 @@ class Remote:
     async def job(self, name: str) -> pb.JobStatus:
         """The job's status now."""
         async with self._readable():
-            known = await self._signed_in()
-            async for status in self._stub.Watch(pb.WatchRequest(job=name), timeout=CALL_SECONDS, metadata=known):
+            connection, request = await self._signed_in(), pb.WatchRequest(job=name)
+            async for status in connection.stub.Watch(request, timeout=CALL_SECONDS, metadata=connection.metadata):
                 return status
         raise Refused(f"the coordinator says nothing of {name!r}")
 
     async def watch(self, name: str) -> AsyncIterator[pb.JobStatus]:
         """The job's status, now and whenever it changes."""
         async with self._readable():
-            async for status in self._stub.Watch(pb.WatchRequest(job=name), metadata=await self._signed_in()):
+            connection = await self._signed_in()
+            async for status in connection.stub.Watch(pb.WatchRequest(job=name), metadata=connection.metadata):
                 yield status
 
     async def download(self, job: str, artifact: pb.Artifact, to: Path, on_bytes: OnBytes) -> None:
@@ -139,14 +143,14 @@ class Remote:
             if offset < artifact.size:
                 async with self._readable():
                     await stream.pour(self._pieces(job, artifact, offset, on_bytes), sink, _files)
-            found = await asyncio.to_thread(sink.digest)
+            digest = await asyncio.to_thread(sink.digest)
         finally:
             await asyncio.to_thread(sink.close)
-        if (there := partial.stat().st_size) < artifact.size:
+        if (size := partial.stat().st_size) < artifact.size:
             raise Unreachable(
-                f"{artifact.name} broke off at byte {there} of {artifact.size}", hint="run it again, to go on"
+                f"{artifact.name} broke off at byte {size} of {artifact.size}", hint="run it again, to go on"
             )
-        if found != artifact.digest:
+        if digest != artifact.digest:
             partial.unlink()
             raise _damaged(artifact)
         partial.replace(to)
@@ -171,7 +175,8 @@ class Remote:
     async def _pieces(self, job: str, artifact: pb.Artifact, offset: int, on_bytes: OnBytes) -> AsyncIterator[bytes]:
         """An artifact's bytes as they come, and not one more than were announced."""
         wanted = pb.DownloadRequest(job=job, digest=artifact.digest, offset=offset)
-        async for chunk in self._stub.Download(wanted, metadata=await self._signed_in()):
+        connection = await self._signed_in()
+        async for chunk in connection.stub.Download(wanted, metadata=connection.metadata):
             offset += len(chunk.data)
             if offset > artifact.size:
                 return
@@ -199,69 +204,64 @@ class Remote:
 
         async def messages() -> AsyncIterator[pb.UploadRequest]:
             sent = opened.committed_offset
-            yield pb.UploadRequest(lease=lease, offset=sent)
+            yield pb.UploadRequest(lease=lease, offset=sent)  # where earlier coordinators look for the lease
             for data in stream.pieces(file, sent):
                 sent += len(data)
                 yield pb.UploadRequest(data=data)
                 on_bytes(sent)
 
         async with self._readable(passing=_PASSING):
-            return await self._stub.Upload(messages(), metadata=await self._signed_in())
+            connection = await self._signed_in()
+            return await connection.stub.Upload(messages(), metadata=[*connection.metadata, ("lease", lease)])
 
     async def _call(self, method: str, request: Message, passing: frozenset[grpc.StatusCode] = _GONE) -> Any:
         """A call with one answer. A session that is over meanwhile, as after a day asleep, is begun anew, once."""
         async with self._readable(passing):
-            had = self._session
+            had_session = bool(self.connection.session)
             try:
-                known = await self._signed_in()
-                return await getattr(self._stub, method)(request, timeout=CALL_SECONDS, metadata=known)
+                return await self._once(method, request)
             except grpc.aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.UNAUTHENTICATED or not had:
+                if error.code() is not grpc.StatusCode.UNAUTHENTICATED or not had_session:
                     raise
-                self._session = ""
-            known = await self._signed_in()
-            return await getattr(self._stub, method)(request, timeout=CALL_SECONDS, metadata=known)
+                self.connection.session = ""
+            return await self._once(method, request)
 
-    async def _signed_in(self) -> Sequence[tuple[str, str]]:
-        """What goes with every call, so that the coordinator knows who makes it."""
-        async with self._signing_in:
-            if not self._session or time.monotonic() > self._renew_at:
-                self._session = ""
-                asked: pb.ChallengeReply = await self._stub.Challenge(pb.ChallengeRequest(), timeout=CALL_SECONDS)
-                request = pb.SignInRequest(
-                    key=self.me.public_key,
-                    challenge=asked.challenge,
-                    signature=signing.sign(
-                        self.me.key, signing.sign_in(self.fingerprint, asked.challenge, self._token)
-                    ),
-                    token=self._token,
-                )
-                reply: pb.SignInReply = await self._stub.SignIn(request, timeout=CALL_SECONDS)
-                self._session, self.token_job = reply.session, reply.job or self.token_job
+    async def _once(self, method: str, request: Message) -> Any:
+        connection = await self._signed_in()
+        return await getattr(connection.stub, method)(request, timeout=CALL_SECONDS, metadata=connection.metadata)
+
+    async def _signed_in(self) -> Connection:
+        """The connection for a call, with a session on it."""
+        connection = self.connection
+        async with connection.signing_in:
+            if connection.has_to_sign_in:
+                reply = await connection.sign_in(self.me, self._token)
+                self.token_job = reply.job or self.token_job
                 self._token = ""  # it has let this client in; who is refused later does not come in by it again
-                self._renew_at = time.monotonic() + reply.holds_seconds / 2
-        return [("authorization", f"Session {self._session}")]
+        return connection
 
     @asynccontextmanager
     async def _readable(self, passing: frozenset[grpc.StatusCode] = _GONE) -> AsyncIterator[None]:
         """Statuses back into the errors that the coordinator raised; those that may pass are Unreachable."""
+        connection = self.connection
         try:
             yield
         except grpc.aio.AioRpcError as error:
             if error.code() in _GONE:
                 # "failed to connect to all addresses; last error: UNKNOWN: ipv4:…: Connection refused"
-                raise tls_probe.unreachable(self.server, (error.details() or "").rpartition(": ")[2]) from error
-            if error.code() is grpc.StatusCode.UNAUTHENTICATED and self._session:
-                self._session = ""
+                raise tls_probe.unreachable(connection.server, (error.details() or "").rpartition(": ")[2]) from error
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED and connection.session:
+                connection.session = ""
                 raise Unreachable(
-                    f"the session with the coordinator at {self.server} is over", hint="run the same command again"
+                    f"the session with the coordinator at {connection.server} is over",
+                    hint="run the same command again",
                 ) from error
             if error.code() in passing:
-                said = one_line(error.details() or "")
-                raise Unreachable(f"the coordinator at {self.server} has a trouble: {said}") from error
+                details = one_line(error.details() or "")
+                raise Unreachable(f"the coordinator at {connection.server} has a trouble: {details}") from error
             hint: Any = dict(error.trailing_metadata() or ()).get("hint-bin", b"")
-            said, try_next = one_line(error.details() or ""), one_line(hint.decode(errors="replace"))
-            raise from_status(error.code().name, said, try_next) from error
+            details, try_next = one_line(error.details() or ""), one_line(hint.decode(errors="replace"))
+            raise from_status(error.code().name, details, try_next) from error
 
 
 @asynccontextmanager
@@ -277,42 +277,13 @@ async def connect(
     me: ClientKey | None = None,
     token: str = "",
 ) -> AsyncIterator[Remote]:
-    """A connection to the coordinator at HOST:PORT whose key is the pinned one, or follows it.
-
-    `key` is that of one that has moved: another one is taken for nobody. `trusted` is the key that a person has named,
-    which is pinned whatever was pinned there before. `own` is shown to those who ask for a client's certificate. Made
-    as `me`, or as who the pins are of; `token` is the secret of one, to come in by.
-
-    Raises:
-        Refused: its key has changed, or is not the one that is trusted.
-        Unreachable: nobody answers there.
-    """
+    """The coordinator at HOST:PORT, over a connection that channel.opened opens, and raises as it does. Calls are made
+    as `me`, or as the client whose pins these are; `token` is the secret of one, to come in by."""
     me = me or identity.me(pins.state, keep=pins.keep)
-    if insecure:
-        if await tls_probe.speaks_tls(server):
-            raise Refused(f"the coordinator at {server} speaks TLS", hint="leave --insecure out")
-        async with grpc.aio.insecure_channel(server, _OPTIONS) as channel:
-            yield Remote(server, channel, me=me, token=token)
-        return
-    shown = await tls_probe.look(server, own)
-    if key and not shown.has(key):
-        raise tls_probe.unreachable(server, "another one answers there")
-    known = pins.known()
-    found = trust.standing(shown, known)
-    if trusted:
-        trust.require_named(shown, trusted)
-    else:
-        trust.require(shown, found, known, pins.state)
-    trust.require_dates(shown.certificate, datetime.datetime.now(datetime.UTC))
-    if found is trust.KeyStanding.NEW and not (trusted or key) and (asking := on_first_use(shown)) is not None:
-        await asking
-    pins.pin(server, shown.fingerprint, shown.earlier)
-    # The certificate just seen is the only root: whoever answers on this channel must hold its key.
-    credentials = grpc.ssl_channel_credentials(shown.certificate, *(own.read() if own else ()))
-    name = ("grpc.ssl_target_name_override", tls.name(shown.certificate))
-    async with grpc.aio.secure_channel(server, credentials, [*_OPTIONS, name]) as channel:
-        before = trust.left_behind(shown, known)
-        yield Remote(server, channel, shown.certificate, me, token=token, before=before)
+    async with channel.opened(
+        server, pins, on_first_use, key=key, trusted=trusted, own=own, insecure=insecure
+    ) as connection:
+        yield Remote(connection, me, token=token)
 
 
 def local_path(folder: Path, artifact: pb.Artifact) -> Path:

@@ -41,7 +41,7 @@ async def through(
         Unreachable: the deadline has passed.
     """
     waits, failures = pauses(), 0
-    said, said_at = "", 0.0
+    told, told_at = "", 0.0
 
     def across(done: int) -> None:
         nonlocal waits, failures
@@ -60,7 +60,7 @@ async def through(
             if failures >= LOST_AFTER and await remote.find_again(place):
                 continue
             wait = next(waits)
-            if str(error) != said or time.monotonic() - said_at > SAY_AGAIN:
-                said, said_at = str(error), time.monotonic()
-                screen.say("retry", why=said, seconds=wait)
+            if str(error) != told or time.monotonic() - told_at > SAY_AGAIN:
+                told, told_at = str(error), time.monotonic()
+                screen.say("retry", why=told, seconds=wait)
             await asyncio.sleep(wait)

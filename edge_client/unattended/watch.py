@@ -17,7 +17,7 @@ from edge_client.connection.remote import Remote
 from edge_client.session import Participant
 from edge_client.ui.screen import Screen
 from oneround import command
-from oneround.errors import OneroundError, Refused, Unreachable
+from oneround.errors import BadData, OneroundError, Refused, Unreachable, UsageError
 from oneround.v1 import federation_pb2 as pb
 
 LOOK_SECONDS = 30.0  # between two looks for new jobs
@@ -69,10 +69,11 @@ class JobWatcher:
         self._left_alone: set[JobKey] = set()
 
     async def stay(self) -> NoReturn:
-        """Look for jobs until cancelled; a coordinator that is away is waited for.
+        """Look for jobs until cancelled; a coordinator that is away or at fault is waited for.
 
         Raises:
             Refused: the coordinator's key is not the one that it was.
+            BadData: what is pinned of it cannot be read, or it sends what makes no sense.
         """
         pause = self._first_pause
         while True:
@@ -85,7 +86,9 @@ class JobWatcher:
                                 await self._take_part(remote, job)
                         pause = self._first_pause
                         await asyncio.sleep(self._look_seconds * random.uniform(0.8, 1.2))
-            except Unreachable as error:
+            except OneroundError as error:
+                if isinstance(error, Refused | UsageError | BadData):
+                    raise
                 wait = pause * random.uniform(0.5, 1.5)  # so that a cohort does not come back at once
                 self._screen.say("retry", why=str(error), seconds=wait)
                 await asyncio.sleep(wait)

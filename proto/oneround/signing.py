@@ -32,6 +32,11 @@ def client_id(der: bytes) -> str:
     return fingerprint(der)[:32]
 
 
+def public_id(client_id: str) -> str:
+    """A client as people name it, in tables and manifests: the first twelve hex digits of its id."""
+    return client_id[:12]
+
+
 def private(pem: bytes) -> PrivateKey:
     """An unencrypted private key.
 

@@ -36,10 +36,11 @@ from coordinator.cli import client as control
 from coordinator.cli import tables
 from coordinator.daemon import Daemon
 from coordinator.jobs import spec as job
-from coordinator.jobs.leases import public_id
 from coordinator.rpc import transport
+from edge_client.connection.channel import Connection
 from edge_client.connection.remote import Remote
 from oneround import tls
+from oneround.signing import public_id
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
 from tests.attacks.refusals import EVALUATION, MALLORY, refused, status_of
@@ -454,8 +455,8 @@ async def test_a_job_that_is_submitted_twice_at_once(tmp_path: Path) -> None:
 _HASTY = """
 from coordinator.cli import app
 from coordinator.uploads import flow_control, service
-real = flow_control.Turns
-service.Turns = lambda n=flow_control.TURNS, patience=flow_control.PATIENCE, idle=flow_control.IDLE: real(
+real = flow_control.FlowControl
+service.FlowControl = lambda n=flow_control.TURNS, patience=flow_control.PATIENCE, idle=flow_control.IDLE: real(
     n, patience / 20, idle / 20
 )
 app.main()
@@ -528,14 +529,14 @@ def test_streams_that_stay_half_open(tmp_path: Path, count: int) -> None:
         async with AsyncExitStack() as stack:
             remote = await stack.enter_async_context(connected(daemon.address, tmp_path))
             channels = [await stack.enter_async_context(daemon.channel()) for _ in range(count // 50)]
-            there = [Remote(daemon.address, channel, daemon.certificate) for channel in channels]
+            there = [Remote(Connection(daemon.address, channel, daemon.certificate)) for channel in channels]
             before = daemon.memory()
             ended: Counter[str] = Counter()
             over = asyncio.Event()
 
             async def half_open(number: int) -> None:
                 speaker = speaking(there[number % len(there)], f"{number:032x}")
-                stub, known = speaker._stub, await session(speaker)
+                stub, known = speaker.connection.stub, await session(speaker)
                 lease = (await stub.Join(pb.JoinRequest(job="notes"), metadata=known)).lease
                 declared = pb.Declaration(digest=f"{number:064x}", size=30_000, num_examples=1)
                 await stub.OpenUpload(pb.OpenUploadRequest(lease=lease, declaration=declared), metadata=known)

@@ -23,11 +23,12 @@ from coordinator.auth import identity
 from coordinator.cli import client as control
 from coordinator.daemon import Daemon
 from coordinator.jobs import spec as job
-from coordinator.jobs.leases import public_id
 from edge_client.connection import remote as remotes
+from edge_client.connection.channel import Connection
 from edge_client.connection.identity import Pins
 from edge_client.connection.remote import Remote
 from oneround.errors import Refused
+from oneround.signing import public_id
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
 from tests import commands
@@ -309,7 +310,8 @@ async def test_a_token_for_one_lets_one_in(tmp_path: Path) -> None:
 
 def speaking_again(crowd: Crowd, who: Remote, secret: str) -> Remote:
     """The same client after a restart."""
-    return Remote(crowd.server, crowd.channel, crowd.certificate, me=who.me, token=secret)
+    there = crowd.connection
+    return Remote(Connection(there.server, there.channel, there.certificate), me=who.me, token=secret)
 
 
 async def test_tokens_that_let_nobody_in_any_more(tmp_path: Path) -> None:
@@ -475,6 +477,7 @@ import asyncio, json, sys
 from pathlib import Path
 from oneround.errors import OneroundError
 from edge_client.connection import remote
+from edge_client.connection.channel import Connection
 from edge_client.connection.identity import Pins
 from oneround.v1 import federation_pb2 as pb
 

@@ -17,12 +17,12 @@ from coordinator.auth import policy
 from coordinator.auth.gate import Gate
 from coordinator.auth.policy import Caller
 from coordinator.auth.sessions import CHALLENGE_SECONDS, SCHEME, SESSION_SECONDS, Sessions
-from coordinator.jobs.leases import public_id
 from coordinator.storage.people import EVERY, MOST_WAITING, People
 from coordinator.storage.store import Store
 from oneround import signing
 from oneround.errors import Denied, NotEnough, NotFound, NotSignedIn, Refused, UsageError
 from oneround.lan import Interface
+from oneround.signing import public_id
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import me
 
@@ -62,32 +62,34 @@ def signed_in(
 
 def test_who_signs_a_challenge_is_known_by_its_key(sessions: Sessions, clock: Clock) -> None:
     for label in ("alice", "bob"):
-        assert sessions.proven(signed_in(sessions.challenge(), label)) == me(label).client_id
+        assert sessions.authenticate(signed_in(sessions.challenge(), label)) == me(label).client_id
     late = sessions.challenge()
     clock.now += CHALLENGE_SECONDS
-    assert sessions.proven(signed_in(late)) == me("alice").client_id, "within the minute"
+    assert sessions.authenticate(signed_in(late)) == me("alice").client_id, "within the minute"
     again = Sessions(SECRET, COORDINATOR, clock)
-    assert again.proven(signed_in(sessions.challenge())) == me("alice").client_id, "a restart forgets no challenge"
+    assert again.authenticate(signed_in(sessions.challenge())) == me("alice").client_id, (
+        "a restart forgets no challenge"
+    )
 
 
 def test_a_challenge_is_answered_once(sessions: Sessions, clock: Clock) -> None:
     request = signed_in(sessions.challenge())
-    sessions.proven(request)
+    sessions.authenticate(request)
     others = signed_in(request.challenge, "bob")
     for seconds in (0.0, CHALLENGE_SECONDS - 1.0):
         clock.now += seconds
-        sessions.proven(signed_in(sessions.challenge(), "carol"))  # forgets what is over
+        sessions.authenticate(signed_in(sessions.challenge(), "carol"))  # forgets what is over
         for replayed in (request, others):
             with pytest.raises(NotSignedIn, match="has been used"):
-                sessions.proven(replayed)
+                sessions.authenticate(replayed)
     clock.now += 2.0
     with pytest.raises(NotSignedIn, match="too old"):
-        sessions.proven(request)
+        sessions.authenticate(request)
 
 
 def test_challenges_that_are_over_are_forgotten(sessions: Sessions, clock: Clock) -> None:
     for _ in range(100):
-        sessions.proven(signed_in(sessions.challenge()))
+        sessions.authenticate(signed_in(sessions.challenge()))
         clock.now += 1.0
     assert len(sessions._answered) <= CHALLENGE_SECONDS + 1
 
@@ -100,13 +102,13 @@ def test_challenges_of_nobody(sessions: Sessions, clock: Clock) -> None:
     bent = [bytes([*good[:at], good[at] ^ 1, *good[at + 1 :]]) for at in (0, 15, 16, 23, 24, 55)]
     for challenge in (b"", bytes(56), good[:-1], good[1:], good + b"x", good * 2, foreign, issued, *bent):
         with pytest.raises(NotSignedIn, match="not one of this coordinator's"):
-            sessions.proven(signed_in(challenge))
+            sessions.authenticate(signed_in(challenge))
     clock.now -= 1.0
     with pytest.raises(NotSignedIn, match="too old"):
-        sessions.proven(signed_in(good))
+        sessions.authenticate(signed_in(good))
     clock.now += CHALLENGE_SECONDS + 2.0
     with pytest.raises(NotSignedIn, match="too old"):
-        sessions.proven(signed_in(good))
+        sessions.authenticate(signed_in(good))
     assert not sessions._answered
 
 
@@ -128,7 +130,7 @@ def test_what_is_no_ed25519_key(sessions: Sessions) -> None:
         said = signing.sign_in(COORDINATOR, challenge, "")
         signature = signing.sign(key, said) if key else me("alice").key.sign(said)
         with pytest.raises(UsageError, match="key"):
-            sessions.proven(pb.SignInRequest(key=der, challenge=challenge, signature=signature))
+            sessions.authenticate(pb.SignInRequest(key=der, challenge=challenge, signature=signature))
 
 
 def test_signatures_of_something_else(sessions: Sessions) -> None:
@@ -149,8 +151,8 @@ def test_signatures_of_something_else(sessions: Sessions) -> None:
     )
     for request in (*requests, plain, raw):
         with pytest.raises(NotSignedIn, match="not this key's, or not for this coordinator"):
-            sessions.proven(request)
-    assert sessions.proven(signed_in(challenge)), "none of them has used it up"
+            sessions.authenticate(request)
+    assert sessions.authenticate(signed_in(challenge)), "none of them has used it up"
 
 
 @given(st.binary(max_size=200), st.binary(max_size=200), st.binary(max_size=100), st.text(max_size=20))
@@ -163,7 +165,7 @@ def test_bytes_that_sign_nobody_in(key: bytes, challenge: bytes, signature: byte
         pb.SignInRequest(key=whole.key, challenge=whole.challenge, signature=signature, token=token),
     ):
         with pytest.raises((NotSignedIn, UsageError)):
-            sessions.proven(request)
+            sessions.authenticate(request)
 
 
 # ---- sessions ----
@@ -172,11 +174,11 @@ def test_bytes_that_sign_nobody_in(key: bytes, challenge: bytes, signature: byte
 def test_a_session_speaks_for_its_client_until_it_is_over(sessions: Sessions, clock: Clock) -> None:
     session = sessions.issue(me("alice").client_id)
     clock.now += SESSION_SECONDS
-    assert sessions.client(session) == me("alice").client_id
-    assert Sessions(SECRET, COORDINATOR, clock).client(session) == me("alice").client_id, "a restart ends none"
+    assert sessions.client_id(session) == me("alice").client_id
+    assert Sessions(SECRET, COORDINATOR, clock).client_id(session) == me("alice").client_id, "a restart ends none"
     clock.now += 1.0
     with pytest.raises(NotSignedIn, match="is over"):
-        sessions.client(session)
+        sessions.client_id(session)
 
 
 def test_sessions_of_nobody(sessions: Sessions, clock: Clock) -> None:
@@ -191,13 +193,13 @@ def test_sessions_of_nobody(sessions: Sessions, clock: Clock) -> None:
     given_texts = ["", "=", "a", "é", "\0", good[:-4], "x" * 10_000, foreign]
     for session in [*given_texts, *(base64.urlsafe_b64encode(each).decode() for each in made)]:
         with pytest.raises(NotSignedIn, match="needs a session"):
-            sessions.client(session)
+            sessions.client_id(session)
 
 
 @given(st.text(max_size=120))
 def test_texts_that_are_no_session(text: str) -> None:
     with pytest.raises(NotSignedIn):
-        Sessions(SECRET, COORDINATOR, Clock()).client(text)
+        Sessions(SECRET, COORDINATOR, Clock()).client_id(text)
 
 
 # ---- decisions ----
@@ -222,7 +224,7 @@ def test_texts_that_are_no_session(text: str) -> None:
     ],
 )
 def test_where_one_stands(who: str, local: bool, passed: bool, standing: str) -> None:
-    assert policy.standing(who, local=local, passed=passed) == standing
+    assert policy.access(who, local=local, passed=passed) == standing
 
 
 OWN = [
@@ -294,11 +296,11 @@ ALICE, BOB, CAROL = (me(label).client_id for label in ("alice", "bob", "carol"))
 
 def test_a_token_lets_in_as_many_as_it_says(people: People) -> None:
     _, once = people.create_token("notes", WEEK, 1, "", 0.0)
-    assert people.redeem(once, ALICE, 1.0) == "notes" and people.jobs_of(ALICE) == {"notes"}
+    assert people.redeem(once, ALICE, 1.0) == "notes" and people.passes_of(ALICE) == {"notes"}
     assert people.redeem(once, ALICE, 2.0) == "notes", "brought again, as after a restart"
     with pytest.raises(Denied, match="used by somebody else already"):
         people.redeem(once, BOB, 3.0)
-    assert people.jobs_of(BOB) == set() and [token.used for token in people.tokens()] == [1]
+    assert people.passes_of(BOB) == set() and [token.used for token in people.tokens()] == [1]
 
     _, twice = people.create_token("notes", WEEK, 2, "", 0.0)
     for client in (BOB, BOB, CAROL):
@@ -309,7 +311,7 @@ def test_a_token_lets_in_as_many_as_it_says(people: People) -> None:
     _, many = people.create_token(EVERY, WEEK, 0, "", 0.0)
     for number in range(20):
         assert people.redeem(many, f"{number:032x}", 6.0) == EVERY
-        assert people.jobs_of(f"{number:032x}") == {EVERY}
+        assert people.passes_of(f"{number:032x}") == {EVERY}
 
 
 def test_a_token_that_is_over(people: People) -> None:
@@ -325,7 +327,7 @@ def test_a_token_that_is_over(people: People) -> None:
     assert people.redeem(secret, ALICE, 2 * WEEK) == people.redeem(revoked, CAROL, 2 * WEEK) == "notes", (
         "who is in stays"
     )
-    assert people.jobs_of(BOB) == set() and BOB not in {person.client_id for person, _ in people.known()}
+    assert people.passes_of(BOB) == set() and BOB not in {person.client_id for person, _ in people.everybody()}
     with pytest.raises(NotFound, match="no token"):
         people.revoke("0" * 8)
     assert made.id != gone.id
@@ -336,7 +338,7 @@ def test_what_is_no_token(people: People) -> None:
     for guess in ("", secret[:-1], secret + "x", secret.swapcase(), made.id, made.digest, "' OR 1=1 --", "\0", "é"):
         with pytest.raises(Denied, match="not known here"):
             people.redeem(guess, ALICE, 1.0)
-    assert not people.known(), "who brings none is not written down"
+    assert not people.everybody(), "who brings none is not written down"
 
 
 def test_who_is_in_otherwise_uses_up_no_token_and_is_not_kept_out_by_a_used_one(people: People) -> None:
@@ -353,7 +355,7 @@ def test_who_was_refused_comes_in_by_no_used_token(people: People) -> None:
     _, secret = people.create_token("notes", WEEK, 1, "", 0.0)
     people.redeem(secret, ALICE, 1.0)
     people.settle(ALICE, "notes", pb.SETTLEMENT_REFUSE, "", 2.0)
-    assert people.jobs_of(ALICE) == set()
+    assert people.passes_of(ALICE) == set()
     with pytest.raises(Denied):
         people.redeem(secret, ALICE, 3.0)
 
@@ -378,35 +380,35 @@ def test_a_deleted_job_leaves_nobody_in_the_next_one_of_its_name(people: People)
     people.redeem(one, ALICE, 1.0)
     people.redeem(every, BOB, 1.0)
     people.forget("notes")
-    assert (people.jobs_of(ALICE), people.jobs_of(BOB)) == (set(), {EVERY})
+    assert (people.passes_of(ALICE), people.passes_of(BOB)) == (set(), {EVERY})
     with pytest.raises(Denied, match="not known"):
         people.redeem(one, CAROL, 2.0)
     assert people.redeem(every, CAROL, 2.0) == EVERY
 
 
 def test_who_asks_again_keeps_what_it_was_given(people: People) -> None:
-    people.asks(ALICE, "notes", "alice", 1.0)
-    people.asks(ALICE, "notes", "alice's other name", 2.0)
-    ((person, (asked,)),) = people.known("notes")
-    assert (person.name, asked.granted, people.jobs_of(ALICE)) == ("alice's other name", False, set())
+    people.request_pass(ALICE, "notes", "alice", 1.0)
+    people.request_pass(ALICE, "notes", "alice's other name", 2.0)
+    ((person, (asked,)),) = people.everybody("notes")
+    assert (person.name, asked.granted, people.passes_of(ALICE)) == ("alice's other name", False, set())
     people.settle(ALICE, "notes", pb.SETTLEMENT_APPROVE, "", 3.0)
-    people.asks(ALICE, "notes", "alice", 4.0)
-    assert people.jobs_of(ALICE) == {"notes"}
-    assert not people.known("other")
+    people.request_pass(ALICE, "notes", "alice", 4.0)
+    assert people.passes_of(ALICE) == {"notes"}
+    assert not people.everybody("other")
 
 
 def test_no_more_ask_than_an_operator_can_look_at() -> None:
     people = People(Store("sqlite://").database)
     for number in range(MOST_WAITING):
-        people.asks(f"{number:032x}", "notes", "", 1.0)
+        people.request_pass(f"{number:032x}", "notes", "", 1.0)
     for _ in range(3):
         with pytest.raises(NotEnough, match="too many wait"):
-            people.asks(ALICE, "notes", "alice", 2.0)
-    people.asks(f"{7:032x}", "notes", "who has asked may go on asking", 2.0)
-    people.asks(ALICE, "other", "alice", 2.0)
+            people.request_pass(ALICE, "notes", "alice", 2.0)
+    people.request_pass(f"{7:032x}", "notes", "who has asked may go on asking", 2.0)
+    people.request_pass(ALICE, "other", "alice", 2.0)
     people.settle(f"{7:032x}", "notes", pb.SETTLEMENT_APPROVE, "", 3.0)
-    people.asks(ALICE, "notes", "alice", 4.0)
-    assert len(people.known()) == MOST_WAITING + 1
+    people.request_pass(ALICE, "notes", "alice", 4.0)
+    assert len(people.everybody()) == MOST_WAITING + 1
 
 
 # ---- the doors ----
@@ -426,7 +428,7 @@ def gate(people: People, sessions: Sessions, clock: Clock) -> Gate:
 
 
 def caller(gate: Gate, sessions: Sessions, label: str, peer: str = HERE) -> Caller:
-    return gate.caller({"authorization": SCHEME + sessions.issue(me(label).client_id)}, peer)
+    return gate.authenticate({"authorization": SCHEME + sessions.issue(me(label).client_id)}, peer)
 
 
 async def test_what_each_may_know_of(gate: Gate, sessions: Sessions) -> None:
@@ -435,8 +437,8 @@ async def test_what_each_may_know_of(gate: Gate, sessions: Sessions) -> None:
 
     alice, far = (caller(gate, sessions, "alice", peer) for peer in (HERE, THERE))
     assert await seen(alice) == ["open", "by-approval"] and await seen(far) == []
-    assert await seen(gate.caller({"authorization": "Bearer admin"}, THERE)) == list(JOBS)
-    assert await gate.enter(alice, "open", "alice") and not await gate.enter(alice, "by-approval", "alice")
+    assert await seen(gate.authenticate({"authorization": "Bearer admin"}, THERE)) == list(JOBS)
+    assert await gate.may_join(alice, "open", "alice") and not await gate.may_join(alice, "by-approval", "alice")
     assert await seen(far) == []
     await gate.joined(alice, "open", "alice")
     assert await seen(far) == ["open"], "it joined, and goes on from another network"
@@ -457,33 +459,33 @@ async def test_hidden_and_missing_jobs_are_told_in_the_same_words(gate: Gate, se
 
     alice = caller(gate, sessions, "alice")
     for hidden, missing in (("by-token", "no-token"),):
-        for call, more in ((gate.see, ()), (gate.be_in, ()), (gate.enter, ("alice",))):
+        for call, more in ((gate.require_visible, ()), (gate.require_member, ()), (gate.may_join, ("alice",))):
             one, other = await said(call, alice, hidden, *more), await said(call, alice, missing, *more)
             assert (one[0].replace(hidden, missing), one[1].replace(hidden, missing)) == other
 
 
 async def test_who_may_ask_gets_nothing_meanwhile(gate: Gate, sessions: Sessions) -> None:
     alice = caller(gate, sessions, "alice")
-    await gate.see(alice, "by-approval")
+    await gate.require_visible(alice, "by-approval")
     for _ in range(2):
         with pytest.raises(Denied, match="has not let this client into") as caught:
-            await gate.be_in(alice, "by-approval")
+            await gate.require_member(alice, "by-approval")
         assert public_id(alice.client_id) in caught.value.hint
-        assert not await gate.enter(alice, "by-approval", "alice")
+        assert not await gate.may_join(alice, "by-approval", "alice")
     with pytest.raises(UsageError, match="no client's"):
-        await gate.enter(Caller(operator=True), "open", "the operator")
+        await gate.may_join(Caller(operator=True), "open", "the operator")
 
 
 async def test_who_is_refused_while_it_joins_is_not_let_in_by_that(gate: Gate, sessions: Sessions) -> None:
     alice = caller(gate, sessions, "alice")
-    await gate.enter(alice, "by-approval", "alice")
+    await gate.may_join(alice, "by-approval", "alice")
     asked = pb.SettleRequest(client="alice", job="by-approval", settlement=pb.SETTLEMENT_APPROVE)
     await gate.settle(asked)
-    assert await gate.enter(alice, "by-approval", "alice")
+    assert await gate.may_join(alice, "by-approval", "alice")
     asked.settlement = pb.SETTLEMENT_REFUSE
     await gate.settle(asked)
     await gate.joined(alice, "by-approval", "alice")
-    assert not await gate.enter(alice, "by-approval", "alice")
+    assert not await gate.may_join(alice, "by-approval", "alice")
 
 
 async def test_who_is_banned_gets_nowhere(gate: Gate, sessions: Sessions, people: People, clock: Clock) -> None:
@@ -516,11 +518,11 @@ def test_metadata_that_says_nothing(gate: Gate, sessions: Sessions) -> None:
         SCHEME,
     ):
         with pytest.raises(NotSignedIn):
-            gate.caller({"authorization": given_text}, HERE)
+            gate.authenticate({"authorization": given_text}, HERE)
     with pytest.raises(NotSignedIn):
-        gate.caller({}, HERE)
+        gate.authenticate({}, HERE)
     with pytest.raises(NotSignedIn):
-        gate.caller({"authorization": b"\xff"}, HERE)
+        gate.authenticate({"authorization": b"\xff"}, HERE)
 
 
 async def test_names_do_not_stand_in_the_way(gate: Gate, sessions: Sessions) -> None:
@@ -536,7 +538,7 @@ async def test_names_do_not_stand_in_the_way(gate: Gate, sessions: Sessions) -> 
     settled = await gate.settle(pb.SettleRequest(client=ids["alice"], settlement=pb.SETTLEMENT_BAN))
     assert (settled.id, settled.name, settled.banned) == (ids["alice"], "ward", True)
     await gate.settle(pb.SettleRequest(client=ids["mallory"], settlement=pb.SETTLEMENT_BAN))
-    assert {each.id for each in (await gate.clients()).clients if each.banned} == {ids["alice"], ids["mallory"]}
+    assert {each.id for each in (await gate.list_clients()).clients if each.banned} == {ids["alice"], ids["mallory"]}
 
 
 @pytest.mark.parametrize(
@@ -562,4 +564,4 @@ async def test_what_an_operator_cannot_ask_for(
             await gate.create_token(request_)
         else:
             await gate.settle(request_)
-    assert not (await gate.tokens()).tokens
+    assert not (await gate.list_tokens()).tokens

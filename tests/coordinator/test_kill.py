@@ -30,9 +30,9 @@ from grpc import StatusCode
 
 from coordinator.cli import client as control
 from coordinator.jobs import spec as job
-from coordinator.jobs.leases import public_id
 from oneround import statements, stream
 from oneround.errors import Refused, Unreachable
+from oneround.signing import public_id
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd, connected, me
 from tests.coordinator.dying import HOOK, ROOT, Plan
@@ -71,8 +71,8 @@ SUBMITTING = {
 _PARTIAL = "uploads/notes.<client>.<digest>"
 SENDING = {
     *(
-        "commit lets_in",
-        "commit seen",
+        "commit grant_pass",
+        "commit record_seen",
         "commit join",
         f"open {_PARTIAL}",
         f"write {_PARTIAL}",
@@ -81,7 +81,7 @@ SENDING = {
     ),
     *("fsync blobs", "commit contribute", f"unlink {_PARTIAL}"),
 }
-TAKING = SENDING | {"commit judge", "commit withdraw"}
+TAKING = SENDING | {"commit decide", "commit withdraw"}
 
 
 def _placed(folder: str, name: str) -> set[str]:
@@ -90,7 +90,7 @@ def _placed(folder: str, name: str) -> set[str]:
 
 _VERSIONS, _WORK = "publications/notes", "publications/notes/v<n>.partial"
 PUBLISHING = SENDING.union(
-    {"commit stand", "commit advance", "mkdir publications", f"mkdir {_VERSIONS}", f"fsync {_VERSIONS}"},
+    {"commit record_soundness", "commit advance", "mkdir publications", f"mkdir {_VERSIONS}", f"fsync {_VERSIONS}"},
     _placed(_VERSIONS, "v<n>.order.json"),
     {f"mkdir {_WORK}", f"fsync {_WORK}", f"rename {_VERSIONS}/v<n>", f"unlink {_VERSIONS}/v<n>.order.json"},
     *(_placed(_WORK, name) for name in ("adapter.gguf", "notes-f16.gguf", "README.md", "Modelfile", "manifest.json")),
@@ -108,7 +108,8 @@ DELETING = {"commit mark_deleted", "commit forget", "unlink blobs/<digest>", f"r
     {f"unlink {_VERSIONS}/v<n>/{kind}/adapter_config.json" for kind in ("peft", "mlx")},
     {f"unlink {_VERSIONS}/v<n>/peft/adapter_model.safetensors", f"unlink {_VERSIONS}/v<n>/mlx/adapters.safetensors"},
 )
-SOMETIMES = {"commit note", "commit stand", "commit advance"}  # by the clock, or by what the examiner is up to
+# By the clock, or by what the examiner is up to.
+SOMETIMES = {"commit record_progress", "commit record_soundness", "commit advance"}
 
 
 # ---- a process of daemons ----
@@ -312,6 +313,7 @@ class Rows:
     contributions: list[tuple[str, str, str, int, int, str]]  # job, client, digest, size, replaced, by_hand
     initial: list[str]  # digests
     versions: list[tuple[int, bool]]  # and whether each is made
+    events: Counter[tuple[str, str, str]]  # job, kind and client
 
 
 def at_rest(state: Path) -> Rows:
@@ -323,7 +325,11 @@ def at_rest(state: Path) -> Rows:
             database.execute("select job, client_id, digest, size, replaced, by_hand from contributions").fetchall(),
             [json.loads(text)["initial"]["digest"] for (text,) in database.execute("select job from jobs")],
             database.execute("select version, publication is not null from publications").fetchall(),
+            Counter(database.execute("select job, kind, client_id from events").fetchall()),
         )
+        numbers = "select count(*), max(number), min(number) from events group by job"
+        assert all(count == last and first == 1 for count, last, first in database.execute(numbers))
+        _told(database, rows)
         jobs = "select name from jobs union select ''"
         assert not database.execute(f"select client_id, job from passes where job not in ({jobs})").fetchall()
     finally:
@@ -340,6 +346,21 @@ def at_rest(state: Path) -> Rows:
         f"v{n}" for n, made in rows.versions if made
     }
     return rows
+
+
+def _told(database: sqlite3.Connection, rows: Rows) -> None:
+    """What is in the database is told by events, and nothing else is."""
+    assert {job for job, kind, _ in rows.events if kind == "round_opened"} == {
+        name for (name,) in database.execute("select name from jobs")
+    }
+    joined = {(job, client): times for (job, kind, client), times in rows.events.items() if kind == "joined"}
+    assert joined == dict.fromkeys(database.execute("select job, client_id from clients").fetchall(), 1)
+    received = Counter((row[0], row[1]) for row in rows.contributions)
+    assert received == {
+        (job, client): times for (job, kind, client), times in rows.events.items() if kind == "contribution_received"
+    }
+    published = sum(times for (_, kind, _), times in rows.events.items() if kind == "version_published")
+    assert published == sum(made for _, made in rows.versions)
 
 
 def check(world: World) -> None:

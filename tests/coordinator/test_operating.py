@@ -22,6 +22,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 import coordinator.cli.app
+import coordinator.cli.serve
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.clients import Crowd, connected
@@ -160,7 +161,7 @@ def test_the_systemd_unit(tmp_path: Path) -> None:
 def test_the_launchd_agent() -> None:
     agent = plistlib.loads((DEPLOY / "org.oneround.coordinator.plist").read_bytes())
     shell, _, line = agent["ProgramArguments"]
-    assert shell == "/bin/zsh" and agent["RunAtLoad"] and agent["ExitTimeOut"] > coordinator.cli.app.DRAIN_SECONDS
+    assert shell == "/bin/zsh" and agent["RunAtLoad"] and agent["ExitTimeOut"] > coordinator.cli.serve.DRAIN_SECONDS
     _parses(line.split(" exec ")[1])
 
 

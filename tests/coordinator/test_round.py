@@ -72,7 +72,7 @@ def with_rules(round: Round, **changes: float | None) -> Round:
         (with_rules(replace(FAILED, fresh=1, admitted=1), renew_every=60), Tick(), 560, State.FAILED, ""),
     ],
 )  # fmt: skip
-def test_events(before: Round, event: rounds.Event, now: float, state: State, reason: str) -> None:
+def test_events(before: Round, event: rounds.Trigger, now: float, state: State, reason: str) -> None:
     after = rounds.apply(before, event, now)
     assert after.state is state
     assert reason in after.reason and bool(reason) == bool(after.reason)

@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import grpc
 import pytest
 
 from coordinator import discovery as advertising
@@ -15,6 +16,7 @@ from coordinator.auth import identity
 from coordinator.jobs import spec
 from edge_client import outbox, session
 from edge_client.connection import connect, retry
+from edge_client.connection.channel import Connection
 from edge_client.connection.remote import Remote
 from edge_client.connection.target import Target
 from edge_client.ui.screen import Screen
@@ -111,7 +113,8 @@ class Away(Remote):
     """Nobody, anywhere."""
 
     def __init__(self) -> None:
-        self.server, self.looked = "nowhere:1", 0
+        super().__init__(Connection("nowhere:1", grpc.aio.insecure_channel("127.0.0.1:1")))
+        self.looked = 0
 
     async def find_again(self, lost: str) -> bool:
         self.looked += 1

@@ -314,7 +314,9 @@ def test_what_a_coordinator_signed_and_is_no_manifest(tmp_path: Path, content: s
 class Doctored(Remote):
     """A coordinator's answers, with its receipts changed on the way."""
 
-    change: Callable[[pb.Receipt], None]
+    def __init__(self, remote: Remote, change: Callable[[pb.Receipt], None]) -> None:
+        super().__init__(remote.connection, remote.me)
+        self.change = change
 
     async def join(self, request: pb.JoinRequest) -> pb.JoinReply:
         reply = await super().join(request)
@@ -343,8 +345,7 @@ async def test_a_wrong_receipt_is_none_and_the_adapter_stays(tmp_path: Path) -> 
 
     async def take_part(address: str, change: Callable[[pb.Receipt], None]) -> pb.Receipt:
         async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
-            remote.__class__, remote.change = Doctored, change  # type: ignore[assignment, attr-defined]
-            return await session.take_part(remote, "notes", who, Screen())
+            return await session.take_part(Doctored(remote, change), "notes", who, Screen())
 
     async with running(tmp_path / "one") as (daemon, address):
         await daemon.submit(spec.parse(SPEC))

@@ -23,15 +23,15 @@ def upgrade(connection: Connection) -> None:
     config.set_main_option("script_location", str(Path(__file__).parent))
     config.attributes["connection"] = connection
     script = ScriptDirectory.from_config(config)
-    found = MigrationContext.configure(connection).get_current_revision()
-    if found == script.get_current_head():
+    revision = MigrationContext.configure(connection).get_current_revision()
+    if revision == script.get_current_head():
         return
-    if found is not None and found not in {step.revision for step in script.walk_revisions()}:
+    if revision is not None and revision not in {step.revision for step in script.walk_revisions()}:
         raise UsageError(
-            f"the database has schema {found}, which this version of oneround does not know",
+            f"the database has schema {revision}, which this version of oneround does not know",
             hint="pip install --upgrade oneround",
         )
-    if found is None and "jobs" in inspect(connection).get_table_names():
+    if revision is None and "jobs" in inspect(connection).get_table_names():
         raise UsageError(
             "the database was written before oneround 0.1, or is not a coordinator's",
             hint="coordinator serve --state NEW-FOLDER",

@@ -1422,7 +1422,9 @@ Global___OpenUploadReply: _TypeAlias = OpenUploadReply  # noqa: Y015
 
 @_typing.final
 class UploadRequest(_message.Message):
-    """The first message of a stream carries `lease` and `offset`; every message carries data."""
+    """The call's metadata carries the lease, as `lease: LEASE`, so that it is authorised before anything is taken. The first
+    message of the stream carries `lease` and `offset`; every message carries data.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1430,7 +1432,7 @@ class UploadRequest(_message.Message):
     OFFSET_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     lease: _builtins.str
-    """From Join."""
+    """From Join; the one in the metadata. A client that sends no such metadata is authorised by this one."""
     offset: _builtins.int
     """Where the first message's data begins; must be the committed offset."""
     data: _builtins.bytes
@@ -1828,6 +1830,7 @@ class JobStatus(_message.Message):
     TAKES_CONTRIBUTIONS_FIELD_NUMBER: _builtins.int
     COMPARISONS_FIELD_NUMBER: _builtins.int
     STARTED_FROM_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
     state: Global___State.ValueType
     """Where it stands."""
     reason: _builtins.str
@@ -1866,6 +1869,10 @@ class JobStatus(_message.Message):
     def started_from(self) -> Global___Start:
         """Where the initial adapter comes from; not set where it is a fresh one."""
 
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
+        """The newest events of the round, oldest first; for the operator alone."""
+
     def __init__(
         self,
         *,
@@ -1883,14 +1890,512 @@ class JobStatus(_message.Message):
         takes_contributions: _builtins.bool | None = ...,
         comparisons: _abc.Iterable[Global___Comparison] | None = ...,
         started_from: Global___Start | None = ...,
+        events: _abc.Iterable[Global___Event] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "clients", b"clients", "comparisons", b"comparisons", "contributed", b"contributed", "deadline_unix", b"deadline_unix", "joined", b"joined", "opened_unix", b"opened_unix", "publications", b"publications", "reason", b"reason", "spec", b"spec", "stage", b"stage", "started_from", b"started_from", "state", b"state", "takes_contributions", b"takes_contributions"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "clients", b"clients", "comparisons", b"comparisons", "contributed", b"contributed", "deadline_unix", b"deadline_unix", "events", b"events", "joined", b"joined", "opened_unix", b"opened_unix", "publications", b"publications", "reason", b"reason", "spec", b"spec", "stage", b"stage", "started_from", b"started_from", "state", b"state", "takes_contributions", b"takes_contributions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "clients", b"clients", "comparisons", b"comparisons", "contributed", b"contributed", "deadline_unix", b"deadline_unix", "joined", b"joined", "opened_unix", b"opened_unix", "publications", b"publications", "reason", b"reason", "spec", b"spec", "stage", b"stage", "started_from", b"started_from", "state", b"state", "takes_contributions", b"takes_contributions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted", b"admitted", "clients", b"clients", "comparisons", b"comparisons", "contributed", b"contributed", "deadline_unix", b"deadline_unix", "events", b"events", "joined", b"joined", "opened_unix", b"opened_unix", "publications", b"publications", "reason", b"reason", "spec", b"spec", "stage", b"stage", "started_from", b"started_from", "state", b"state", "takes_contributions", b"takes_contributions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JobStatus: _TypeAlias = JobStatus  # noqa: Y015
+
+@_typing.final
+class Event(_message.Message):
+    """---- What happened in a round, kept in order ----
+
+    One event. Events are never changed, and go only with their job.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    AT_UNIX_FIELD_NUMBER: _builtins.int
+    CLIENT_FIELD_NUMBER: _builtins.int
+    CLIENT_NAME_FIELD_NUMBER: _builtins.int
+    ROUND_OPENED_FIELD_NUMBER: _builtins.int
+    JOINED_FIELD_NUMBER: _builtins.int
+    FIRST_STEP_FIELD_NUMBER: _builtins.int
+    UPLOAD_OPENED_FIELD_NUMBER: _builtins.int
+    CONTRIBUTION_RECEIVED_FIELD_NUMBER: _builtins.int
+    CONTRIBUTION_JUDGED_FIELD_NUMBER: _builtins.int
+    DECIDED_BY_HAND_FIELD_NUMBER: _builtins.int
+    QUORUM_REACHED_FIELD_NUMBER: _builtins.int
+    ROUND_CLOSED_FIELD_NUMBER: _builtins.int
+    VERSION_STARTED_FIELD_NUMBER: _builtins.int
+    VERSION_DELAYED_FIELD_NUMBER: _builtins.int
+    VERSION_PUBLISHED_FIELD_NUMBER: _builtins.int
+    VERSION_FAILED_FIELD_NUMBER: _builtins.int
+    ROUND_ENDED_FIELD_NUMBER: _builtins.int
+    WITHDRAWN_FIELD_NUMBER: _builtins.int
+    EVALUATION_REPORTED_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """1 for a job's first event, and one more for each that follows."""
+    at_unix: _builtins.float
+    """Seconds since the Unix epoch."""
+    client: _builtins.str
+    """The client that it is about: the first twelve hex digits of its client_id. Empty: it is about the whole round."""
+    client_name: _builtins.str
+    """What people call that client now."""
+    @_builtins.property
+    def round_opened(self) -> Global___RoundOpened:
+        """The job was submitted, and its round takes contributions."""
+
+    @_builtins.property
+    def joined(self) -> Global___Joined:
+        """A client joined for the first time."""
+
+    @_builtins.property
+    def first_step(self) -> Global___FirstStep:
+        """A client reported its first optimizer step."""
+
+    @_builtins.property
+    def upload_opened(self) -> Global___UploadOpened:
+        """A client declared a contribution, and may send it."""
+
+    @_builtins.property
+    def contribution_received(self) -> Global___ContributionReceived:
+        """A contribution is stored."""
+
+    @_builtins.property
+    def contribution_judged(self) -> Global___ContributionJudged:
+        """A contribution has a verdict, its first one or another than before."""
+
+    @_builtins.property
+    def decided_by_hand(self) -> Global___DecidedByHand:
+        """The operator decided about a contribution."""
+
+    @_builtins.property
+    def quorum_reached(self) -> Global___QuorumReached:
+        """For the first time as many contributions take part as the quorum asks for."""
+
+    @_builtins.property
+    def round_closed(self) -> Global___RoundClosed:
+        """The operator closed the round: it takes no more contributions."""
+
+    @_builtins.property
+    def version_started(self) -> Global___VersionStarted:
+        """A version is being made."""
+
+    @_builtins.property
+    def version_delayed(self) -> Global___VersionDelayed:
+        """An error holds a version up; it is tried again."""
+
+    @_builtins.property
+    def version_published(self) -> Global___VersionPublished:
+        """A version is verified and published."""
+
+    @_builtins.property
+    def version_failed(self) -> Global___VersionFailed:
+        """A version could not be made."""
+
+    @_builtins.property
+    def round_ended(self) -> Global___RoundEnded:
+        """The round ended without a publication."""
+
+    @_builtins.property
+    def withdrawn(self) -> Global___Withdrawn:
+        """A client left, by its own word."""
+
+    @_builtins.property
+    def evaluation_reported(self) -> Global___EvaluationReported:
+        """A client reported how a version does on its held-out data."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int | None = ...,
+        at_unix: _builtins.float | None = ...,
+        client: _builtins.str | None = ...,
+        client_name: _builtins.str | None = ...,
+        round_opened: Global___RoundOpened | None = ...,
+        joined: Global___Joined | None = ...,
+        first_step: Global___FirstStep | None = ...,
+        upload_opened: Global___UploadOpened | None = ...,
+        contribution_received: Global___ContributionReceived | None = ...,
+        contribution_judged: Global___ContributionJudged | None = ...,
+        decided_by_hand: Global___DecidedByHand | None = ...,
+        quorum_reached: Global___QuorumReached | None = ...,
+        round_closed: Global___RoundClosed | None = ...,
+        version_started: Global___VersionStarted | None = ...,
+        version_delayed: Global___VersionDelayed | None = ...,
+        version_published: Global___VersionPublished | None = ...,
+        version_failed: Global___VersionFailed | None = ...,
+        round_ended: Global___RoundEnded | None = ...,
+        withdrawn: Global___Withdrawn | None = ...,
+        evaluation_reported: Global___EvaluationReported | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at_unix", b"at_unix", "client", b"client", "client_name", b"client_name", "contribution_judged", b"contribution_judged", "contribution_received", b"contribution_received", "decided_by_hand", b"decided_by_hand", "evaluation_reported", b"evaluation_reported", "first_step", b"first_step", "joined", b"joined", "number", b"number", "quorum_reached", b"quorum_reached", "round_closed", b"round_closed", "round_ended", b"round_ended", "round_opened", b"round_opened", "upload_opened", b"upload_opened", "version_delayed", b"version_delayed", "version_failed", b"version_failed", "version_published", b"version_published", "version_started", b"version_started", "what", b"what", "withdrawn", b"withdrawn"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_unix", b"at_unix", "client", b"client", "client_name", b"client_name", "contribution_judged", b"contribution_judged", "contribution_received", b"contribution_received", "decided_by_hand", b"decided_by_hand", "evaluation_reported", b"evaluation_reported", "first_step", b"first_step", "joined", b"joined", "number", b"number", "quorum_reached", b"quorum_reached", "round_closed", b"round_closed", "round_ended", b"round_ended", "round_opened", b"round_opened", "upload_opened", b"upload_opened", "version_delayed", b"version_delayed", "version_failed", b"version_failed", "version_published", b"version_published", "version_started", b"version_started", "what", b"what", "withdrawn", b"withdrawn"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_what: _TypeAlias = _typing.Literal["round_opened", "joined", "first_step", "upload_opened", "contribution_received", "contribution_judged", "decided_by_hand", "quorum_reached", "round_closed", "version_started", "version_delayed", "version_published", "version_failed", "round_ended", "withdrawn", "evaluation_reported"]  # noqa: Y015
+    _WhichOneofArgType_what: _TypeAlias = _typing.Literal["what", b"what"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_what) -> _WhichOneofReturnType_what | None: ...
+
+Global___Event: _TypeAlias = Event  # noqa: Y015
+
+@_typing.final
+class RoundOpened(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoundOpened: _TypeAlias = RoundOpened  # noqa: Y015
+
+@_typing.final
+class Joined(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MACHINE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def machine(self) -> Global___Machine:
+        """Where it trains."""
+
+    def __init__(
+        self,
+        *,
+        machine: Global___Machine | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["machine", b"machine"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["machine", b"machine"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Joined: _TypeAlias = Joined  # noqa: Y015
+
+@_typing.final
+class FirstStep(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOTAL_STEPS_FIELD_NUMBER: _builtins.int
+    total_steps: _builtins.int
+    """Optimizer steps planned."""
+    def __init__(
+        self,
+        *,
+        total_steps: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["total_steps", b"total_steps"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["total_steps", b"total_steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FirstStep: _TypeAlias = FirstStep  # noqa: Y015
+
+@_typing.final
+class UploadOpened(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Which contribution of this client it will be: 1 for the first."""
+    size: _builtins.int
+    """Bytes that were declared."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int | None = ...,
+        size: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision", "size", b"size"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadOpened: _TypeAlias = UploadOpened  # noqa: Y015
+
+@_typing.final
+class ContributionReceived(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    NUM_EXAMPLES_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Which contribution of this client it is: 1 for the first."""
+    digest: _builtins.str
+    """SHA-256 of what is stored, in hex."""
+    size: _builtins.int
+    """Its length in bytes."""
+    num_examples: _builtins.int
+    """Training examples that it declares."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int | None = ...,
+        digest: _builtins.str | None = ...,
+        size: _builtins.int | None = ...,
+        num_examples: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "num_examples", b"num_examples", "revision", b"revision", "size", b"size"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "num_examples", b"num_examples", "revision", b"revision", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ContributionReceived: _TypeAlias = ContributionReceived  # noqa: Y015
+
+@_typing.final
+class ContributionJudged(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    JUDGEMENT_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """Which contribution of this client it is: 1 for the first."""
+    version: _builtins.int
+    """The version whose cohort gave the verdict; 0: the contribution was looked at by itself."""
+    @_builtins.property
+    def judgement(self) -> Global___Judgement:
+        """What holds now."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int | None = ...,
+        judgement: Global___Judgement | None = ...,
+        version: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["judgement", b"judgement", "revision", b"revision", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["judgement", b"judgement", "revision", b"revision", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ContributionJudged: _TypeAlias = ContributionJudged  # noqa: Y015
+
+@_typing.final
+class DecidedByHand(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISION_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    decision: Global___Decision.ValueType
+    """What the operator decided."""
+    why: _builtins.str
+    """Why, in the operator's words."""
+    def __init__(
+        self,
+        *,
+        decision: Global___Decision.ValueType | None = ...,
+        why: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "why", b"why"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DecidedByHand: _TypeAlias = DecidedByHand  # noqa: Y015
+
+@_typing.final
+class QuorumReached(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTRIBUTIONS_FIELD_NUMBER: _builtins.int
+    contributions: _builtins.int
+    """Contributions that take part."""
+    def __init__(
+        self,
+        *,
+        contributions: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["contributions", b"contributions"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contributions", b"contributions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QuorumReached: _TypeAlias = QuorumReached  # noqa: Y015
+
+@_typing.final
+class RoundClosed(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoundClosed: _TypeAlias = RoundClosed  # noqa: Y015
+
+@_typing.final
+class VersionStarted(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Its number."""
+    reason: _builtins.str
+    """Why it is made."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int | None = ...,
+        reason: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VersionStarted: _TypeAlias = VersionStarted  # noqa: Y015
+
+@_typing.final
+class VersionDelayed(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Its number."""
+    reason: _builtins.str
+    """What is in the way."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int | None = ...,
+        reason: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VersionDelayed: _TypeAlias = VersionDelayed  # noqa: Y015
+
+@_typing.final
+class VersionPublished(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    CONTRIBUTIONS_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Its number."""
+    contributions: _builtins.int
+    """Contributions that take part in it."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int | None = ...,
+        contributions: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["contributions", b"contributions", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contributions", b"contributions", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VersionPublished: _TypeAlias = VersionPublished  # noqa: Y015
+
+@_typing.final
+class VersionFailed(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Its number."""
+    reason: _builtins.str
+    """Why."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int | None = ...,
+        reason: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VersionFailed: _TypeAlias = VersionFailed  # noqa: Y015
+
+@_typing.final
+class RoundEnded(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    state: Global___State.ValueType
+    """`STATE_EXPIRED` or `STATE_CANCELLED`."""
+    reason: _builtins.str
+    """Why."""
+    def __init__(
+        self,
+        *,
+        state: Global___State.ValueType | None = ...,
+        reason: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "state", b"state"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoundEnded: _TypeAlias = RoundEnded  # noqa: Y015
+
+@_typing.final
+class Withdrawn(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    revision: _builtins.int
+    """The contribution that takes no part any more; 0: the client had none."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Withdrawn: _TypeAlias = Withdrawn  # noqa: Y015
+
+@_typing.final
+class EvaluationReported(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The version that it is about."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvaluationReported: _TypeAlias = EvaluationReported  # noqa: Y015
 
 @_typing.final
 class SubmitRequest(_message.Message):
