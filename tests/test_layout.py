@@ -34,6 +34,21 @@ def test_imports_point_one_way(package: str) -> None:
         assert not imported(file) & FORBIDDEN[package], file
 
 
+@pytest.mark.parametrize("file", sorted((ROOT / "tests").rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
+def test_what_tests_share_is_in_no_test(file: Path) -> None:
+    """Nobody imports from a test module or a conftest: pytest has those."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for module in modules:
+            last = [part for part in module.split(".") if part.startswith("test_") or part == "conftest"]
+            assert not module.startswith("tests.") or not last, f"{file} imports {module}"
+
+
 def test_backends_import_nothing_of_the_coordinator() -> None:
     for file in (ROOT / "edge_client" / "backends").glob("*.py"):
         assert "coordinator" not in imported(file), file

@@ -521,10 +521,11 @@ def _crowd(sizes: tuple[int, int]) -> Any:
 
 
 @_crowd((200, 1000))
-def test_streams_that_stay_half_open(tmp_path: Path, count: int) -> None:
+async def test_streams_that_stay_half_open(tmp_path: Path, count: int) -> None:
     """Many declare an upload, and then send nothing, or little, or all of it without an end, and stay."""
 
-    async def test(daemon: Target) -> None:
+    with target(tmp_path / "state") as daemon:
+        await control.submit(daemon.state, job.parse({**SPEC, "round": {"max_clients": 2000}}))
         async with AsyncExitStack() as stack:
             remote = await stack.enter_async_context(connected(daemon.address, tmp_path))
             channels = [await stack.enter_async_context(daemon.channel()) for _ in range(count // 50)]
@@ -563,16 +564,13 @@ def test_streams_that_stay_half_open(tmp_path: Path, count: int) -> None:
             assert growth < GROWTH, growth
             await honest(remote, tmp_path, BOB)
 
-    with target(tmp_path / "state") as daemon:
-        asyncio.run(control.submit(daemon.state, job.parse({**SPEC, "round": {"max_clients": 2000}})))
-        asyncio.run(test(daemon))
-
 
 @_crowd((100, 600))
-def test_downloads_that_nobody_reads(tmp_path: Path, count: int) -> None:
+async def test_downloads_that_nobody_reads(tmp_path: Path, count: int) -> None:
     """A base model is a thousand times larger than the question for it."""
 
-    async def test(daemon: Target) -> None:
+    with target(tmp_path / "state") as daemon:
+        await control.submit(daemon.state, job.parse(SPEC))
         async with AsyncExitStack() as stack:
             remote = await stack.enter_async_context(connected(daemon.address, tmp_path))
             largest = max((await join(remote)).job.base_files, key=lambda file: file.size)
@@ -589,16 +587,13 @@ def test_downloads_that_nobody_reads(tmp_path: Path, count: int) -> None:
             for call in calls:
                 call.cancel()
 
-    with target(tmp_path / "state") as daemon:
-        asyncio.run(control.submit(daemon.state, job.parse(SPEC)))
-        asyncio.run(test(daemon))
-
 
 @_crowd((100, 900))
-def test_connections_that_say_little(tmp_path: Path, count: int) -> None:
+async def test_connections_that_say_little(tmp_path: Path, count: int) -> None:
     """A third opens a socket, a third begins a TLS handshake, a third finishes it and sends half an HTTP/2 preface."""
 
-    async def test(daemon: Target) -> None:
+    with target(tmp_path / "state") as daemon:
+        await control.submit(daemon.state, job.parse(SPEC))
         host, _, port = daemon.address.rpartition(":")
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -620,10 +615,6 @@ def test_connections_that_say_little(tmp_path: Path, count: int) -> None:
         finally:
             for one in opened:
                 one.close()
-
-    with target(tmp_path / "state") as daemon:
-        asyncio.run(control.submit(daemon.state, job.parse(SPEC)))
-        asyncio.run(test(daemon))
 
 
 # ---- requests that were changed on their way ----
@@ -780,8 +771,10 @@ async def _answer(channel: grpc.aio.Channel, asked: Asked) -> tuple[StatusCode, 
 
 
 @_crowd((500, 10_000))
-def test_requests_with_changed_bytes(tmp_path: Path, count: int) -> None:
-    async def test(daemon: Target) -> None:
+async def test_requests_with_changed_bytes(tmp_path: Path, count: int) -> None:
+    with target(tmp_path / "state") as daemon:
+        for name in ("notes", "prey", "closed", "cancelled", "deleted"):
+            await control.submit(daemon.state, job.parse({**SPEC, "name": name}))
         rng = random.Random(count)
         admin = f"Bearer {identity.load_or_create(daemon.state).admin_token}"
         async with AsyncExitStack() as stack:
@@ -813,8 +806,3 @@ def test_requests_with_changed_bytes(tmp_path: Path, count: int) -> None:
             assert {method for method, _ in seen} == by_method.keys()
             assert daemon.memory() - before < GROWTH
             await honest(remote, tmp_path)
-
-    with target(tmp_path / "state") as daemon:
-        for name in ("notes", "prey", "closed", "cancelled", "deleted"):
-            asyncio.run(control.submit(daemon.state, job.parse({**SPEC, "name": name})))
-        asyncio.run(test(daemon))

@@ -12,7 +12,6 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import text
 
-from coordinator.daemon import Daemon
 from coordinator.jobs import spec
 from coordinator.storage import backup, migrations
 from coordinator.storage.database import engine
@@ -23,14 +22,12 @@ from edge_client.results import pull
 from edge_client.ui.screen import Screen
 from oneround.errors import BadData, Unreachable, UsageError
 from oneround.v1 import federation_pb2 as pb
-from tests.clients import Crowd
 from tests.daemons import (
     SPEC,
     nothing,
     served,
     two_contribute,
     version,
-    with_server,
 )
 
 
@@ -150,11 +147,12 @@ async def test_postgresql(tmp_path: Path, postgres: str) -> None:
     assert difference(postgres) == []
     state, kept, again = tmp_path / "state", tmp_path / "kept", tmp_path / "again"
 
-    async def after(daemon: Daemon, remote: Crowd) -> None:
-        assert (await daemon.status("notes")).admitted == 2
-        await daemon.publish(pb.PublishRequest(job="notes"))
-        await version(daemon, 2, "notes")
-        await daemon.delete("notes")
+    async def goes_on(state: Path, database: str = "") -> None:
+        async with served(state, database=database) as (daemon, _):
+            assert (await daemon.status("notes")).admitted == 2
+            await daemon.publish(pb.PublishRequest(job="notes"))
+            await version(daemon, 2, "notes")
+            await daemon.delete("notes")
 
     async with served(state, database=postgres) as (daemon, remote):
         await two_contribute(remote, tmp_path)
@@ -164,9 +162,9 @@ async def test_postgresql(tmp_path: Path, postgres: str) -> None:
         await asyncio.to_thread(backup.backup, state, kept, postgres)
     assert not (state / "coordinator.sqlite").exists()
     backup.restore(kept, again)  # from PostgreSQL into SQLite
-    with_server(again, after)
-    with_server(state, after, database=postgres)
+    await goes_on(again)
+    await goes_on(state, postgres)
     backup.restore(kept, tmp_path / "third", postgres)  # and back, now that it is empty
-    with_server(tmp_path / "third", after, database=postgres)
+    await goes_on(tmp_path / "third", postgres)
     with pytest.raises(Unreachable, match="does not answer"):
         Store(postgres.replace("@127.0.0.1:", "@127.0.0.1:1"))

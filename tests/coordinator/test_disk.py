@@ -91,8 +91,8 @@ def intact(state: Path, receipt: pb.Receipt) -> bool:
     return blob.stat().st_size == receipt.size and stream.digest(blob) == receipt.digest
 
 
-def test_a_full_disk_and_room_again(tmp_path: Path) -> None:
-    async def test(state: Path) -> None:
+async def test_a_full_disk_and_room_again(tmp_path: Path) -> None:
+    with disk(tmp_path / "state") as state:
         async with at_work(state) as (daemon, remote):
             stub, earlier = remote._stub, await contribute(remote, tmp_path, ALICE)
             reply = await join(remote, BOB)
@@ -135,14 +135,11 @@ def test_a_full_disk_and_room_again(tmp_path: Path) -> None:
             await contribute(remote, tmp_path, "c" * 32)
             assert not list((state / "uploads").iterdir())
 
-    with disk(tmp_path / "state") as state:
-        asyncio.run(test(state))
 
-
-def test_room_for_the_bytes_and_none_for_their_row(tmp_path: Path) -> None:
+async def test_room_for_the_bytes_and_none_for_their_row(tmp_path: Path) -> None:
     """The last thing that fails before a receipt: all of the upload is here, and the commit has no room."""
 
-    async def test(state: Path) -> None:
+    with disk(tmp_path / "state") as state:
         async with at_work(state) as (daemon, remote):
             reply = await join(remote)
             file, declaration = written(trained(reply), tmp_path / "alice")
@@ -157,14 +154,15 @@ def test_room_for_the_bytes_and_none_for_their_row(tmp_path: Path) -> None:
             assert (await judged(remote, reply.lease)).verdict == pb.VERDICT_ADMITTED
             assert intact(state, receipt) and not list((state / "uploads").iterdir())
 
-    with disk(tmp_path / "state") as state:
-        asyncio.run(test(state))
 
-
-def test_no_room_for_another_file(tmp_path: Path) -> None:
+async def test_no_room_for_another_file(tmp_path: Path) -> None:
     """File systems run out of inodes too; every folder looks half empty then."""
 
-    async def test(state: Path) -> None:
+    async def _send_some(remote: Crowd, lease: str, data: bytes) -> None:
+        with pytest.raises(grpc.aio.AioRpcError, match="ended at byte"):
+            await remote._stub.Upload(iter([pb.UploadRequest(lease=lease, offset=0, data=data)]))
+
+    with disk(tmp_path / "state") as state:
         async with at_work(state) as (daemon, remote):
             earlier = await contribute(remote, tmp_path, ALICE)
             reply = await join(remote, BOB)
@@ -183,19 +181,12 @@ def test_no_room_for_another_file(tmp_path: Path) -> None:
             receipt = await remote.upload(reply.lease, declaration, file, nothing)
             assert intact(state, earlier) and intact(state, receipt)
 
-    async def _send_some(remote: Crowd, lease: str, data: bytes) -> None:
-        with pytest.raises(grpc.aio.AioRpcError, match="ended at byte"):
-            await remote._stub.Upload(iter([pb.UploadRequest(lease=lease, offset=0, data=data)]))
-
-    with disk(tmp_path / "state") as state:
-        asyncio.run(test(state))
-
 
 @pytest.mark.parametrize("of", ["bytes", "files"])
-def test_a_publication_waits_for_room(tmp_path: Path, of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_publication_waits_for_room(tmp_path: Path, of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler, "RETRY", 0.2)
 
-    async def test(state: Path) -> None:
+    with disk(tmp_path / "state", 48) as state:
         async with at_work(state) as (daemon, remote):
             receipts = [await contribute(remote, tmp_path, client) for client in (ALICE, BOB)]
             # The database has to note that the round closes, so there is some room, and too little for a model.
@@ -222,14 +213,11 @@ def test_a_publication_waits_for_room(tmp_path: Path, of: str, monkeypatch: pyte
             assert [entry.name for entry in (state / "publications" / "notes").iterdir()] == ["v1"]
             assert all(intact(state, receipt) for receipt in receipts)
 
-    with disk(tmp_path / "state", 48) as state:
-        asyncio.run(test(state))
 
-
-def test_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
+async def test_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
     """As one becomes when it fails. The database is elsewhere: no mount with a file open for writing can be changed."""
 
-    async def test(state: Path) -> None:
+    with disk(tmp_path / "state") as state:
         async with at_work(state, database=f"sqlite:///{tmp_path / 'rows.sqlite'}") as (daemon, remote):
             earlier = await contribute(remote, tmp_path, ALICE)
             with read_only(state):
@@ -245,9 +233,6 @@ def test_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
                 assert intact(state, earlier) and (await daemon.status("notes")).contributed == 1
             receipt = await remote.upload(reply.lease, declaration, file, nothing)
             assert intact(state, earlier) and intact(state, receipt)
-
-    with disk(tmp_path / "state") as state:
-        asyncio.run(test(state))
 
 
 def test_a_daemon_that_cannot_write_says_so_and_starts_later(tmp_path: Path) -> None:

@@ -520,34 +520,31 @@ Deaths = Callable[[Sweep, Daemons], Awaitable[set[str]]]
 each_kind: Deaths = partial(every_step, most=1)
 
 
-def _sweep(folder: Path, how: Deaths, begin: tuple[Script, ...], *scripts: Script, **spec: object) -> set[str]:
-    async def run() -> set[str]:
-        async with daemons(folder) as known:
-            wanted = {**SPEC, **spec}
-            world = await _prepared(folder, known, wanted, *begin) if begin else World(folder / "no", job.parse(wanted))
-            return await how(Sweep(folder, scripts, world), known)
-
-    return asyncio.run(run())
+async def _sweep(folder: Path, how: Deaths, begin: tuple[Script, ...], *scripts: Script, **spec: object) -> set[str]:
+    async with daemons(folder) as known:
+        wanted = {**SPEC, **spec}
+        world = await _prepared(folder, known, wanted, *begin) if begin else World(folder / "no", job.parse(wanted))
+        return await how(Sweep(folder, scripts, world), known)
 
 
-def test_a_submission_survives_a_death_at_each_kind_of_step(tmp_path: Path) -> None:
-    _expect(_sweep(tmp_path, each_kind, (), submitting), STARTING | SUBMITTING)
+async def test_a_submission_survives_a_death_at_each_kind_of_step(tmp_path: Path) -> None:
+    _expect(await _sweep(tmp_path, each_kind, (), submitting), STARTING | SUBMITTING)
 
 
-def test_contributions_survive_a_death_at_each_kind_of_step(tmp_path: Path) -> None:
-    _expect(_sweep(tmp_path, each_kind, (submitting,), taking), STARTING_AGAIN | TAKING)
+async def test_contributions_survive_a_death_at_each_kind_of_step(tmp_path: Path) -> None:
+    _expect(await _sweep(tmp_path, each_kind, (submitting,), taking), STARTING_AGAIN | TAKING)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-def test_a_submission_survives_a_death_at_every_step(tmp_path: Path, late: bool) -> None:
-    _expect(_sweep(tmp_path, partial(every_step, late=late), (), submitting), STARTING | SUBMITTING)
+async def test_a_submission_survives_a_death_at_every_step(tmp_path: Path, late: bool) -> None:
+    _expect(await _sweep(tmp_path, partial(every_step, late=late), (), submitting), STARTING | SUBMITTING)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-def test_contributions_survive_a_death_at_every_step(tmp_path: Path, late: bool) -> None:
-    _expect(_sweep(tmp_path, partial(every_step, late=late), (submitting,), taking), STARTING_AGAIN | TAKING)
+async def test_contributions_survive_a_death_at_every_step(tmp_path: Path, late: bool) -> None:
+    _expect(await _sweep(tmp_path, partial(every_step, late=late), (submitting,), taking), STARTING_AGAIN | TAKING)
 
 
 QUORUM = {"min_clients": 2, "target_clients": 2}
@@ -556,18 +553,18 @@ QUORUM = {"min_clients": 2, "target_clients": 2}
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-def test_a_publication_survives_a_death_at_every_step(tmp_path: Path, late: bool) -> None:
+async def test_a_publication_survives_a_death_at_every_step(tmp_path: Path, late: bool) -> None:
     """Its steps are those of the publisher too, whose death takes the daemon along."""
     deaths = partial(every_step, late=late, most=1 if late else 10_000)  # minutes; after one step is before the next
-    found = _sweep(tmp_path, deaths, (submitting, one_is_in), publishing, round=QUORUM)
+    found = await _sweep(tmp_path, deaths, (submitting, one_is_in), publishing, round=QUORUM)
     _expect(found, STARTING_AGAIN | PUBLISHING)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-def test_a_deletion_survives_a_death_at_every_step(tmp_path: Path, late: bool) -> None:
+async def test_a_deletion_survives_a_death_at_every_step(tmp_path: Path, late: bool) -> None:
     begin = (submitting, one_is_in, publishing)
-    found = _sweep(tmp_path, partial(every_step, late=late), begin, deleting, round=QUORUM)
+    found = await _sweep(tmp_path, partial(every_step, late=late), begin, deleting, round=QUORUM)
     _expect(found, STARTING_AGAIN | DELETING)
 
 

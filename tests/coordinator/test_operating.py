@@ -55,7 +55,7 @@ def serve(state: Path, *options: str) -> subprocess.Popen[str]:
     return process
 
 
-def test_what_monitoring_sees(tmp_path: Path) -> None:
+async def test_what_monitoring_sees(tmp_path: Path) -> None:
     state = tmp_path / "state"
     process = serve(state, "--metrics", "127.0.0.1:0", "--reflection")
     lines: list[str] = []
@@ -66,18 +66,14 @@ def test_what_monitoring_sees(tmp_path: Path) -> None:
         assert commands.run("coordinator", "health", "--state", state)[0] == "serving\n"
         with pytest.raises(AssertionError, match="another coordinator is at work"):
             commands.run("coordinator", "serve", "--listen", "127.0.0.1:0", "--state", state)
-
-        async def contribute() -> None:
-            async with connected(_address(state), tmp_path) as remote:
-                reply = await remote.join_as(ALICE, pb.JoinRequest(job="notes", client_name="ward-1"))
-                file, declaration = written(trained(reply), tmp_path)
-                await remote.upload(reply.lease, declaration, file, nothing)
-                await judged(remote, reply.lease)
-
-        asyncio.run(contribute())
+        async with connected(_address(state), tmp_path) as remote:
+            reply = await remote.join_as(ALICE, pb.JoinRequest(job="notes", client_name="ward-1"))
+            file, declaration = written(trained(reply), tmp_path)
+            await remote.upload(reply.lease, declaration, file, nothing)
+            await judged(remote, reply.lease)
         url = re.search(r"Metrics on (\S+)", "".join(lines))
         assert url
-        with urllib.request.urlopen(url[1]) as page:
+        with await asyncio.to_thread(urllib.request.urlopen, url[1]) as page:
             metrics = page.read().decode()
         assert 'oneround_contributions{job="notes",verdict="admitted"} 1.0' in metrics
         assert 'oneround_clients{job="notes",phase="contributed"} 1.0' in metrics

@@ -13,7 +13,6 @@ from converters import adapter
 from converters.adapter import Adapter, LowRank
 from coordinator.auth import identity
 from coordinator.cli import client as control
-from coordinator.daemon import Daemon
 from coordinator.jobs import spec
 from coordinator.rpc import transport
 from coordinator.storage import database
@@ -24,7 +23,7 @@ from oneround import stream, tls
 from oneround.errors import BadData, Refused, Unreachable
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
-from tests.clients import Crowd, me
+from tests.clients import me
 from tests.daemons import (
     ALICE,
     BOB,
@@ -36,7 +35,6 @@ from tests.daemons import (
     running,
     served,
     trained,
-    with_server,
     written,
 )
 
@@ -255,13 +253,10 @@ async def test_submitting_again_is_idempotent_and_another_job_of_the_name_is_ref
             await daemon.submit(spec.parse({**SPEC, "name": "other", "model": {"base": "/no/such/base"}}))
 
 
-def test_a_job_from_before_a_key_was_there_means_the_keys_default(tmp_path: Path) -> None:
+async def test_a_job_from_before_a_key_was_there_means_the_keys_default(tmp_path: Path) -> None:
     state = tmp_path / "state"
-
-    async def one_job(daemon: Daemon, _: Crowd) -> None:
+    async with served(state) as (daemon, _):
         assert len(await daemon.names()) == 1
-
-    with_server(state, one_job)
     rows = database.Database(f"sqlite:///{state / 'coordinator.sqlite'}")
     with rows.writes() as session:
         row = session.get_one(Job, "notes")
@@ -269,7 +264,8 @@ def test_a_job_from_before_a_key_was_there_means_the_keys_default(tmp_path: Path
         older.spec.lora.ClearField("start_from")
         row.job = older
     rows.close()
-    with_server(state, one_job)  # submits the same job again
+    async with served(state) as (daemon, _):  # submits the same job again
+        assert len(await daemon.names()) == 1
 
 
 async def test_silent_clients_sleep_and_the_deadline_closes(tmp_path: Path) -> None:

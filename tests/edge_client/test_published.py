@@ -251,7 +251,7 @@ async def published(daemon: Daemon) -> None:
             return
 
 
-def test_pull_evaluate_report_and_chat(tmp_path: Path) -> None:
+async def test_pull_evaluate_report_and_chat(tmp_path: Path) -> None:
     """A whole life after the round: with the coordinator there, and then without it."""
     state, out = tmp_path / "client", tmp_path / "out"
     evaluating = ("evaluate", "notes", "--state", state, "--json")
@@ -260,37 +260,35 @@ def test_pull_evaluate_report_and_chat(tmp_path: Path) -> None:
     async def run(*arguments: object, code: int = 0) -> tuple[str, str]:
         return await asyncio.to_thread(commands.run, "edge-client", *arguments, code=code)
 
-    async def test() -> dict[str, dict[str, Any]]:
-        async with running(tmp_path / "coordinator") as (daemon, address):
-            await daemon.submit(job.parse(spec))
-            await contributed(address, tmp_path)
-            _, said = await run(*evaluating, code=3)
-            assert "published nothing yet" in said
-            await published(daemon)
+    async with running(tmp_path / "coordinator") as (daemon, address):
+        await daemon.submit(job.parse(spec))
+        await contributed(address, tmp_path)
+        _, said = await run(*evaluating, code=3)
+        assert "published nothing yet" in said
+        await published(daemon)
 
-            said, _ = await run("pull", "notes", "--to", out, "--state", state, "--json")
-            events = commands.events(said)
-            assert events["chosen"]["name"] == events["pulled"]["name"] == "notes-f16.gguf"
-            assert events["chosen"]["fit"] in ("comfortable", "full") and (out / "notes-f16.gguf").exists()
+        said, _ = await run("pull", "notes", "--to", out, "--state", state, "--json")
+        events = commands.events(said)
+        assert events["chosen"]["name"] == events["pulled"]["name"] == "notes-f16.gguf"
+        assert events["chosen"]["fit"] in ("comfortable", "full") and (out / "notes-f16.gguf").exists()
 
-            alone, _ = await run(*evaluating)
-            assert not (await daemon.status("notes")).comparisons, "nothing leaves without --report"
-            told, _ = await run(*evaluating, "--report")
-            first, second = commands.events(alone), commands.events(told)
-            assert first["evaluated"] == second["evaluated"]
-            assert "base_gguf" in first and "base_gguf" not in second and "pulled" not in second
-            status = await daemon.status("notes")
-            (evaluation,) = status.clients[0].evaluations
-            sent = json_format.MessageToDict(evaluation, preserving_proto_field_name=True)
-            assert {**sent, "tokens": int(sent["tokens"])} == {k: v for k, v in second["tells"].items() if k != "event"}
+        alone, _ = await run(*evaluating)
+        assert not (await daemon.status("notes")).comparisons, "nothing leaves without --report"
+        told, _ = await run(*evaluating, "--report")
+        first, second = commands.events(alone), commands.events(told)
+        assert first["evaluated"] == second["evaluated"]
+        assert "base_gguf" in first and "base_gguf" not in second and "pulled" not in second
+        status = await daemon.status("notes")
+        (evaluation,) = status.clients[0].evaluations
+        sent = json_format.MessageToDict(evaluation, preserving_proto_field_name=True)
+        assert {**sent, "tokens": int(sent["tokens"])} == {k: v for k, v in second["tells"].items() if k != "event"}
 
-            _, said = await run(*evaluating, "--data", tmp_path / "nothing", code=5)
-            assert "there is no data at" in said and "--data" in said
-            _, said = await run(*evaluating, "--version", 9, code=2)
-            assert "no version 9" in said
-            return first
+        _, said = await run(*evaluating, "--data", tmp_path / "nothing", code=5)
+        assert "there is no data at" in said and "--data" in said
+        _, said = await run(*evaluating, "--version", 9, code=2)
+        assert "no version 9" in said
 
-    said = asyncio.run(test())["evaluated"]
+    said = first["evaluated"]
     assert said["version"] == 1 and said["examples"] > 1
     for model in evaluate.MODELS:
         assert said[model]["perplexity"] == pytest.approx(math.exp(said[model]["loss"]))
