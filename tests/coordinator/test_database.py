@@ -29,6 +29,7 @@ from tests.daemons import (
     two_contribute,
     version,
 )
+from tests.waiting import LONG, eventually
 
 
 def difference(url: str) -> list[object]:
@@ -130,15 +131,12 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [*as_user, bin_ / "postgres", "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", folder]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(100):
-            ready = subprocess.run([bin_ / "pg_isready", "-h", "127.0.0.1", "-p", str(port)], capture_output=True)
-            if ready.returncode == 0:
-                break
-            subprocess.run(["sleep", "0.1"], check=True)
+        ready = [bin_ / "pg_isready", "-h", "127.0.0.1", "-p", str(port)]
+        assert eventually(lambda: subprocess.run(ready, capture_output=True).returncode == 0)
         yield f"postgresql+psycopg://oneround@127.0.0.1:{port}/postgres"
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(LONG)
         shutil.rmtree(folder)
 
 

@@ -29,6 +29,7 @@ from tests import commands
 from tests.clients import Crowd, connected
 from tests.daemons import ALICE, BASE, BOB, SPEC, join, judged, nothing, running, trained, written
 from tests.disks import disk, full
+from tests.waiting import LONG, until
 
 MB = 1 << 20
 
@@ -107,10 +108,7 @@ async def test_a_full_disk_and_room_again(tmp_path: Path) -> None:
                 yield pb.UploadRequest(data=file.read_bytes()[8192:])
 
             sending = asyncio.ensure_future(no_room(stub.Upload(messages()), "No space left"))
-            for _ in range(1000):  # until the beginning is here
-                if [found.stat().st_size for found in (state / "uploads").iterdir()] == [8192]:
-                    break
-                await asyncio.sleep(0.01)
+            await until(lambda: [file.stat().st_size for file in (state / "uploads").iterdir()] == [8192])
             with full(state):
                 filled.set()
                 await sending
@@ -192,16 +190,15 @@ async def test_a_publication_waits_for_room(tmp_path: Path, of: str, monkeypatch
             # The database has to note that the round closes, so there is some room, and too little for a model.
             with full(state, but=2 * MB) if of == "bytes" else full_of_files(state):
                 await daemon.close("notes")
-                for _ in range(600):
-                    status = await daemon.status("notes")
-                    if status.stage.startswith("waiting for room"):
-                        break
-                    await asyncio.sleep(0.05)
-                assert status.state == pb.STATE_PUBLISHING and status.stage.startswith("waiting for room"), status
+                async with asyncio.timeout(LONG):
+                    async for status in daemon.statuses.watch("notes"):
+                        if status.stage.startswith("waiting for room"):
+                            break
+                assert status.state == pb.STATE_PUBLISHING
                 assert (await remote.heartbeat(pb.HeartbeatRequest(lease=(await join(remote)).lease))).directive
                 await asyncio.sleep(1)  # it tries again, and there is still no room
                 assert (await daemon.status("notes")).state == pb.STATE_PUBLISHING
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(LONG):
                 async for status in remote.watch("notes"):
                     assert status.state in (pb.STATE_PUBLISHING, pb.STATE_PUBLISHED), status.reason
                     if status.state == pb.STATE_PUBLISHED:

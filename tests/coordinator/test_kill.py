@@ -37,13 +37,13 @@ from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd, connected, me
 from tests.coordinator.dying import HOOK, ROOT, Plan
 from tests.daemons import ALICE, BOB, SPEC, judged, trained, written
+from tests.waiting import LONG
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="names open files by /proc, and forks")
 
 CAROL = "c" * 32
 CHUNK = 8 * 1024  # an adapter of SPEC is some 30 KB
 WORKERS = 3  # rounds at a time, on two cores: each waits for its daemon most of the time
-START_SECONDS = 60.0
 _GONE = {StatusCode.UNAVAILABLE, StatusCode.CANCELLED}
 _FAULT = "a fault in the coordinator"
 
@@ -159,7 +159,7 @@ class Running:
     async def kill(self, how: signal.Signals) -> int:
         with suppress(ProcessLookupError):
             os.kill(self.pid, how)
-        return await asyncio.wait_for(asyncio.shield(self.ended), START_SECONDS)
+        return await asyncio.wait_for(asyncio.shield(self.ended), LONG)
 
 
 @asynccontextmanager
@@ -265,7 +265,7 @@ async def taking(world: World, remote: Crowd) -> None:
 async def publishing(world: World, remote: Crowd) -> None:
     """The second contribution closes the round, and the publication comes."""
     await world.contribute(remote, BOB, 1)
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(LONG):
         async for status in remote.watch("notes"):
             assert status.state != pb.STATE_FAILED, status.reason
             if status.state == pb.STATE_PUBLISHED:
@@ -409,14 +409,14 @@ async def _try(world: World, daemon: Running, scripts: Collection[Script]) -> bo
                 raise
         except Unreachable:
             pass
-    async with asyncio.timeout(START_SECONDS):  # who breaks a connection is about to be gone
+    async with asyncio.timeout(LONG):  # who breaks a connection is about to be gone
         await asyncio.shield(daemon.ended)
     return False
 
 
 async def _listening(state: Path, daemon: Running) -> None:
     """Until a daemon can be reached, or has ended."""
-    for _ in range(int(START_SECONDS / 0.01)):
+    for _ in range(int(LONG / 0.01)):
         if (state / "daemon.json").exists() or daemon.ended.done():
             return
         await asyncio.sleep(0.01)

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
 import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.clients import Crowd, connected
 from tests.daemons import ALICE, BASE, judged, nothing, trained, written
+from tests.waiting import LONG, eventually
 
 DEPLOY = Path(coordinator.__file__).parent / "deploy"
 JOB = f"""
@@ -48,10 +48,7 @@ def serve(state: Path, *options: str) -> subprocess.Popen[str]:
     (state.parent / "notes.toml").write_text(JOB)
     arguments = ("serve", "--listen", "127.0.0.1:0", "--state", state, "--job", state.parent / "notes.toml", *options)
     process = commands.start("coordinator", *arguments)
-    for _ in range(600):
-        if (state / "daemon.json").exists() or process.poll() is not None:
-            break
-        time.sleep(0.05)
+    assert eventually(lambda: (state / "daemon.json").exists() or process.poll() is not None)
     return process
 
 
@@ -84,7 +81,7 @@ async def test_what_monitoring_sees(tmp_path: Path) -> None:
         assert "1 in" in shown and "ward-1" in shown and "admitted" in shown
     finally:
         process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=30)
+        _, log = process.communicate(timeout=LONG)
         reading.join()
     assert process.returncode == 0, log
     events = [dict(field.split("=", 1) for field in shlex.split(line)) for line in log.splitlines() if "event=" in line]
@@ -111,7 +108,7 @@ def test_reflection_names_every_call(tmp_path: Path) -> None:
             assert {method.name for method in service.methods} >= {"Join", "Heartbeat", "OpenUpload", "Upload"}
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
+        process.communicate(timeout=LONG)
 
 
 async def test_sigterm_lets_an_open_upload_end(tmp_path: Path) -> None:
@@ -134,7 +131,7 @@ async def test_sigterm_lets_an_open_upload_end(tmp_path: Path) -> None:
 
     async with connected(_address(state), tmp_path) as remote:
         assert (await upload(remote)).size > 1000
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=LONG)
     assert process.returncode == 0, err
     assert commands.run("coordinator", "health", "--state", state, code=4)
 

@@ -37,6 +37,7 @@ from tests.daemons import (
     trained,
     written,
 )
+from tests.waiting import until
 
 
 async def test_a_contribution_is_taken_once(tmp_path: Path) -> None:
@@ -183,10 +184,7 @@ async def test_one_stream_at_a_time(tmp_path: Path) -> None:
 
         first = asyncio.create_task(_receipt(remote._stub.Upload(messages())))
         partial = tmp_path / "state" / "uploads" / f"notes.{me(ALICE).client_id}.{declaration.digest}"
-        for _ in range(1000):  # until the coordinator has taken the stream
-            if partial.exists():
-                break
-            await asyncio.sleep(0.01)
+        await until(partial.exists)  # the coordinator has taken the stream
         with pytest.raises(Unreachable, match="another stream"):
             await remote.upload(reply.lease, declaration, file, nothing)
         other = pb.Declaration(digest="1" * 64, size=10, num_examples=1)

@@ -36,6 +36,7 @@ from tests import commands
 from tests.converters import tiny
 from tests.daemons import BASE, SPEC, running
 from tests.participants import contributed
+from tests.waiting import LONG
 
 GB = 2**30
 PUBLISHED = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q4_k_m": 4.9}  # GB, of an 8B model
@@ -322,7 +323,7 @@ class Served:
         asked = urllib.request.Request(
             f"{self.url}{path}", data, {"Content-Type": "application/json"} | (headers or {})
         )
-        with urllib.request.urlopen(asked, timeout=60) as answer:
+        with urllib.request.urlopen(asked, timeout=LONG) as answer:
             return json.loads(answer.read())  # type: ignore[no-any-return]
 
 
@@ -352,7 +353,7 @@ def test_serving_speaks_openais_api(server: Served, small: Path) -> None:
     with pytest.raises(urllib.error.HTTPError, match="400"):  # a name that was made to mean this machine
         server.get("/models", headers={"Host": "evil.example"})
     asked = urllib.request.Request(f"{server.url}/models", headers={"Origin": "http://evil.example"})
-    with urllib.request.urlopen(asked, timeout=60) as answered:
+    with urllib.request.urlopen(asked, timeout=LONG) as answered:
         assert "access-control-allow-origin" not in answered.headers, "no web page reads what the model says"
 
     port = server.url.rpartition(":")[2].partition("/")[0]
