@@ -4,11 +4,12 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tests.waiting import LONG, eventually
 
 BIN = Path(sys.executable).parent
 
@@ -21,7 +22,7 @@ def start(name: str, *arguments: object, cwd: Path | None = None) -> subprocess.
 
 def finish(process: subprocess.Popen[str], *, code: int = 0) -> tuple[str, str]:
     """Wait for a command, hold it to its exit code, and return what it printed on stdout and stderr."""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=LONG)
     assert process.returncode == code, f"exit {process.returncode}, not {code}:\n{out}\n{err}"
     assert "Traceback" not in err and "Traceback" not in out, err
     return out, err
@@ -46,15 +47,12 @@ def coordinator(state: Path, *options: object, advertise: bool = False) -> Itera
     announced = state / "daemon.json"
     announced.unlink(missing_ok=True)
     try:
-        for _ in range(600):
-            if announced.exists() or process.poll() is not None:
-                break
-            time.sleep(0.05)
+        assert eventually(lambda: announced.exists() or process.poll() is not None)
         assert announced.exists(), Path(log.name).read_text()
         yield json.loads(announced.read_text())["address"]
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 0, Path(log.name).read_text()
+        assert process.wait(timeout=LONG) == 0, Path(log.name).read_text()
         log.close()
 
 

@@ -22,6 +22,7 @@ from coordinator.rpc import server, transport
 from oneround import stream
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd, connected
+from tests.waiting import LONG
 
 BASE = Path(__file__).parents[1] / "benchmarks" / "base"
 
@@ -65,8 +66,8 @@ async def running(
 
 @asynccontextmanager
 async def served(state: Path, **options: Any) -> AsyncIterator[tuple[Daemon, Crowd]]:
-    """A daemon as `running` makes it, over a state folder that may have seen others, with the job of SPEC; and a crowd of
-    clients that is connected to it."""
+    """A daemon as `running` makes it, over a state folder that may have seen others, with the job of SPEC; and a crowd
+    of clients that is connected to it."""
     async with running(state, **options) as (daemon, address), connected(address, state) as crowd:
         await daemon.submit(spec.parse(SPEC))
         yield daemon, crowd
@@ -95,12 +96,12 @@ def described(job: pb.Job, **changes: str) -> dict[str, str]:
 
 async def judged(remote: Crowd, lease: str) -> pb.Judgement:
     """What is made of a contribution, once it is."""
-    for _ in range(600):
-        judgement = (await remote.heartbeat(pb.HeartbeatRequest(lease=lease))).judgement
-        if judgement.verdict not in (pb.VERDICT_UNSPECIFIED, pb.VERDICT_PENDING):
-            return judgement
-        await asyncio.sleep(0.05)
-    raise AssertionError("nobody looked at it")
+    async with asyncio.timeout(LONG):
+        while True:
+            judgement = (await remote.heartbeat(pb.HeartbeatRequest(lease=lease))).judgement
+            if judgement.verdict not in (pb.VERDICT_UNSPECIFIED, pb.VERDICT_PENDING):
+                return judgement
+            await asyncio.sleep(0.05)
 
 
 def written(made: Adapter, folder: Path, num_examples: int = 10) -> tuple[Path, pb.Declaration]:
@@ -119,7 +120,7 @@ CLIENTS = [letter * 32 for letter in "abcdef"]
 
 async def version(daemon: Daemon, number: int, name: str = "late") -> pb.JobStatus:
     """The job once this version, and none after it, is there."""
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(LONG):
         async for status in daemon.statuses.watch(name):
             assert len(status.publications) <= number, status.publications[-1].reason
             if status.state == pb.STATE_PUBLISHED and len(status.publications) == number:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from tests import commands
+from tests.waiting import LONG
 
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]")
 
@@ -29,7 +30,7 @@ class Terminal:
     def text(self) -> str:
         return _CONTROL.sub("", self._printed.decode(errors="replace")).replace("\r\n", "\n")
 
-    def expect(self, words: str, seconds: float = 60) -> None:
+    def expect(self, words: str, seconds: float = LONG) -> None:
         """Wait until these words are there."""
         deadline = time.monotonic() + seconds
         while words not in self.text:
@@ -42,7 +43,7 @@ class Terminal:
         """Wait for the end, hold the command to its exit code, and return all that it printed."""
         while self._more():
             pass
-        assert self.process.wait(timeout=60) == code, self.text
+        assert self.process.wait(timeout=LONG) == code, self.text
         assert "Traceback" not in self.text
         return self.text
 

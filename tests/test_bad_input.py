@@ -1,6 +1,5 @@
 """What people get wrong: a clear sentence, the way out, the documented exit code, and never a traceback."""
 
-import asyncio
 import json
 import signal
 from collections.abc import Iterator
@@ -75,10 +74,10 @@ def test_a_coordinator_that_is_not_there(tmp_path: Path) -> None:
     assert "coordinator serve" in err
 
 
-def test_commands_that_need_a_server_say_so(tmp_path: Path) -> None:
+async def test_commands_that_need_a_server_say_so(tmp_path: Path) -> None:
     _, err = commands.run("edge-client", "chat", tmp_path / "none.gguf", "--state", tmp_path, code=2)
     assert "neither a GGUF file nor a job's name" in err
-    if asyncio.run(discovery.look()):
+    if await discovery.look():
         pytest.skip("a coordinator makes itself known on this network, and these commands would ask it")
     _, err = commands.run("edge-client", "pull", "notes", "--state", tmp_path, "--to", tmp_path, code=4)
     assert "--server HOST:PORT" in err

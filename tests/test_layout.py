@@ -34,6 +34,23 @@ def test_imports_point_one_way(package: str) -> None:
         assert not imported(file) & FORBIDDEN[package], file
 
 
+def test_what_tests_share_is_in_no_test() -> None:
+    """Nobody imports from a test module or from a conftest."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    assert files
+    for file in files:
+        modules = []
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                modules += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                modules += [f"{node.module}.{alias.name}" for alias in node.names]
+        for module in modules:
+            top, *parts = module.split(".")
+            tests = [part for part in parts if part.startswith("test_") or part == "conftest"]
+            assert top != "tests" or not tests, f"{file} imports {module}"
+
+
 def test_backends_import_nothing_of_the_coordinator() -> None:
     for file in (ROOT / "edge_client" / "backends").glob("*.py"):
         assert "coordinator" not in imported(file), file

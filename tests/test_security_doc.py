@@ -13,7 +13,8 @@ NAMED = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", SECURITY)
 
 @pytest.mark.parametrize(("file", "test"), NAMED)
 def test_a_test_that_is_named_is_there(file: str, test: str) -> None:
-    defined = {node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, ast.FunctionDef)}
+    functions = ast.FunctionDef | ast.AsyncFunctionDef
+    defined = {node.name for node in ast.parse((ROOT / file).read_text()).body if isinstance(node, functions)}
     assert test in defined, f"{file} has no {test}"
 
 

@@ -275,7 +275,7 @@ def hub() -> Iterator[tuple[str, list[str]]]:
 
 
 @needs_torch
-def test_a_client_fetches_from_its_coordinator_and_from_nobody_else(
+async def test_a_client_fetches_from_its_coordinator_and_from_nobody_else(
     tmp_path: Path, mark: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole command, over a base whose settings name code on the hub."""
@@ -288,19 +288,16 @@ def test_a_client_fetches_from_its_coordinator_and_from_nobody_else(
     data.write_text("for line in file:\n    print(line)\n" * 50)
     state, server = tmp_path / "client", hostile.Hostile(job_, files)
 
-    async def join() -> tuple[str, str]:
-        async with hostile.serving(server) as address:
-            where = ("--server", address, "--insecure", "--data", data, "--state", state)
-            return await asyncio.to_thread(
-                commands.run, "edge-client", "join", *where, "--backend", "torch", "--yes", code=5
-            )
-
     with hub() as (endpoint, asked):
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
         monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-        _, err = asyncio.run(join())
+        async with hostile.serving(server) as address:
+            where = ("--server", address, "--insecure", "--data", data, "--state", state)
+            _, err = await asyncio.to_thread(
+                commands.run, "edge-client", "join", *where, "--backend", "torch", "--yes", code=5
+            )
         assert "auto_map" in err and asked == [] and not mark.exists()
-        urllib.request.urlopen(f"{endpoint}/evil/repo")
+        await asyncio.to_thread(urllib.request.urlopen, f"{endpoint}/evil/repo")
         assert asked == ["/evil/repo"], "it would have been seen"
     assert server.joined

@@ -29,6 +29,7 @@ from tests import authorities, commands
 from tests.daemons import SPEC, running
 from tests.fakes import RecordingScreen
 from tests.network import Relay
+from tests.waiting import LONG
 
 
 async def met(address: str, state: Path, own: ClientCertificate | None = None, *, insecure: bool = False) -> str:
@@ -48,13 +49,13 @@ async def roaming(address: str, state: Path, screen: RecordingScreen) -> AsyncIt
 async def again(remote: Remote, wire: Relay) -> None:
     """Lose the connection, and go on as `patience` does."""
     wire.cut()
-    for _ in range(100):
-        with suppress(Unreachable):
-            await remote.jobs()
-            return
-        await remote.find_again(remote.server)
-        await asyncio.sleep(0.1)
-    raise AssertionError("it is not reached any more")
+    async with asyncio.timeout(LONG):
+        while True:
+            with suppress(Unreachable):
+                await remote.jobs()
+                return
+            await remote.find_again(remote.server)
+            await asyncio.sleep(0.1)
 
 
 # ---- certificates that are renewed, keys that follow ----

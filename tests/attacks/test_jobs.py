@@ -164,46 +164,43 @@ def test_what_a_job_resolves_to(sound: tuple[pb.Job, Any], says: str) -> None:
     assert says in str(raised.value)
 
 
-def take_part(tmp_path: Path, server: hostile.Hostile, agreed: pb.Job | None = None, **options: Any) -> FakeBackend:
+async def take_part(
+    tmp_path: Path, server: hostile.Hostile, agreed: pb.Job | None = None, **options: Any
+) -> FakeBackend:
     """Join, and whatever comes after."""
-    quick = FakeBackend()
-
-    async def test() -> None:
-        who = participant(tmp_path, quick)
-        object.__setattr__(who, "agreed", agreed)
-        async with (
-            hostile.serving(server) as address,
-            remotes.connect(address, Pins(who.state), lambda *_: None, insecure=True) as remote,
-        ):
-            await session.take_part(remote, "notes", who, Screen(), **options)
-
-    asyncio.run(test())
-    return quick
+    who = participant(tmp_path, backend := FakeBackend())
+    object.__setattr__(who, "agreed", agreed)
+    async with (
+        hostile.serving(server) as address,
+        remotes.connect(address, Pins(who.state), lambda *_: None, insecure=True) as remote,
+    ):
+        await session.take_part(remote, "notes", who, Screen(), **options)
+    return backend
 
 
-def test_nothing_is_written_for_a_job_that_makes_no_sense(tmp_path: Path, sound: tuple[pb.Job, Any]) -> None:
+async def test_nothing_is_written_for_a_job_that_makes_no_sense(tmp_path: Path, sound: tuple[pb.Job, Any]) -> None:
     offered = copy(sound[0])
     offered.spec.name = "../../outside"
     with pytest.raises(BadData, match="makes no sense"):
-        take_part(tmp_path, hostile.Hostile(offered, sound[1]))
+        await take_part(tmp_path, hostile.Hostile(offered, sound[1]))
     assert {path.name for path in tmp_path.rglob("*")} == {"client", "client-key.pem", "data.jsonl"}
 
 
-def test_another_job_than_the_one_that_was_shown(tmp_path: Path, sound: tuple[pb.Job, Any]) -> None:
+async def test_another_job_than_the_one_that_was_shown(tmp_path: Path, sound: tuple[pb.Job, Any]) -> None:
     offered, _ = sound
     server = hostile.Hostile(offered, sound[1])
     server.then = copy(offered)
     server.then.spec.train.epochs = 1000
     with pytest.raises(Refused, match="notes is not the job any more that it was"):
-        take_part(tmp_path, server, agreed=offered)
+        await take_part(tmp_path, server, agreed=offered)
     server.then.CopyFrom(offered)
     server.then.spec.name = "other"
     with pytest.raises(Refused, match="notes is not the job any more that it was"):
-        take_part(tmp_path, server)  # as `stay --accept notes` does
+        await take_part(tmp_path, server)  # as `stay --accept notes` does
     assert not list((tmp_path / "client").glob("jobs/*"))
 
 
-def test_an_adapter_of_another_rank_than_the_jobs(tmp_path: Path, sound: tuple[pb.Job, Any]) -> None:
+async def test_an_adapter_of_another_rank_than_the_jobs(tmp_path: Path, sound: tuple[pb.Job, Any]) -> None:
     """Which could be as large as the disk has room."""
     offered, given = copy(sound[0]), dict(sound[1])
     shapes = {module.name: (module.out_features, module.in_features) for module in offered.modules}
@@ -211,10 +208,12 @@ def test_an_adapter_of_another_rank_than_the_jobs(tmp_path: Path, sound: tuple[p
     offered.initial.CopyFrom(hostile.artifact(tmp_path / "other", "initial.safetensors"))
     given[offered.initial.digest] = tmp_path / "other"
     with pytest.raises(BadData, match="is not of rank 2"):
-        take_part(tmp_path, hostile.Hostile(offered, given))
+        await take_part(tmp_path, hostile.Hostile(offered, given))
 
 
-def test_room_for_a_terabyte_is_asked_for_before_anything_comes(tmp_path: Path, sound: tuple[pb.Job, Any]) -> None:
+async def test_room_for_a_terabyte_is_asked_for_before_anything_comes(
+    tmp_path: Path, sound: tuple[pb.Job, Any]
+) -> None:
     offered = copy(sound[0])
     offered.spec.lora.rank = 1024
     for module in offered.modules:
@@ -222,7 +221,7 @@ def test_room_for_a_terabyte_is_asked_for_before_anything_comes(tmp_path: Path, 
     job_check.check(offered)
     assert disk.room(offered, tmp_path, None).needed > 10**12
     with pytest.raises(Exception, match="not enough room on the disk"):
-        take_part(tmp_path, hostile.Hostile(offered, sound[1]))
+        await take_part(tmp_path, hostile.Hostile(offered, sound[1]))
     assert not list(tmp_path.rglob("*.safetensors*")) and not list(tmp_path.rglob("models"))
 
 

@@ -3,7 +3,6 @@ terminal would obey."""
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,7 @@ def test_a_link_in_the_folder_leads_nowhere(tmp_path: Path) -> None:
     assert remotes.local_path(tmp_path / "to", pb.Artifact(name="x.json", digest="0" * 64))
 
 
-def pull(tmp_path: Path, *names: str) -> None:
+async def pull(tmp_path: Path, *names: str) -> None:
     """`pull --artifact all` of a publication with files of these names."""
     source = tmp_path / "source"
     source.write_text("hostile")
@@ -83,30 +82,27 @@ def pull(tmp_path: Path, *names: str) -> None:
     server = hostile.Hostile(job, {**files, stream.digest(source): source})
     server.status.publications.append(pb.Publication(version=1, artifacts=artifacts))
 
-    async def test() -> None:
-        async with (
-            hostile.serving(server) as address,
-            remotes.connect(address, Pins(tmp_path), lambda *_: None, insecure=True) as remote,
-        ):
-            made = pulling.publication(await remote.job("notes"), 0)
-            chosen = pulling.wanted(made, "all", Screen())
-            await pulling.fetch(remote, "notes", chosen, tmp_path / "to" / "here", Screen())
-
-    asyncio.run(test())
+    async with (
+        hostile.serving(server) as address,
+        remotes.connect(address, Pins(tmp_path), lambda *_: None, insecure=True) as remote,
+    ):
+        made = pulling.publication(await remote.job("notes"), 0)
+        chosen = pulling.wanted(made, "all", Screen())
+        await pulling.fetch(remote, "notes", chosen, tmp_path / "to" / "here", Screen())
 
 
 @pytest.mark.parametrize("name", ["../x.json", "/tmp/oneround-attack.json", ".bashrc", "evil.py", "a\\b.json"])
-def test_pull_writes_nothing_of_a_publication_with_a_hostile_name(tmp_path: Path, name: str) -> None:
+async def test_pull_writes_nothing_of_a_publication_with_a_hostile_name(tmp_path: Path, name: str) -> None:
     with pytest.raises(BadData):
-        pull(tmp_path, "README.md", name)
+        await pull(tmp_path, "README.md", name)
     assert not (tmp_path / "to").exists() and not Path("/tmp/oneround-attack.json").exists()
 
 
-def test_pull_of_two_files_that_are_one_on_some_disks(tmp_path: Path) -> None:
+async def test_pull_of_two_files_that_are_one_on_some_disks(tmp_path: Path) -> None:
     with pytest.raises(BadData, match="have one name"):
-        pull(tmp_path, "README.md", "readme.md")
+        await pull(tmp_path, "README.md", "readme.md")
     assert not (tmp_path / "to").exists()
-    pull(tmp_path, "README.md", "peft/README.md")
+    await pull(tmp_path, "README.md", "peft/README.md")
     assert (tmp_path / "to" / "here" / "peft" / "README.md").read_text() == "hostile"
 
 

@@ -15,7 +15,6 @@ import ssl
 import struct
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -46,6 +45,7 @@ from oneround.v1 import federation_pb2_grpc as rpc
 from tests.attacks.refusals import EVALUATION, MALLORY, refused, status_of
 from tests.clients import Crowd, connected, me, session, signed_in, speaking
 from tests.daemons import ALICE, BOB, SPEC, join, judged, nothing, running, trained, written
+from tests.waiting import LONG, eventually, until
 
 _LOSSES = ("base_loss", "own_loss", "published_loss")
 # What gRPC's own client says, in place of the answer, when it was still sending as the answer came.
@@ -417,10 +417,7 @@ async def test_a_job_that_goes_while_it_is_sent_to(tmp_path: Path) -> None:
             yield pb.UploadRequest(data=data[100:])
 
         sending = asyncio.create_task(status_of(stub.Upload(messages())))
-        for _ in range(1000):  # until the coordinator has taken the stream
-            if list((state / "uploads").iterdir()):
-                break
-            await asyncio.sleep(0.01)
+        await until(lambda: list((state / "uploads").iterdir()))  # the coordinator has taken the stream
         await daemon.cancel("notes")
         await daemon.delete("notes")
         gone.set()
@@ -500,15 +497,12 @@ def target(state: Path) -> Iterator[Target]:
     with state.with_suffix(".log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     try:
-        for _ in range(1200):
-            if (state / "daemon.json").exists() or process.poll() is not None:
-                break
-            time.sleep(0.05)
+        assert eventually(lambda: (state / "daemon.json").exists() or process.poll() is not None)
         yield Target(process, state, json.loads((state / "daemon.json").read_text())["address"])
         assert process.poll() is None, "it died"
     finally:
         process.send_signal(signal.SIGTERM)
-        code = process.wait(timeout=60)
+        code = process.wait(timeout=LONG)
     said = state.with_suffix(".log").read_text(errors="replace")
     assert code == 0 and "event=fault" not in said, said[said.find("event=fault") - 100 :][:5000]
     # gRPC logs that it cannot answer who has gone; there is no other trouble.
@@ -522,10 +516,11 @@ def _crowd(sizes: tuple[int, int]) -> Any:
 
 
 @_crowd((200, 1000))
-def test_streams_that_stay_half_open(tmp_path: Path, count: int) -> None:
+async def test_streams_that_stay_half_open(tmp_path: Path, count: int) -> None:
     """Many declare an upload, and then send nothing, or little, or all of it without an end, and stay."""
 
-    async def test(daemon: Target) -> None:
+    with target(tmp_path / "state") as daemon:
+        await control.submit(daemon.state, job.parse({**SPEC, "round": {"max_clients": 2000}}))
         async with AsyncExitStack() as stack:
             remote = await stack.enter_async_context(connected(daemon.address, tmp_path))
             channels = [await stack.enter_async_context(daemon.channel()) for _ in range(count // 50)]
@@ -550,30 +545,24 @@ def test_streams_that_stay_half_open(tmp_path: Path, count: int) -> None:
                 ended[code.name] += 1
 
             crowd = [asyncio.create_task(half_open(number)) for number in range(count)]
-            for _ in range(6000):
-                if daemon.log().count("event=joined") == count or all(task.done() for task in crowd):
-                    break
-                await asyncio.sleep(0.05)
-            async with asyncio.timeout(60):
+            await until(lambda: daemon.log().count("event=joined") == count or all(task.done() for task in crowd))
+            async with asyncio.timeout(LONG):
                 await honest(remote, tmp_path)
             growth = daemon.memory() - before
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(LONG):
                 await asyncio.gather(*crowd)  # each is told to come back; none of them stays
             over.set()
             assert ended == {"ABORTED": count * 3 // 4, "DATA_LOSS": count // 4}
             assert growth < GROWTH, growth
             await honest(remote, tmp_path, BOB)
 
-    with target(tmp_path / "state") as daemon:
-        asyncio.run(control.submit(daemon.state, job.parse({**SPEC, "round": {"max_clients": 2000}})))
-        asyncio.run(test(daemon))
-
 
 @_crowd((100, 600))
-def test_downloads_that_nobody_reads(tmp_path: Path, count: int) -> None:
+async def test_downloads_that_nobody_reads(tmp_path: Path, count: int) -> None:
     """A base model is a thousand times larger than the question for it."""
 
-    async def test(daemon: Target) -> None:
+    with target(tmp_path / "state") as daemon:
+        await control.submit(daemon.state, job.parse(SPEC))
         async with AsyncExitStack() as stack:
             remote = await stack.enter_async_context(connected(daemon.address, tmp_path))
             largest = max((await join(remote)).job.base_files, key=lambda file: file.size)
@@ -590,16 +579,13 @@ def test_downloads_that_nobody_reads(tmp_path: Path, count: int) -> None:
             for call in calls:
                 call.cancel()
 
-    with target(tmp_path / "state") as daemon:
-        asyncio.run(control.submit(daemon.state, job.parse(SPEC)))
-        asyncio.run(test(daemon))
-
 
 @_crowd((100, 900))
-def test_connections_that_say_little(tmp_path: Path, count: int) -> None:
+async def test_connections_that_say_little(tmp_path: Path, count: int) -> None:
     """A third opens a socket, a third begins a TLS handshake, a third finishes it and sends half an HTTP/2 preface."""
 
-    async def test(daemon: Target) -> None:
+    with target(tmp_path / "state") as daemon:
+        await control.submit(daemon.state, job.parse(SPEC))
         host, _, port = daemon.address.rpartition(":")
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -608,23 +594,19 @@ def test_connections_that_say_little(tmp_path: Path, count: int) -> None:
         before = daemon.memory()
         try:
             for number in range(count):
-                one = socket.create_connection((host, int(port)), timeout=30)
+                one = socket.create_connection((host, int(port)), timeout=LONG)
                 if number % 3 == 1:
                     one.sendall(b"\x16\x03\x01\x02\x00\x01")
                 if number % 3 == 2:
                     one = context.wrap_socket(one)
                     one.sendall(b"PRI * HTTP/2.0")
                 opened.append(one)
-            async with asyncio.timeout(30), connected(daemon.address, tmp_path) as remote:
+            async with asyncio.timeout(LONG), connected(daemon.address, tmp_path) as remote:
                 await honest(remote, tmp_path)
             assert daemon.memory() - before < GROWTH
         finally:
             for one in opened:
                 one.close()
-
-    with target(tmp_path / "state") as daemon:
-        asyncio.run(control.submit(daemon.state, job.parse(SPEC)))
-        asyncio.run(test(daemon))
 
 
 # ---- requests that were changed on their way ----
@@ -772,17 +754,19 @@ def _file(folder: Path, data: bytes) -> Path:
 async def _answer(channel: grpc.aio.Channel, asked: Asked) -> tuple[StatusCode, str]:
     metadata = asked.known
     if asked.method == "Upload":
-        return await status_of(channel.stream_unary(asked.path)(iter(asked.messages), metadata=metadata, timeout=20))
+        return await status_of(channel.stream_unary(asked.path)(iter(asked.messages), metadata=metadata, timeout=LONG))
     (message,) = asked.messages
     if asked.method in ("Download", "Watch"):
-        seconds = 0.2 if asked.method == "Watch" else 20
+        seconds = 0.2 if asked.method == "Watch" else LONG
         return await status_of(channel.unary_stream(asked.path)(message, metadata=metadata, timeout=seconds))
-    return await status_of(channel.unary_unary(asked.path)(message, metadata=metadata, timeout=60))
+    return await status_of(channel.unary_unary(asked.path)(message, metadata=metadata, timeout=LONG))
 
 
 @_crowd((500, 10_000))
-def test_requests_with_changed_bytes(tmp_path: Path, count: int) -> None:
-    async def test(daemon: Target) -> None:
+async def test_requests_with_changed_bytes(tmp_path: Path, count: int) -> None:
+    with target(tmp_path / "state") as daemon:
+        for name in ("notes", "prey", "closed", "cancelled", "deleted"):
+            await control.submit(daemon.state, job.parse({**SPEC, "name": name}))
         rng = random.Random(count)
         admin = f"Bearer {identity.load_or_create(daemon.state).admin_token}"
         async with AsyncExitStack() as stack:
@@ -814,8 +798,3 @@ def test_requests_with_changed_bytes(tmp_path: Path, count: int) -> None:
             assert {method for method, _ in seen} == by_method.keys()
             assert daemon.memory() - before < GROWTH
             await honest(remote, tmp_path)
-
-    with target(tmp_path / "state") as daemon:
-        for name in ("notes", "prey", "closed", "cancelled", "deleted"):
-            asyncio.run(control.submit(daemon.state, job.parse({**SPEC, "name": name})))
-        asyncio.run(test(daemon))

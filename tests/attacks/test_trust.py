@@ -35,6 +35,7 @@ from tests import commands
 from tests.attacks.refusals import EVALUATION, MALLORY, refused, status_of
 from tests.clients import Crowd, connected, me, session, signed_in, speaking
 from tests.daemons import ALICE, BOB, SPEC, join, judged, nothing, running, trained, written
+from tests.waiting import LONG, eventually
 
 WEEK = 7 * 86400.0
 Entry = MutableMapping[str, Any]
@@ -513,10 +514,7 @@ def test_who_joined_an_open_job_keeps_its_place_from_another_network(
             stderr=log,
         )
     try:
-        for _ in range(600):
-            if (state / "daemon.json").exists() or daemon.poll() is not None:
-                break
-            time.sleep(0.05)
+        assert eventually(lambda: (state / "daemon.json").exists() or daemon.poll() is not None)
 
         def joins(who: str, *hosts: str) -> list[Any]:
             program = [sys.executable, "-c", _FAR, str(tmp_path / who), *(f"{host}:50051" for host in hosts)]
@@ -532,4 +530,4 @@ def test_who_joined_an_open_job_keeps_its_place_from_another_network(
         assert near == away == again
     finally:
         daemon.terminate()
-        assert daemon.wait(timeout=30) == 0
+        assert daemon.wait(timeout=LONG) == 0

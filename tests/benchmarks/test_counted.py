@@ -38,7 +38,7 @@ def triples() -> Iterator[str]:
 
 def ask(address: str, size: int) -> bytes:
     host, _, port = address.rpartition(":")
-    with closing(socket.create_connection((host, int(port)), timeout=30)) as connection:
+    with closing(socket.create_connection((host, int(port)), timeout=300)) as connection:
         connection.sendall(size.to_bytes(8, "big") + bytes(size))
         answer = b""
         while piece := connection.recv(1 << 16):
@@ -62,7 +62,7 @@ def test_where_nobody_is_the_client_finds_its_connection_closed() -> None:
         free = f"127.0.0.1:{nobody.getsockname()[1]}"
     with counted(free) as wire:
         host, _, port = wire.address.rpartition(":")
-        with closing(socket.create_connection((host, int(port)), timeout=30)) as connection:
+        with closing(socket.create_connection((host, int(port)), timeout=300)) as connection:
             assert connection.recv(1) == b""
         assert wire.settled() == Bytes(0, 0)
 
@@ -70,7 +70,7 @@ def test_where_nobody_is_the_client_finds_its_connection_closed() -> None:
 def test_what_is_still_open_is_not_taken_for_all_there_is(triples: str) -> None:
     with counted(triples) as wire:
         host, _, port = wire.address.rpartition(":")
-        with closing(socket.create_connection((host, int(port)), timeout=30)) as connection:
+        with closing(socket.create_connection((host, int(port)), timeout=300)) as connection:
             connection.sendall(bytes([0]))
             while not wire.passed.up:
                 pass

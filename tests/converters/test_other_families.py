@@ -6,7 +6,6 @@ to what comes out for Llama. Real other families are in test_oracle.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import shutil
@@ -261,7 +260,7 @@ def test_the_script_for_a_tokenizer_that_is_not_known(
 
 
 @pytest.mark.parametrize("target", ["model.gguf", "the script"])
-def test_a_whole_job(helix: Other, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+async def test_a_whole_job(helix: Other, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
     """From the job file's keys to a publication, whose merged model is that of the Llama."""
     model = {"base": str(helix.folder)}
     if target == "model.gguf":
@@ -271,18 +270,12 @@ def test_a_whole_job(helix: Other, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     state, spec = tmp_path / "state", job.parse({**SPEC, "model": model, "lora": {"rank": 2}})
 
-    async def test() -> Path:
-        async with (
-            running(state) as (daemon, address),
-            connected(address, state) as remote,
-        ):
-            await daemon.submit(spec)
-            await contribute(remote, tmp_path)
-            await daemon.close("notes")
-            (publication,) = (await until(daemon)).publications
-            return Path(publication.folder)
-
-    folder = asyncio.run(test())
+    async with running(state) as (daemon, address), connected(address, state) as remote:
+        await daemon.submit(spec)
+        await contribute(remote, tmp_path)
+        await daemon.close("notes")
+        (publication,) = (await until(daemon)).publications
+    folder = Path(publication.folder)
     mean = peft.read(folder / "peft")
     gguf_merge.merge(helix.gguf, mean, tmp_path / "expected.gguf", "f16", architectures.describe(helix.llama))
     expected, found = gguf_file.read(tmp_path / "expected.gguf"), gguf_file.read(folder / "notes-f16.gguf")

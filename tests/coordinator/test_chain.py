@@ -164,7 +164,7 @@ async def test_three_rounds(tmp_path: Path) -> None:
 
 
 async def test_what_a_job_cannot_start_from(tmp_path: Path) -> None:
-    async with served(tmp_path / "state") as (daemon, remote):
+    async with served(tmp_path / "state") as (daemon, _):
         described_ = await daemon.describe("notes")
         fresh = adapter.read(await daemon.file("notes", described_.initial.digest))
         fits = adapter.initial(fresh.shapes, 2, 1)

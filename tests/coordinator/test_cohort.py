@@ -273,7 +273,8 @@ def test_numbers_at_the_edge_of_float32_do_no_harm() -> None:
     assert set(verdicts(findings)) == {"admitted"} and np.isfinite(findings[0].norm)
 
 
-def test_memory_is_flat_in_the_number_of_clients(tmp_path: Path) -> None:
+def test_memory_is_flat_in_the_number_of_clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gram, "_WORKERS", 1)  # how many layers are at work at once is no accident then
     shapes = {f"layers.{n}": Shape(512, 512) for n in range(6)}
     start, rng, files = adapter.initial(shapes, 32, seed=0), np.random.default_rng(0), []
     for n in range(60):

@@ -12,7 +12,6 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import text
 
-from coordinator.daemon import Daemon
 from coordinator.jobs import spec
 from coordinator.storage import backup, migrations
 from coordinator.storage.database import engine
@@ -23,15 +22,14 @@ from edge_client.results import pull
 from edge_client.ui.screen import Screen
 from oneround.errors import BadData, Unreachable, UsageError
 from oneround.v1 import federation_pb2 as pb
-from tests.clients import Crowd
 from tests.daemons import (
     SPEC,
     nothing,
     served,
     two_contribute,
     version,
-    with_server,
 )
+from tests.waiting import LONG, eventually
 
 
 def difference(url: str) -> list[object]:
@@ -133,15 +131,12 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [*as_user, bin_ / "postgres", "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", folder]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        for _ in range(100):
-            ready = subprocess.run([bin_ / "pg_isready", "-h", "127.0.0.1", "-p", str(port)], capture_output=True)
-            if ready.returncode == 0:
-                break
-            subprocess.run(["sleep", "0.1"], check=True)
+        ready = [bin_ / "pg_isready", "-h", "127.0.0.1", "-p", str(port)]
+        assert eventually(lambda: subprocess.run(ready, capture_output=True).returncode == 0)
         yield f"postgresql+psycopg://oneround@127.0.0.1:{port}/postgres"
     finally:
         server.terminate()
-        server.wait(30)
+        server.wait(LONG)
         shutil.rmtree(folder)
 
 
@@ -150,11 +145,12 @@ async def test_postgresql(tmp_path: Path, postgres: str) -> None:
     assert difference(postgres) == []
     state, kept, again = tmp_path / "state", tmp_path / "kept", tmp_path / "again"
 
-    async def after(daemon: Daemon, remote: Crowd) -> None:
-        assert (await daemon.status("notes")).admitted == 2
-        await daemon.publish(pb.PublishRequest(job="notes"))
-        await version(daemon, 2, "notes")
-        await daemon.delete("notes")
+    async def goes_on(state: Path, database: str = "") -> None:
+        async with served(state, database=database) as (daemon, _):
+            assert (await daemon.status("notes")).admitted == 2
+            await daemon.publish(pb.PublishRequest(job="notes"))
+            await version(daemon, 2, "notes")
+            await daemon.delete("notes")
 
     async with served(state, database=postgres) as (daemon, remote):
         await two_contribute(remote, tmp_path)
@@ -164,9 +160,9 @@ async def test_postgresql(tmp_path: Path, postgres: str) -> None:
         await asyncio.to_thread(backup.backup, state, kept, postgres)
     assert not (state / "coordinator.sqlite").exists()
     backup.restore(kept, again)  # from PostgreSQL into SQLite
-    with_server(again, after)
-    with_server(state, after, database=postgres)
+    await goes_on(again)
+    await goes_on(state, postgres)
     backup.restore(kept, tmp_path / "third", postgres)  # and back, now that it is empty
-    with_server(tmp_path / "third", after, database=postgres)
+    await goes_on(tmp_path / "third", postgres)
     with pytest.raises(Unreachable, match="does not answer"):
         Store(postgres.replace("@127.0.0.1:", "@127.0.0.1:1"))

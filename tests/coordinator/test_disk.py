@@ -29,6 +29,7 @@ from tests import commands
 from tests.clients import Crowd, connected
 from tests.daemons import ALICE, BASE, BOB, SPEC, join, judged, nothing, running, trained, written
 from tests.disks import disk, full
+from tests.waiting import LONG, until
 
 MB = 1 << 20
 
@@ -91,8 +92,8 @@ def intact(state: Path, receipt: pb.Receipt) -> bool:
     return blob.stat().st_size == receipt.size and stream.digest(blob) == receipt.digest
 
 
-def test_a_full_disk_and_room_again(tmp_path: Path) -> None:
-    async def test(state: Path) -> None:
+async def test_a_full_disk_and_room_again(tmp_path: Path) -> None:
+    with disk(tmp_path / "state") as state:
         async with at_work(state) as (daemon, remote):
             stub, earlier = remote._stub, await contribute(remote, tmp_path, ALICE)
             reply = await join(remote, BOB)
@@ -107,10 +108,7 @@ def test_a_full_disk_and_room_again(tmp_path: Path) -> None:
                 yield pb.UploadRequest(data=file.read_bytes()[8192:])
 
             sending = asyncio.ensure_future(no_room(stub.Upload(messages()), "No space left"))
-            for _ in range(1000):  # until the beginning is here
-                if [found.stat().st_size for found in (state / "uploads").iterdir()] == [8192]:
-                    break
-                await asyncio.sleep(0.01)
+            await until(lambda: [file.stat().st_size for file in (state / "uploads").iterdir()] == [8192])
             with full(state):
                 filled.set()
                 await sending
@@ -135,14 +133,11 @@ def test_a_full_disk_and_room_again(tmp_path: Path) -> None:
             await contribute(remote, tmp_path, "c" * 32)
             assert not list((state / "uploads").iterdir())
 
-    with disk(tmp_path / "state") as state:
-        asyncio.run(test(state))
 
-
-def test_room_for_the_bytes_and_none_for_their_row(tmp_path: Path) -> None:
+async def test_room_for_the_bytes_and_none_for_their_row(tmp_path: Path) -> None:
     """The last thing that fails before a receipt: all of the upload is here, and the commit has no room."""
 
-    async def test(state: Path) -> None:
+    with disk(tmp_path / "state") as state:
         async with at_work(state) as (daemon, remote):
             reply = await join(remote)
             file, declaration = written(trained(reply), tmp_path / "alice")
@@ -157,14 +152,15 @@ def test_room_for_the_bytes_and_none_for_their_row(tmp_path: Path) -> None:
             assert (await judged(remote, reply.lease)).verdict == pb.VERDICT_ADMITTED
             assert intact(state, receipt) and not list((state / "uploads").iterdir())
 
-    with disk(tmp_path / "state") as state:
-        asyncio.run(test(state))
 
-
-def test_no_room_for_another_file(tmp_path: Path) -> None:
+async def test_no_room_for_another_file(tmp_path: Path) -> None:
     """File systems run out of inodes too; every folder looks half empty then."""
 
-    async def test(state: Path) -> None:
+    async def _send_some(remote: Crowd, lease: str, data: bytes) -> None:
+        with pytest.raises(grpc.aio.AioRpcError, match="ended at byte"):
+            await remote._stub.Upload(iter([pb.UploadRequest(lease=lease, offset=0, data=data)]))
+
+    with disk(tmp_path / "state") as state:
         async with at_work(state) as (daemon, remote):
             earlier = await contribute(remote, tmp_path, ALICE)
             reply = await join(remote, BOB)
@@ -183,34 +179,26 @@ def test_no_room_for_another_file(tmp_path: Path) -> None:
             receipt = await remote.upload(reply.lease, declaration, file, nothing)
             assert intact(state, earlier) and intact(state, receipt)
 
-    async def _send_some(remote: Crowd, lease: str, data: bytes) -> None:
-        with pytest.raises(grpc.aio.AioRpcError, match="ended at byte"):
-            await remote._stub.Upload(iter([pb.UploadRequest(lease=lease, offset=0, data=data)]))
-
-    with disk(tmp_path / "state") as state:
-        asyncio.run(test(state))
-
 
 @pytest.mark.parametrize("of", ["bytes", "files"])
-def test_a_publication_waits_for_room(tmp_path: Path, of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_publication_waits_for_room(tmp_path: Path, of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler, "RETRY", 0.2)
 
-    async def test(state: Path) -> None:
+    with disk(tmp_path / "state", 48) as state:
         async with at_work(state) as (daemon, remote):
             receipts = [await contribute(remote, tmp_path, client) for client in (ALICE, BOB)]
             # The database has to note that the round closes, so there is some room, and too little for a model.
             with full(state, but=2 * MB) if of == "bytes" else full_of_files(state):
                 await daemon.close("notes")
-                for _ in range(600):
-                    status = await daemon.status("notes")
-                    if status.stage.startswith("waiting for room"):
-                        break
-                    await asyncio.sleep(0.05)
-                assert status.state == pb.STATE_PUBLISHING and status.stage.startswith("waiting for room"), status
+                async with asyncio.timeout(LONG):
+                    async for status in daemon.statuses.watch("notes"):
+                        if status.stage.startswith("waiting for room"):
+                            break
+                assert status.state == pb.STATE_PUBLISHING
                 assert (await remote.heartbeat(pb.HeartbeatRequest(lease=(await join(remote)).lease))).directive
                 await asyncio.sleep(1)  # it tries again, and there is still no room
                 assert (await daemon.status("notes")).state == pb.STATE_PUBLISHING
-            async with asyncio.timeout(120):
+            async with asyncio.timeout(LONG):
                 async for status in remote.watch("notes"):
                     assert status.state in (pb.STATE_PUBLISHING, pb.STATE_PUBLISHED), status.reason
                     if status.state == pb.STATE_PUBLISHED:
@@ -222,14 +210,11 @@ def test_a_publication_waits_for_room(tmp_path: Path, of: str, monkeypatch: pyte
             assert [entry.name for entry in (state / "publications" / "notes").iterdir()] == ["v1"]
             assert all(intact(state, receipt) for receipt in receipts)
 
-    with disk(tmp_path / "state", 48) as state:
-        asyncio.run(test(state))
 
-
-def test_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
+async def test_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
     """As one becomes when it fails. The database is elsewhere: no mount with a file open for writing can be changed."""
 
-    async def test(state: Path) -> None:
+    with disk(tmp_path / "state") as state:
         async with at_work(state, database=f"sqlite:///{tmp_path / 'rows.sqlite'}") as (daemon, remote):
             earlier = await contribute(remote, tmp_path, ALICE)
             with read_only(state):
@@ -245,9 +230,6 @@ def test_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
                 assert intact(state, earlier) and (await daemon.status("notes")).contributed == 1
             receipt = await remote.upload(reply.lease, declaration, file, nothing)
             assert intact(state, earlier) and intact(state, receipt)
-
-    with disk(tmp_path / "state") as state:
-        asyncio.run(test(state))
 
 
 def test_a_daemon_that_cannot_write_says_so_and_starts_later(tmp_path: Path) -> None:

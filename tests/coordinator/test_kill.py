@@ -37,13 +37,13 @@ from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd, connected, me
 from tests.coordinator.dying import HOOK, ROOT, Plan
 from tests.daemons import ALICE, BOB, SPEC, judged, trained, written
+from tests.waiting import LONG
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="names open files by /proc, and forks")
 
 CAROL = "c" * 32
 CHUNK = 8 * 1024  # an adapter of SPEC is some 30 KB
 WORKERS = 3  # rounds at a time, on two cores: each waits for its daemon most of the time
-START_SECONDS = 60.0
 _GONE = {StatusCode.UNAVAILABLE, StatusCode.CANCELLED}
 _FAULT = "a fault in the coordinator"
 
@@ -160,7 +160,7 @@ class Running:
     async def kill(self, how: signal.Signals) -> int:
         with suppress(ProcessLookupError):
             os.kill(self.pid, how)
-        return await asyncio.wait_for(asyncio.shield(self.ended), START_SECONDS)
+        return await asyncio.wait_for(asyncio.shield(self.ended), LONG)
 
 
 @asynccontextmanager
@@ -266,7 +266,7 @@ async def taking(world: World, remote: Crowd) -> None:
 async def publishing(world: World, remote: Crowd) -> None:
     """The second contribution closes the round, and the publication comes."""
     await world.contribute(remote, BOB, 1)
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(LONG):
         async for status in remote.watch("notes"):
             assert status.state != pb.STATE_FAILED, status.reason
             if status.state == pb.STATE_PUBLISHED:
@@ -430,14 +430,14 @@ async def _try(world: World, daemon: Running, scripts: Collection[Script]) -> bo
                 raise
         except Unreachable:
             pass
-    async with asyncio.timeout(START_SECONDS):  # who breaks a connection is about to be gone
+    async with asyncio.timeout(LONG):  # who breaks a connection is about to be gone
         await asyncio.shield(daemon.ended)
     return False
 
 
 async def _listening(state: Path, daemon: Running) -> None:
     """Until a daemon can be reached, or has ended."""
-    for _ in range(int(START_SECONDS / 0.01)):
+    for _ in range(int(LONG / 0.01)):
         if (state / "daemon.json").exists() or daemon.ended.done():
             return
         await asyncio.sleep(0.01)
@@ -541,34 +541,31 @@ Deaths = Callable[[Sweep, Daemons], Awaitable[set[str]]]
 each_kind: Deaths = partial(every_step, most=1)
 
 
-def _sweep(folder: Path, how: Deaths, begin: tuple[Script, ...], *scripts: Script, **spec: object) -> set[str]:
-    async def run() -> set[str]:
-        async with daemons(folder) as known:
-            wanted = {**SPEC, **spec}
-            world = await _prepared(folder, known, wanted, *begin) if begin else World(folder / "no", job.parse(wanted))
-            return await how(Sweep(folder, scripts, world), known)
-
-    return asyncio.run(run())
+async def _sweep(folder: Path, how: Deaths, begin: tuple[Script, ...], *scripts: Script, **spec: object) -> set[str]:
+    async with daemons(folder) as known:
+        wanted = {**SPEC, **spec}
+        world = await _prepared(folder, known, wanted, *begin) if begin else World(folder / "no", job.parse(wanted))
+        return await how(Sweep(folder, scripts, world), known)
 
 
-def test_a_submission_survives_a_death_at_each_kind_of_step(tmp_path: Path) -> None:
-    _expect(_sweep(tmp_path, each_kind, (), submitting), STARTING | SUBMITTING)
+async def test_a_submission_survives_a_death_at_each_kind_of_step(tmp_path: Path) -> None:
+    _expect(await _sweep(tmp_path, each_kind, (), submitting), STARTING | SUBMITTING)
 
 
-def test_contributions_survive_a_death_at_each_kind_of_step(tmp_path: Path) -> None:
-    _expect(_sweep(tmp_path, each_kind, (submitting,), taking), STARTING_AGAIN | TAKING)
+async def test_contributions_survive_a_death_at_each_kind_of_step(tmp_path: Path) -> None:
+    _expect(await _sweep(tmp_path, each_kind, (submitting,), taking), STARTING_AGAIN | TAKING)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-def test_a_submission_survives_a_death_at_every_step(tmp_path: Path, late: bool) -> None:
-    _expect(_sweep(tmp_path, partial(every_step, late=late), (), submitting), STARTING | SUBMITTING)
+async def test_a_submission_survives_a_death_at_every_step(tmp_path: Path, late: bool) -> None:
+    _expect(await _sweep(tmp_path, partial(every_step, late=late), (), submitting), STARTING | SUBMITTING)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-def test_contributions_survive_a_death_at_every_step(tmp_path: Path, late: bool) -> None:
-    _expect(_sweep(tmp_path, partial(every_step, late=late), (submitting,), taking), STARTING_AGAIN | TAKING)
+async def test_contributions_survive_a_death_at_every_step(tmp_path: Path, late: bool) -> None:
+    _expect(await _sweep(tmp_path, partial(every_step, late=late), (submitting,), taking), STARTING_AGAIN | TAKING)
 
 
 QUORUM = {"min_clients": 2, "target_clients": 2}
@@ -577,18 +574,18 @@ QUORUM = {"min_clients": 2, "target_clients": 2}
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-def test_a_publication_survives_a_death_at_every_step(tmp_path: Path, late: bool) -> None:
+async def test_a_publication_survives_a_death_at_every_step(tmp_path: Path, late: bool) -> None:
     """Its steps are those of the publisher too, whose death takes the daemon along."""
     deaths = partial(every_step, late=late, most=1 if late else 10_000)  # minutes; after one step is before the next
-    found = _sweep(tmp_path, deaths, (submitting, one_is_in), publishing, round=QUORUM)
+    found = await _sweep(tmp_path, deaths, (submitting, one_is_in), publishing, round=QUORUM)
     _expect(found, STARTING_AGAIN | PUBLISHING)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
-def test_a_deletion_survives_a_death_at_every_step(tmp_path: Path, late: bool) -> None:
+async def test_a_deletion_survives_a_death_at_every_step(tmp_path: Path, late: bool) -> None:
     begin = (submitting, one_is_in, publishing)
-    found = _sweep(tmp_path, partial(every_step, late=late), begin, deleting, round=QUORUM)
+    found = await _sweep(tmp_path, partial(every_step, late=late), begin, deleting, round=QUORUM)
     _expect(found, STARTING_AGAIN | DELETING)
 
 

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
 import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.clients import Crowd, connected
 from tests.daemons import ALICE, BASE, judged, nothing, trained, written
+from tests.waiting import LONG, eventually
 
 DEPLOY = Path(coordinator.__file__).parent / "deploy"
 JOB = f"""
@@ -49,14 +49,11 @@ def serve(state: Path, *options: str) -> subprocess.Popen[str]:
     (state.parent / "notes.toml").write_text(JOB)
     arguments = ("serve", "--listen", "127.0.0.1:0", "--state", state, "--job", state.parent / "notes.toml", *options)
     process = commands.start("coordinator", *arguments)
-    for _ in range(600):
-        if (state / "daemon.json").exists() or process.poll() is not None:
-            break
-        time.sleep(0.05)
+    assert eventually(lambda: (state / "daemon.json").exists() or process.poll() is not None)
     return process
 
 
-def test_what_monitoring_sees(tmp_path: Path) -> None:
+async def test_what_monitoring_sees(tmp_path: Path) -> None:
     state = tmp_path / "state"
     process = serve(state, "--metrics", "127.0.0.1:0", "--reflection")
     lines: list[str] = []
@@ -67,18 +64,14 @@ def test_what_monitoring_sees(tmp_path: Path) -> None:
         assert commands.run("coordinator", "health", "--state", state)[0] == "serving\n"
         with pytest.raises(AssertionError, match="another coordinator is at work"):
             commands.run("coordinator", "serve", "--listen", "127.0.0.1:0", "--state", state)
-
-        async def contribute() -> None:
-            async with connected(_address(state), tmp_path) as remote:
-                reply = await remote.join_as(ALICE, pb.JoinRequest(job="notes", client_name="ward-1"))
-                file, declaration = written(trained(reply), tmp_path)
-                await remote.upload(reply.lease, declaration, file, nothing)
-                await judged(remote, reply.lease)
-
-        asyncio.run(contribute())
+        async with connected(_address(state), tmp_path) as remote:
+            reply = await remote.join_as(ALICE, pb.JoinRequest(job="notes", client_name="ward-1"))
+            file, declaration = written(trained(reply), tmp_path)
+            await remote.upload(reply.lease, declaration, file, nothing)
+            await judged(remote, reply.lease)
         url = re.search(r"Metrics on (\S+)", "".join(lines))
         assert url
-        with urllib.request.urlopen(url[1]) as page:
+        with await asyncio.to_thread(urllib.request.urlopen, url[1]) as page:
             metrics = page.read().decode()
         assert 'oneround_contributions{job="notes",verdict="admitted"} 1.0' in metrics
         assert 'oneround_clients{job="notes",phase="contributed"} 1.0' in metrics
@@ -89,7 +82,7 @@ def test_what_monitoring_sees(tmp_path: Path) -> None:
         assert "1 in" in shown and "ward-1" in shown and "admitted" in shown
     finally:
         process.send_signal(signal.SIGTERM)
-        _, log = process.communicate(timeout=30)
+        _, log = process.communicate(timeout=LONG)
         reading.join()
     assert process.returncode == 0, log
     events = [dict(field.split("=", 1) for field in shlex.split(line)) for line in log.splitlines() if "event=" in line]
@@ -116,7 +109,7 @@ def test_reflection_names_every_call(tmp_path: Path) -> None:
             assert {method.name for method in service.methods} >= {"Join", "Heartbeat", "OpenUpload", "Upload"}
     finally:
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=30)
+        process.communicate(timeout=LONG)
 
 
 async def test_sigterm_lets_an_open_upload_end(tmp_path: Path) -> None:
@@ -139,7 +132,7 @@ async def test_sigterm_lets_an_open_upload_end(tmp_path: Path) -> None:
 
     async with connected(_address(state), tmp_path) as remote:
         assert (await upload(remote)).size > 1000
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=LONG)
     assert process.returncode == 0, err
     assert commands.run("coordinator", "health", "--state", state, code=4)
 

@@ -13,7 +13,6 @@ from converters import adapter
 from converters.adapter import Adapter, LowRank
 from coordinator.auth import identity
 from coordinator.cli import client as control
-from coordinator.daemon import Daemon
 from coordinator.jobs import spec
 from coordinator.rpc import transport
 from coordinator.storage import database
@@ -24,7 +23,7 @@ from oneround import stream, tls
 from oneround.errors import BadData, Refused, Unreachable
 from oneround.v1 import federation_pb2 as pb
 from oneround.v1 import federation_pb2_grpc as rpc
-from tests.clients import Crowd, me
+from tests.clients import me
 from tests.daemons import (
     ALICE,
     BOB,
@@ -36,9 +35,9 @@ from tests.daemons import (
     running,
     served,
     trained,
-    with_server,
     written,
 )
+from tests.waiting import until
 
 
 async def test_a_contribution_is_taken_once(tmp_path: Path) -> None:
@@ -185,10 +184,7 @@ async def test_one_stream_at_a_time(tmp_path: Path) -> None:
 
         first = asyncio.create_task(_receipt(remote._stub.Upload(messages())))
         partial = tmp_path / "state" / "uploads" / f"notes.{me(ALICE).client_id}.{declaration.digest}"
-        for _ in range(1000):  # until the coordinator has taken the stream
-            if partial.exists():
-                break
-            await asyncio.sleep(0.01)
+        await until(partial.exists)  # the coordinator has taken the stream
         with pytest.raises(Unreachable, match="another stream"):
             await remote.upload(reply.lease, declaration, file, nothing)
         other = pb.Declaration(digest="1" * 64, size=10, num_examples=1)
@@ -255,13 +251,10 @@ async def test_submitting_again_is_idempotent_and_another_job_of_the_name_is_ref
             await daemon.submit(spec.parse({**SPEC, "name": "other", "model": {"base": "/no/such/base"}}))
 
 
-def test_a_job_from_before_a_key_was_there_means_the_keys_default(tmp_path: Path) -> None:
+async def test_a_job_from_before_a_key_was_there_means_the_keys_default(tmp_path: Path) -> None:
     state = tmp_path / "state"
-
-    async def one_job(daemon: Daemon, _: Crowd) -> None:
+    async with served(state) as (daemon, _):
         assert len(await daemon.names()) == 1
-
-    with_server(state, one_job)
     rows = database.Database(f"sqlite:///{state / 'coordinator.sqlite'}")
     with rows.writes() as session:
         row = session.get_one(Job, "notes")
@@ -269,7 +262,8 @@ def test_a_job_from_before_a_key_was_there_means_the_keys_default(tmp_path: Path
         older.spec.lora.ClearField("start_from")
         row.job = older
     rows.close()
-    with_server(state, one_job)  # submits the same job again
+    async with served(state) as (daemon, _):  # submits the same job again
+        assert len(await daemon.names()) == 1
 
 
 async def test_silent_clients_sleep_and_the_deadline_closes(tmp_path: Path) -> None:

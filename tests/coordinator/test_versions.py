@@ -28,6 +28,7 @@ from tests.daemons import (
     version,
     written,
 )
+from tests.waiting import LONG
 
 LATE = {**SPEC, "name": "late", "round": {"min_clients": 2, "target_clients": 4, "renew_every": "1s"}}
 
@@ -147,7 +148,7 @@ async def test_a_method_that_needs_more_than_came_leaves_the_way_to_another(tmp_
         for seed, client in enumerate(CLIENTS[:2]):
             await contribute(remote, tmp_path, client, seed, "few")
         await daemon.close("few")
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(LONG):
             async for status in daemon.statuses.watch("few"):
                 if status.state == pb.STATE_FAILED:
                     break

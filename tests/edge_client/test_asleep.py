@@ -19,6 +19,7 @@ from coordinator.jobs.leases import ASLEEP_AFTER
 from edge_client import outbox
 from oneround.v1 import federation_pb2 as pb
 from tests.daemons import SPEC, running
+from tests.waiting import LONG
 
 ASLEEP_SECONDS = 4.0  # longer than between two heartbeats
 LATER = 2 * ASLEEP_AFTER  # what passes for the coordinator in that time
@@ -134,7 +135,7 @@ class Client:
 
     async def end(self) -> None:
         await self.until("done")
-        assert await asyncio.wait_for(self._process.wait(), 30) == 0
+        assert await asyncio.wait_for(self._process.wait(), LONG) == 0
 
     def kill(self) -> None:
         if self._process.returncode is None:
@@ -176,7 +177,7 @@ async def test_a_client_that_slept_finishes(tmp_path: Path, during: str, cut: bo
                     await client.until("trained")
                     before = line.sent
                     line.hold_after = before + 3_000_000
-                    await asyncio.wait_for(line.held.wait(), 60)
+                    await asyncio.wait_for(line.held.wait(), LONG)
                 phase = await client.sleep(daemon, clock)
                 assert phase == (pb.PHASE_ASLEEP if during == "training" else pb.PHASE_UPLOADING)
                 if cut:

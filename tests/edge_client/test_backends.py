@@ -129,13 +129,13 @@ def test_dropout_means_the_same_in_both(tmp_path: Path) -> None:
 
 
 @each
-def test_a_subset_of_the_modules_and_a_thread(tmp_path: Path, name: str) -> None:
+async def test_a_subset_of_the_modules_and_a_thread(tmp_path: Path, name: str) -> None:
     """Exactly the modules of the initial adapter are trained; and training may run beside an event loop."""
     base = tiny.llama(tmp_path / "base", tied=True)
     wanted = {m: s for m, s in tiny.modules_of(base).items() if m.endswith(("layers.1.self_attn.q_proj", "up_proj"))}
     plan = Batches(tiny.examples(16), batch_size=8, epochs=1, seed=0)
     initial = adapter.initial(wanted, rank=4, seed=0)
-    _, result = asyncio.run(asyncio.to_thread(trained, name, base, initial, recipe_for(plan), plan))  # type: ignore[arg-type]
+    _, result = await asyncio.to_thread(trained, name, base, initial, recipe_for(plan), plan)
     assert result.modules.keys() == wanted.keys()
     assert all(np.abs(factors.b).max() > 0 for factors in result.modules.values())
 

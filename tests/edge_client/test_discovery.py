@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from edge_client.connection.identity import Pins
 from oneround import lan, tls
 from oneround.errors import Unreachable, UsageError
 from tests import commands, terminal
+from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 
@@ -220,8 +220,7 @@ def test_a_hostile_coordinator_on_the_same_network(namespaces: tuple[str, str], 
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto")])}
     serves = (commands.BIN / "coordinator", "serve", "--state", tmp_path / "hostile", "--no-advertise")
     with (tmp_path / "log").open("w") as log, started(*serves, "--listen", address):
-        while not (tmp_path / "hostile" / "daemon.json").exists():
-            time.sleep(0.05)
+        assert eventually((tmp_path / "hostile" / "daemon.json").exists)
         with saying(keys[1]):
             err = refused()
             assert address in err and "only heard of on this network" in err and f"--trust {keys[1]}" in err

@@ -1,8 +1,7 @@
 """Disks of laptops fill up: before training, while it goes on, and at its end; on a small file system of their own."""
 
-import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,44 +107,36 @@ def test_reserved_room_is_written_over(tmp_path: Path) -> None:
     assert file.read_bytes() == b"short" and file.stat().st_ino == kept.st_ino and not files.reserved(file).exists()
 
 
-def with_a_disk(
-    tmp_path: Path,
-    megabytes: int,
-    test: Callable[[Path, str, session.Participant], Awaitable[None]],
-    model: Path | None = BASE,
-) -> None:
-    """A coordinator elsewhere, and a client whose state has a small disk."""
+@asynccontextmanager
+async def on_a_disk(
+    tmp_path: Path, megabytes: int, model: Path | None = BASE
+) -> AsyncIterator[tuple[Path, str, session.Participant]]:
+    """A client whose state has a small disk, and a coordinator elsewhere: the state, the address, the client."""
     (tmp_path / "data.jsonl").write_text("".join(f'{{"text": "row {n} of the data"}}\n' for n in range(90)))
-
-    async def run(state: Path) -> None:
+    with disk(tmp_path / "client", megabytes) as state:
         who = session.Participant(state, "alice", tmp_path / "data.jsonl", FakeBackend(), model, save_every=0.0)
         async with running(tmp_path / "coordinator") as (daemon, address):
             await daemon.submit(job.parse(SPEC))
-            await test(state, address, who)
-
-    with disk(tmp_path / "client", megabytes) as state:
-        asyncio.run(run(state))
+            yield state, address, who
 
 
 def fetched(state: Path) -> list[Path]:
     return list(state.rglob("*.safetensors"))
 
 
-def test_a_disk_that_is_too_small_is_told_before_anything_comes(tmp_path: Path) -> None:
-    async def test(state: Path, address: str, who: session.Participant) -> None:
+async def test_a_disk_that_is_too_small_is_told_before_anything_comes(tmp_path: Path) -> None:
+    async with on_a_disk(tmp_path, 72, model=None) as (state, address, who):
         with pytest.raises(NotEnough, match=r"10\.\d MB of them for the base model") as caught:
             await take_part(address, who)
         assert caught.value.exit_code == 6 and "--model" in caught.value.hint
         assert not fetched(state)
         assert (await take_part(address, replace(who, model=BASE))).digest, "without the base there is room"
 
-    with_a_disk(tmp_path, 72, test, model=None)
 
-
-def test_a_disk_that_fills_up_while_training(tmp_path: Path) -> None:
+async def test_a_disk_that_fills_up_while_training(tmp_path: Path) -> None:
     """Snapshots cannot be kept any more, and the result has its room."""
 
-    async def test(state: Path, address: str, who: session.Participant) -> None:
+    async with on_a_disk(tmp_path, 80) as (state, address, who):
         with ExitStack() as filled:
             backend = FakeBackend(lambda step: filled.enter_context(full(state)) if step == 5 else None)
             receipt = await take_part(address, replace(who, backend=backend))
@@ -153,13 +144,11 @@ def test_a_disk_that_fills_up_while_training(tmp_path: Path) -> None:
         (box,) = outbox.all_outboxes(state)
         assert box.receipt() == receipt and not list(box.folder.glob(".*.[pr]*"))
 
-    with_a_disk(tmp_path, 80, test)
 
-
-def test_where_no_room_could_be_kept_the_last_snapshot_is(tmp_path: Path) -> None:
+async def test_where_no_room_could_be_kept_the_last_snapshot_is(tmp_path: Path) -> None:
     """Some file systems keep nothing for anybody. What is reserved is taken away here, to stand for them."""
 
-    async def test(state: Path, address: str, who: session.Participant) -> None:
+    async with on_a_disk(tmp_path, 80) as (state, address, who):
         with ExitStack() as filled:
 
             def fill(step: int) -> None:
@@ -176,5 +165,3 @@ def test_where_no_room_could_be_kept_the_last_snapshot_is(tmp_path: Path) -> Non
         again = FakeBackend()
         assert (await take_part(address, replace(who, backend=again))).digest
         assert 0 < again.began_at[0] <= 5, "it went on from the last snapshot"
-
-    with_a_disk(tmp_path, 80, test)

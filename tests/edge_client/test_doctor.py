@@ -1,6 +1,5 @@
 """Each check where all is well and where it is not, over a real coordinator; and the command as a person runs it."""
 
-import asyncio
 import datetime
 import json
 import time
@@ -48,39 +47,31 @@ def rows(folder: Path, *more: str) -> Path:
     return folder / "notes.jsonl"
 
 
-def examined(case: Case) -> dict[str, Finding]:
-    async def run() -> dict[str, Finding]:
-        return {found.check: found async for found in doctor.examine(case, Screen())}
-
-    return asyncio.run(run())
+async def examined(case: Case) -> dict[str, Finding]:
+    return {finding.check: finding async for finding in doctor.examine(case, Screen())}
 
 
-def with_coordinator(
+async def with_coordinator(
     tmp_path: Path, case: Case, spec: dict[str, object] | None = SPEC, clock: Callable[[], float] = time.time
 ) -> dict[str, Finding]:
     """What is found with a coordinator that has a job."""
-
-    async def run() -> dict[str, Finding]:
-        async with running(tmp_path / "coordinator", clock) as (daemon, address):
-            if spec is not None:
-                await daemon.submit(job.parse(spec))
-            seen = replace(case, target=replace(case.target, server=case.target.server or address))
-            found = {each.check: each async for each in doctor.examine(seen, Screen())}
-            if spec is not None:
-                status = await daemon.status(str(spec["name"]))
-                assert not status.clients, "examining joins nothing"
-            return found
-
-    return asyncio.run(run())
+    async with running(tmp_path / "coordinator", clock) as (daemon, address):
+        if spec is not None:
+            await daemon.submit(job.parse(spec))
+        findings = await examined(replace(case, target=replace(case.target, server=case.target.server or address)))
+        if spec is not None:
+            status = await daemon.status(str(spec["name"]))
+            assert not status.clients, "examining joins nothing"
+        return findings
 
 
 def levels(found: dict[str, Finding]) -> dict[str, str]:
     return {name: each.level for name, each in found.items() if each.level != "ok"}
 
 
-def test_all_is_well_and_nothing_is_left_behind(tmp_path: Path) -> None:
+async def test_all_is_well_and_nothing_is_left_behind(tmp_path: Path) -> None:
     state = tmp_path / "client"
-    found = with_coordinator(tmp_path, Case(state, data=rows(tmp_path / "data")))
+    found = await with_coordinator(tmp_path, Case(state, data=rows(tmp_path / "data")))
     assert levels(found) == {"certificate": "note"}, found
     assert not state.exists(), "nothing is pinned, fetched or joined"
     assert list(found) == [name for name in doctor.CHECKS if name != "local network"]
@@ -93,13 +84,13 @@ def test_all_is_well_and_nothing_is_left_behind(tmp_path: Path) -> None:
     assert all("\n" not in each.says + each.hint for each in found.values())
 
 
-def test_a_folder_that_is_the_jobs_model_and_others_that_are_not(tmp_path: Path) -> None:
+async def test_a_folder_that_is_the_jobs_model_and_others_that_are_not(tmp_path: Path) -> None:
     case = Case(tmp_path / "client", data=rows(tmp_path / "data"), model=BASE)
-    found = with_coordinator(tmp_path, case)
+    found = await with_coordinator(tmp_path, case)
     assert found["base model"].level == "ok" and "is the job's" in found["base model"].says
     assert found["memory"].level == "ok"
     (tmp_path / "empty").mkdir()
-    found = with_coordinator(tmp_path, replace(case, model=tmp_path / "empty"))
+    found = await with_coordinator(tmp_path, replace(case, model=tmp_path / "empty"))
     assert (found["base model"].level, found["base model"].exit_code) == ("problem", 5)
     assert "no weights in safetensors form" in found["base model"].says
     changed = tmp_path / "changed"
@@ -107,51 +98,47 @@ def test_a_folder_that_is_the_jobs_model_and_others_that_are_not(tmp_path: Path)
     for file in BASE.iterdir():
         (changed / file.name).write_bytes(file.read_bytes())
     (changed / "config.json").write_text("{}")
-    found = with_coordinator(tmp_path, replace(case, model=changed))
+    found = await with_coordinator(tmp_path, replace(case, model=changed))
     assert "is not the job's base model: config.json" in found["base model"].says
     assert "leave --model out" in found["base model"].hint
     assert "memory" not in found and found["data"].level == "ok", "what can be looked at is"
 
 
-def test_rows_that_are_cut_or_bad(tmp_path: Path) -> None:
+async def test_rows_that_are_cut_or_bad(tmp_path: Path) -> None:
     short = {**SPEC, "train": {"max_seq_len": 16}}
     case = Case(tmp_path / "client", data=rows(tmp_path / "data"))
-    found = with_coordinator(tmp_path, case, short)
+    found = await with_coordinator(tmp_path, case, short)
     assert found["data"].level == "note" and "are cut at 16 tokens" in found["data"].says
     case = replace(case, data=rows(tmp_path / "bad", '{"txet": "typo"}'))
-    found = examined(replace(case, target=Target("127.0.0.1:1")))
+    found = await examined(replace(case, target=Target("127.0.0.1:1")))
     assert (found["data"].level, found["data"].exit_code) == ("problem", 5)
     assert "notes.jsonl:31" in found["data"].says and "--skip-bad-rows" in found["data"].hint
-    found = examined(replace(case, target=Target("127.0.0.1:1"), skip_bad_rows=True))
+    found = await examined(replace(case, target=Target("127.0.0.1:1"), skip_bad_rows=True))
     assert found["data"].level == "note" and "1 bad rows are skipped" in found["data"].says
 
 
-def test_a_coordinator_that_does_not_answer(tmp_path: Path) -> None:
+async def test_a_coordinator_that_does_not_answer(tmp_path: Path) -> None:
     case = Case(tmp_path / "client", target=Target("127.0.0.1:1"), data=tmp_path / "none", model=tmp_path)
-    found = examined(case)
+    found = await examined(case)
     assert (found["coordinator"].level, found["coordinator"].exit_code) == ("problem", 4)
     assert "coordinator serve" in found["coordinator"].hint
     assert found["base model"].level == "problem" and found["data"].level == "problem"
     assert found["disk"].level == "ok" and "are free" in found["disk"].says
     assert not {"certificate", "clock", "job", "memory"} & found.keys()
-    assert "which, a job will say" in examined(replace(case, model=BASE))["base model"].says
+    assert "which, a job will say" in (await examined(replace(case, model=BASE)))["base model"].says
 
 
-def test_a_key_that_is_pinned_and_one_that_has_changed(tmp_path: Path) -> None:
+async def test_a_key_that_is_pinned_and_one_that_has_changed(tmp_path: Path) -> None:
     state = tmp_path / "client"
     state.mkdir()
 
-    async def run() -> tuple[dict[str, Finding], dict[str, Finding]]:
-        async with running(tmp_path / "coordinator") as (daemon, address):
-            await daemon.submit(job.parse(SPEC))
-            case = Case(state, target=Target(address), data=rows(tmp_path / "data"))
-            identity.Pins(state).pin(address, identities.load_or_create(tmp_path / "coordinator").fingerprint)
-            pinned = {each.check: each async for each in doctor.examine(replace(case), Screen())}
-            (state / "known-coordinators.json").write_text(json.dumps({address: "ab" * 32}))
-            changed = {each.check: each async for each in doctor.examine(Case(state, target=Target(address)), Screen())}
-            return pinned, changed
-
-    pinned, changed = asyncio.run(run())
+    async with running(tmp_path / "coordinator") as (daemon, address):
+        await daemon.submit(job.parse(SPEC))
+        case = Case(state, target=Target(address), data=rows(tmp_path / "data"))
+        identity.Pins(state).pin(address, identities.load_or_create(tmp_path / "coordinator").fingerprint)
+        pinned = await examined(case)
+        (state / "known-coordinators.json").write_text(json.dumps({address: "ab" * 32}))
+        changed = await examined(Case(state, target=Target(address)))
     assert pinned["certificate"].level == "ok" and "the one that is pinned" in pinned["certificate"].says
     assert (changed["certificate"].level, changed["certificate"].exit_code) == ("problem", 3)
     assert "another key than the last time" in changed["certificate"].says
@@ -179,56 +166,50 @@ def test_the_dates_of_a_certificate() -> None:
 
 
 @pytest.mark.parametrize(("ahead", "level", "says"), [(-300.0, "note", "0:05:00 behind"), (7200.0, "problem", "ahead")])
-def test_a_clock_that_is_wrong(tmp_path: Path, ahead: float, level: str, says: str) -> None:
+async def test_a_clock_that_is_wrong(tmp_path: Path, ahead: float, level: str, says: str) -> None:
     case = Case(tmp_path / "client", data=rows(tmp_path / "data"))
-    found = with_coordinator(tmp_path, case, clock=lambda: time.time() - ahead)
+    found = await with_coordinator(tmp_path, case, clock=lambda: time.time() - ahead)
     assert found["clock"].level == level and says in found["clock"].says and found["clock"].hint
     assert found["clock"].exit_code == (2 if level == "problem" else 0)
 
 
-def test_jobs_that_are_not_there(tmp_path: Path) -> None:
+async def test_jobs_that_are_not_there(tmp_path: Path) -> None:
     case = Case(tmp_path / "client", data=rows(tmp_path / "data"))
-    found = with_coordinator(tmp_path, case, None)
+    found = await with_coordinator(tmp_path, case, None)
     assert (found["job"].level, found["job"].exit_code) == ("problem", 3) and "no job is open" in found["job"].says
-    found = with_coordinator(tmp_path, replace(case, job_name="other"))
+    found = await with_coordinator(tmp_path, replace(case, job_name="other"))
     assert "no job 'other'" in found["job"].says and found["job"].hint == "--job with one of: notes"
     assert not {"base model", "memory"} & found.keys()
 
 
-def test_a_job_that_takes_no_more(tmp_path: Path) -> None:
-    async def run() -> dict[str, Finding]:
-        async with running(tmp_path / "coordinator") as (daemon, address):
-            await daemon.submit(job.parse(SPEC))
-            await daemon.cancel("notes")
-            case = Case(tmp_path / "client", target=Target(address), job_name="notes", data=rows(tmp_path / "data"))
-            return {each.check: each async for each in doctor.examine(case, Screen())}
-
-    found = asyncio.run(run())
+async def test_a_job_that_takes_no_more(tmp_path: Path) -> None:
+    async with running(tmp_path / "coordinator") as (daemon, address):
+        await daemon.submit(job.parse(SPEC))
+        await daemon.cancel("notes")
+        case = Case(tmp_path / "client", target=Target(address), job_name="notes", data=rows(tmp_path / "data"))
+        found = await examined(case)
     assert found["job"].exit_code == 3 and "takes no more contributions" in found["job"].says
 
 
-def test_what_is_trained_needs_no_data(tmp_path: Path) -> None:
-    async def run() -> dict[str, Finding]:
-        async with running(tmp_path / "coordinator") as (daemon, address):
-            await daemon.submit(job.parse(SPEC))
-            announced = await daemon.describe("notes")
-            box = outbox.outbox(tmp_path, announced)
-            box.keep_joined(address, pb.JoinReply(lease="x", job=announced))
-            box.keep_trained(adapter.initial({"x": Shape(3, 2)}, 1, 0), "bfloat16", pb.Declaration(num_examples=3))
-            case = Case(tmp_path, target=Target(address), data=tmp_path / "none")
-            return {each.check: each async for each in doctor.examine(case, Screen())}
-
-    found = asyncio.run(run())
+async def test_what_is_trained_needs_no_data(tmp_path: Path) -> None:
+    async with running(tmp_path / "coordinator") as (daemon, address):
+        await daemon.submit(job.parse(SPEC))
+        announced = await daemon.describe("notes")
+        box = outbox.outbox(tmp_path, announced)
+        box.keep_joined(address, pb.JoinReply(lease="x", job=announced))
+        box.keep_trained(adapter.initial({"x": Shape(3, 2)}, 1, 0), "bfloat16", pb.Declaration(num_examples=3))
+        case = Case(tmp_path, target=Target(address), data=tmp_path / "none")
+        found = await examined(case)
     assert "trained here already" in found["job"].says and "data" not in found
     assert found["disk"].level == "ok"
 
 
-def test_a_disk_without_room(tmp_path: Path) -> None:
+async def test_a_disk_without_room(tmp_path: Path) -> None:
     with disk(tmp_path / "client", 16) as state:
-        found = with_coordinator(tmp_path, Case(state, data=rows(tmp_path / "data")))
+        found = await with_coordinator(tmp_path, Case(state, data=rows(tmp_path / "data")))
         assert (found["disk"].level, found["disk"].exit_code) == ("problem", 6)
         assert f"not enough room on the disk of {state}" in found["disk"].says and "free " in found["disk"].hint
-        found = examined(Case(state, target=Target("127.0.0.1:1")))
+        found = await examined(Case(state, target=Target("127.0.0.1:1")))
         assert found["disk"].level == "note"
 
 
@@ -241,8 +222,9 @@ def test_memory_that_is_short() -> None:
     assert "cannot be told" in job_checks.outlook(None, spec).says
 
 
-def test_a_backend_that_is_none(tmp_path: Path) -> None:
-    found = examined(Case(tmp_path, target=Target("127.0.0.1:1"), backend_name="jax", data=rows(tmp_path / "data")))
+async def test_a_backend_that_is_none(tmp_path: Path) -> None:
+    case = Case(tmp_path, target=Target("127.0.0.1:1"), backend_name="jax", data=rows(tmp_path / "data"))
+    found = await examined(case)
     assert (found["backend"].level, found["backend"].exit_code) == ("problem", 2) and "--backend" in found[
         "backend"
     ].hint
@@ -283,8 +265,8 @@ def test_the_local_network_of_macos(system: str, release: str, unreached: str, t
         assert found.level == "note" and "Privacy & Security > Local Network" in found.hint
 
 
-def test_this_machine_by_itself(tmp_path: Path) -> None:
-    found = examined(Case(tmp_path, target=Target("127.0.0.1:1")))
+async def test_this_machine_by_itself(tmp_path: Path) -> None:
+    found = await examined(Case(tmp_path, target=Target("127.0.0.1:1")))
     assert found["python"].level == "ok" and "Python 3." in found["python"].says
     assert found["packages"].level == "ok" and "oneround" in found["packages"].says
     assert found["backend"].says.split()[0] in usable

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from oneround.errors import Refused
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.edge_client import tiny
+from tests.waiting import LONG, eventually
 
 ROOT = Path(__file__).parents[2]
 usable = [name for name in BACKENDS if backends.load(name).available() is None]
@@ -138,7 +138,7 @@ def test_kill_nine_and_join_again(tmp_path: Path, name: str) -> None:
             process = commands.start(*map(str, joins("disturbed")))
             _wait_for_steps(tmp_path / "disturbed", reached[-1])
             os.kill(process.pid, how)
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=LONG)
             assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130), err
             if len(reached) > 1:
                 continued = commands.events(out)["continued"]
@@ -161,8 +161,4 @@ def _steps(state: Path) -> int:
 
 
 def _wait_for_steps(state: Path, more_than: int) -> None:
-    for _ in range(1200):
-        if _steps(state) > more_than:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"no more than {more_than} steps were kept in a minute")
+    assert eventually(lambda: _steps(state) > more_than), f"no more than {more_than} steps were kept"

@@ -29,7 +29,7 @@ from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.commands import script
 from tests.daemons import SPEC, running
-from tests.waiting import eventually
+from tests.waiting import LONG, eventually
 
 ROOT = Path(__file__).parents[2]
 FINE = Readings(battery=80.0, idle=9999.0, memory=50.0)
@@ -361,7 +361,7 @@ async def test_a_coordinators_stop_ends_a_pause(tmp_path: Path) -> None:
                 break
         await daemon.close("notes")
         with pytest.raises(session.Refused, match="stopped this job"):
-            await asyncio.wait_for(taking, 10)
+            await asyncio.wait_for(taking, LONG)
 
 
 JOB = """
@@ -417,7 +417,7 @@ def test_ctrl_c_while_it_waits_for_an_idle_machine(tmp_path: Path) -> None:
         assert said[-1]["reason"] == "in_use"
         began = time.monotonic()
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=LONG)
         assert process.returncode == 130 and "Traceback" not in err, err
         assert "unpaused" not in out
         assert time.monotonic() - began < 5

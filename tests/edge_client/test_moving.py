@@ -54,7 +54,7 @@ async def test_a_network_that_breaks_costs_what_was_on_its_way(tmp_path: Path) -
             size, before = box.adapter.stat().st_size, wire.up
             wire.cut_at_up = [before + size // 3]
             wire.broken.clear()
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(LONG):
                 await wire.broken.wait()
             wire.target = ""
         async with running(tmp_path / "one") as (daemon, wire.target):

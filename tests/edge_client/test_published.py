@@ -36,6 +36,7 @@ from tests import commands
 from tests.converters import tiny
 from tests.daemons import BASE, SPEC, running
 from tests.participants import contributed
+from tests.waiting import LONG
 
 GB = 2**30
 PUBLISHED = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q4_k_m": 4.9}  # GB, of an 8B model
@@ -251,7 +252,7 @@ async def published(daemon: Daemon) -> None:
             return
 
 
-def test_pull_evaluate_report_and_chat(tmp_path: Path) -> None:
+async def test_pull_evaluate_report_and_chat(tmp_path: Path) -> None:
     """A whole life after the round: with the coordinator there, and then without it."""
     state, out = tmp_path / "client", tmp_path / "out"
     evaluating = ("evaluate", "notes", "--state", state, "--json")
@@ -260,37 +261,35 @@ def test_pull_evaluate_report_and_chat(tmp_path: Path) -> None:
     async def run(*arguments: object, code: int = 0) -> tuple[str, str]:
         return await asyncio.to_thread(commands.run, "edge-client", *arguments, code=code)
 
-    async def test() -> dict[str, dict[str, Any]]:
-        async with running(tmp_path / "coordinator") as (daemon, address):
-            await daemon.submit(job.parse(spec))
-            await contributed(address, tmp_path)
-            _, said = await run(*evaluating, code=3)
-            assert "published nothing yet" in said
-            await published(daemon)
+    async with running(tmp_path / "coordinator") as (daemon, address):
+        await daemon.submit(job.parse(spec))
+        await contributed(address, tmp_path)
+        _, said = await run(*evaluating, code=3)
+        assert "published nothing yet" in said
+        await published(daemon)
 
-            said, _ = await run("pull", "notes", "--to", out, "--state", state, "--json")
-            events = commands.events(said)
-            assert events["chosen"]["name"] == events["pulled"]["name"] == "notes-f16.gguf"
-            assert events["chosen"]["fit"] in ("comfortable", "full") and (out / "notes-f16.gguf").exists()
+        said, _ = await run("pull", "notes", "--to", out, "--state", state, "--json")
+        events = commands.events(said)
+        assert events["chosen"]["name"] == events["pulled"]["name"] == "notes-f16.gguf"
+        assert events["chosen"]["fit"] in ("comfortable", "full") and (out / "notes-f16.gguf").exists()
 
-            alone, _ = await run(*evaluating)
-            assert not (await daemon.status("notes")).comparisons, "nothing leaves without --report"
-            told, _ = await run(*evaluating, "--report")
-            first, second = commands.events(alone), commands.events(told)
-            assert first["evaluated"] == second["evaluated"]
-            assert "base_gguf" in first and "base_gguf" not in second and "pulled" not in second
-            status = await daemon.status("notes")
-            (evaluation,) = status.clients[0].evaluations
-            sent = json_format.MessageToDict(evaluation, preserving_proto_field_name=True)
-            assert {**sent, "tokens": int(sent["tokens"])} == {k: v for k, v in second["tells"].items() if k != "event"}
+        alone, _ = await run(*evaluating)
+        assert not (await daemon.status("notes")).comparisons, "nothing leaves without --report"
+        told, _ = await run(*evaluating, "--report")
+        first, second = commands.events(alone), commands.events(told)
+        assert first["evaluated"] == second["evaluated"]
+        assert "base_gguf" in first and "base_gguf" not in second and "pulled" not in second
+        status = await daemon.status("notes")
+        (evaluation,) = status.clients[0].evaluations
+        sent = json_format.MessageToDict(evaluation, preserving_proto_field_name=True)
+        assert {**sent, "tokens": int(sent["tokens"])} == {k: v for k, v in second["tells"].items() if k != "event"}
 
-            _, said = await run(*evaluating, "--data", tmp_path / "nothing", code=5)
-            assert "there is no data at" in said and "--data" in said
-            _, said = await run(*evaluating, "--version", 9, code=2)
-            assert "no version 9" in said
-            return first
+        _, said = await run(*evaluating, "--data", tmp_path / "nothing", code=5)
+        assert "there is no data at" in said and "--data" in said
+        _, said = await run(*evaluating, "--version", 9, code=2)
+        assert "no version 9" in said
 
-    said = asyncio.run(test())["evaluated"]
+    said = first["evaluated"]
     assert said["version"] == 1 and said["examples"] > 1
     for model in evaluate.MODELS:
         assert said[model]["perplexity"] == pytest.approx(math.exp(said[model]["loss"]))
@@ -324,7 +323,7 @@ class Served:
         asked = urllib.request.Request(
             f"{self.url}{path}", data, {"Content-Type": "application/json"} | (headers or {})
         )
-        with urllib.request.urlopen(asked, timeout=60) as answer:
+        with urllib.request.urlopen(asked, timeout=LONG) as answer:
             return json.loads(answer.read())  # type: ignore[no-any-return]
 
 
@@ -354,7 +353,7 @@ def test_serving_speaks_openais_api(server: Served, small: Path) -> None:
     with pytest.raises(urllib.error.HTTPError, match="400"):  # a name that was made to mean this machine
         server.get("/models", headers={"Host": "evil.example"})
     asked = urllib.request.Request(f"{server.url}/models", headers={"Origin": "http://evil.example"})
-    with urllib.request.urlopen(asked, timeout=60) as answered:
+    with urllib.request.urlopen(asked, timeout=LONG) as answered:
         assert "access-control-allow-origin" not in answered.headers, "no web page reads what the model says"
 
     port = server.url.rpartition(":")[2].partition("/")[0]

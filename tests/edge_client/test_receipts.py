@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytest_asyncio
 import typer
 from cryptography.hazmat.primitives.asymmetric import ec
 from google.protobuf import json_format
@@ -76,29 +77,25 @@ async def contribute(remote: Crowd, folder: Path, client: str, *, sound: bool = 
     return kept
 
 
-@pytest.fixture(scope="module")
-def past(tmp_path_factory: pytest.TempPathFactory) -> Past:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def past(tmp_path_factory: pytest.TempPathFactory) -> Past:
     """Alice and Bob take part, Eve is quarantined, and Carol comes after the first version."""
     folder = tmp_path_factory.mktemp("past")
     kept = {}
-
-    async def round() -> None:
-        async with (
-            running(folder / "coordinator") as (daemon, address),
-            connected(address, folder) as remote,
-        ):
-            await daemon.submit(spec.parse(SPEC))
-            await contributed(address, folder)
-            kept["bob"] = await contribute(remote, folder, BOB)
-            kept["eve"] = await contribute(remote, folder, EVE, sound=False)
-            await daemon.publish(pb.PublishRequest(job="notes"))
-            await version(daemon, 1, "notes")
-            kept["carol"] = await contribute(remote, folder, CAROL)
-            await asyncio.to_thread(
-                commands.run, "edge-client", "pull", "notes", "--to", folder / "out", "--state", folder / "client"
-            )
-
-    asyncio.run(round())
+    async with (
+        running(folder / "coordinator") as (daemon, address),
+        connected(address, folder) as remote,
+    ):
+        await daemon.submit(spec.parse(SPEC))
+        await contributed(address, folder)
+        kept["bob"] = await contribute(remote, folder, BOB)
+        kept["eve"] = await contribute(remote, folder, EVE, sound=False)
+        await daemon.publish(pb.PublishRequest(job="notes"))
+        await version(daemon, 1, "notes")
+        kept["carol"] = await contribute(remote, folder, CAROL)
+        await asyncio.to_thread(
+            commands.run, "edge-client", "pull", "notes", "--to", folder / "out", "--state", folder / "client"
+        )
     return Past(folder / "coordinator", folder / "client", folder / "out", kept)
 
 
@@ -390,34 +387,30 @@ def served(past: Past, tmp_path: Path) -> Path:
     return tmp_path / "coordinator"
 
 
-def pulled(state: Path, folder: Path, *options: str) -> None:
+async def pulled(state: Path, folder: Path, *options: str) -> None:
     """Serve a state folder, and pull from it as the command does."""
     insecure = "--insecure" in options
-
-    async def run() -> None:
-        daemon, who = Daemon(state), identity.load_or_create(state)
-        grpc_server, address = server.create(daemon, who, "127.0.0.1:0", insecure=insecure)
-        await grpc_server.start()
-        try:
-            given = [
-                "pull",
-                "notes",
-                "--to",
-                folder,
-                "--state",
-                folder / "state",
-                "--server",
-                address,
-                "--json",
-                *options,
-            ]
-            command = typer.main.get_command(app.app)
-            await asyncio.to_thread(command.main, list(map(str, given)), standalone_mode=False)
-        finally:
-            await grpc_server.stop(None)
-            daemon.release()
-
-    asyncio.run(run())
+    daemon, who = Daemon(state), identity.load_or_create(state)
+    grpc_server, address = server.create(daemon, who, "127.0.0.1:0", insecure=insecure)
+    await grpc_server.start()
+    try:
+        given = [
+            "pull",
+            "notes",
+            "--to",
+            folder,
+            "--state",
+            folder / "state",
+            "--server",
+            address,
+            "--json",
+            *options,
+        ]
+        command = typer.main.get_command(app.app)
+        await asyncio.to_thread(command.main, list(map(str, given)), standalone_mode=False)
+    finally:
+        await grpc_server.stop(None)
+        daemon.release()
 
 
 @contextmanager
@@ -506,74 +499,71 @@ def _enormous(state: Path) -> None:
         (_enormous, "which it never has"),
     ],
 )
-def test_what_was_tampered_with_is_not_pulled(
+async def test_what_was_tampered_with_is_not_pulled(
     served: Path, tmp_path: Path, tamper: Callable[[Path], None], says: str
 ) -> None:
     tamper(served)
     with pytest.raises(BadData, match=says):
-        pulled(served, tmp_path / "out")
+        await pulled(served, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.gguf"))
 
 
-def test_what_nobody_signed_is_taken_only_by_who_asks_for_it(served: Path, tmp_path: Path) -> None:
+async def test_what_nobody_signed_is_taken_only_by_who_asks_for_it(served: Path, tmp_path: Path) -> None:
     with row(served) as made:
         (signature,) = [artifact for artifact in made.artifacts if artifact.name == "manifest.json.signature"]
         made.artifacts.remove(signature)
     with pytest.raises(Refused, match="is not signed") as caught:
-        pulled(served, tmp_path / "out")
+        await pulled(served, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.gguf"))
     assert "coordinator publish notes" in caught.value.hint and "--unsigned" in caught.value.hint
-    pulled(served, tmp_path / "out", "--unsigned")
+    await pulled(served, tmp_path / "out", "--unsigned")
     assert (tmp_path / "out" / "notes-f16.gguf").exists()
 
 
-def test_a_manifest_of_something_else_is_left_alone(served: Path, tmp_path: Path) -> None:
+async def test_a_manifest_of_something_else_is_left_alone(served: Path, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(UsageError, match="of something else"):
-        pulled(served, tmp_path)
+        await pulled(served, tmp_path)
     assert (tmp_path / "manifest.json").read_text() == "{}" and not list(tmp_path.glob("*.gguf"))
-    pulled(served, tmp_path / "out")
-    pulled(served, tmp_path / "out")  # its own it may replace
+    await pulled(served, tmp_path / "out")
+    await pulled(served, tmp_path / "out")  # its own it may replace
 
 
-def test_without_tls_a_signature_holds_the_files_together(
+async def test_without_tls_a_signature_holds_the_files_together(
     served: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pulled(served, tmp_path / "out", "--insecure")
+    await pulled(served, tmp_path / "out", "--insecure")
     assert '"signed_by_anyone"' in capsys.readouterr().out and (tmp_path / "out" / "notes-f16.gguf").exists()
     _model(served)
     with pytest.raises(BadData, match="is not as it was signed"):
-        pulled(served, tmp_path / "again", "--insecure")
+        await pulled(served, tmp_path / "again", "--insecure")
 
 
-def test_after_a_change_of_keys(past: Past, served: Path, says: Says, tmp_path: Path) -> None:
+async def test_after_a_change_of_keys(past: Past, served: Path, says: Says, tmp_path: Path) -> None:
     """What the old key signed holds for whoever knows it, and the new one signs receipts anew."""
     before = identity.load_or_create(served).fingerprint
     for name in ("key.pem", "certificate.pem"):
         (served / name).unlink()
     with pytest.raises(BadData, match="signed with another key") as caught:
-        pulled(served, tmp_path / "out")
+        await pulled(served, tmp_path / "out")
     assert "coordinator publish notes" in caught.value.hint
 
-    async def again() -> pb.Receipt:
-        async with (
-            running(served) as (_, address),
-            remotes.connect(address, Pins(tmp_path), lambda *_: None, me=clients.me(past.state)) as remote,
-        ):
-            return (await remote.join(pb.JoinRequest(job="notes"))).receipt
-
-    receipt = asyncio.run(again())
+    async with (
+        running(served) as (_, address),
+        remotes.connect(address, Pins(tmp_path), lambda *_: None, me=clients.me(past.state)) as remote,
+    ):
+        receipt = (await remote.join(pb.JoinRequest(job="notes"))).receipt
     assert receipts.signer(receipt) == identity.load_or_create(served).fingerprint != before
     assert statements.receipt(receipt) == statements.receipt(receipts.read(past.mine)), "the same words"
     manifest = past.pulled / "manifest.json"
     assert "takes_part" in says(past.mine, tmp_path / "none", manifest=manifest, fingerprint=before)
 
 
-def test_after_a_planned_change_of_keys(served: Path, tmp_path: Path) -> None:
+async def test_after_a_planned_change_of_keys(served: Path, tmp_path: Path) -> None:
     """The new key vouches for what the one before it has signed, to those who never saw that one too."""
     before, after = identity.rotate(served)
     assert before != after
-    pulled(served, tmp_path / "out")
+    await pulled(served, tmp_path / "out")
     assert (tmp_path / "out" / "notes-f16.gguf").exists()
 
 

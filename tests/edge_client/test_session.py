@@ -79,30 +79,23 @@ async def test_a_model_of_ones_own_has_to_be_the_jobs(tmp_path: Path) -> None:
 
 
 async def test_a_batch_that_is_too_large_is_taken_in_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    quick = FakeBackend()
-
-    who = participant(tmp_path, quick)
+    who = participant(tmp_path, backend := FakeBackend())
     async with running(tmp_path / "one") as (daemon, address):
         await daemon.submit(spec.parse({**SPEC, "train": {"batch_size": 65536}}))
         assert (await take_part(address, who)).digest
-    parts = quick.setup.parts
+    parts = backend.setup.parts
     assert parts > 1 and f"A batch is taken in {parts} parts" in capsys.readouterr().out
 
 
-def test_packing_takes_fewer_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_packing_takes_fewer_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     steps = []
     for packing in (False, True):
-        quick = FakeBackend()
-
-        async def test(quick: FakeBackend = quick, packing: bool = packing) -> None:
-            where = tmp_path / str(packing)
-            where.mkdir()
-            async with running(where / "one") as (daemon, address):
-                await daemon.submit(spec.parse({**SPEC, "train": {"batch_size": 2, "packing": packing}}))
-                assert (await take_part(address, participant(where, quick))).digest
-
-        asyncio.run(test())
-        steps.append(quick.steps)
+        backend, folder = FakeBackend(), tmp_path / str(packing)
+        folder.mkdir()
+        async with running(folder / "one") as (daemon, address):
+            await daemon.submit(spec.parse({**SPEC, "train": {"batch_size": 2, "packing": packing}}))
+            assert (await take_part(address, participant(folder, backend))).digest
+        steps.append(backend.steps)
     assert steps[1] < steps[0] / 2, "rows of a few tokens leave most of 2 × 512 empty"
 
 

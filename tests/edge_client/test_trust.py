@@ -1,6 +1,5 @@
 """Whom a client trusts: what is pinned, asked, followed and refused."""
 
-import asyncio
 import datetime
 import itertools
 import json
@@ -82,16 +81,16 @@ def test_damaged_pins(tmp_path: Path, text: str) -> None:
         Pins(tmp_path).all()
 
 
-def test_what_is_only_heard_of_is_not_pinned_without_a_word() -> None:
-    async def meet(said: str) -> None:
-        await trust.first_time(Screen(as_json=True), shown(0), said)
+async def test_what_is_only_heard_of_is_not_pinned_without_a_word() -> None:
+    async def meet(announced: str) -> None:
+        await trust.first_time(Screen(as_json=True), shown(0), announced)
 
-    asyncio.run(meet(""))  # a person named the address
+    await meet("")  # a person named the address
     with pytest.raises(Refused, match="only heard of on this network") as caught:
-        asyncio.run(meet(NAMES[0]))
+        await meet(NAMES[0])
     assert f"--trust {NAMES[0]}" in caught.value.hint
     with pytest.raises(Refused, match="one with another answers there"):
-        asyncio.run(meet(NAMES[1]))
+        await meet(NAMES[1])
 
 
 def test_fingerprints_on_the_command_line() -> None:
