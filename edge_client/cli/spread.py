@@ -58,18 +58,22 @@ def _default(field: Field[Any]) -> object:
 def as_arguments(options: Any) -> list[str]:
     """The arguments from which a spread command makes an equal instance, whatever its defaults are.
 
-    What is None or empty is left out, as nothing on a command line stands for it, and so has to be the default there.
+    None is left out, since no argument stands for it, and so is an empty text that is the default.
     """
     hints = get_type_hints(type(options), include_extras=True)
     arguments: list[str] = []
     for field in fields(options):
-        arguments += _arguments(_flags(field.name, hints[field.name]), getattr(options, field.name))
+        value = getattr(options, field.name)
+        if value is not None and not value == "" == field.default:
+            arguments += _arguments(_flags(field.name, hints[field.name]), value)
     return arguments
 
 
 def _flags(name: str, hint: object) -> tuple[str, ...]:
     """How an option is written: `--name`; of a switch, where it has them, both ways."""
-    declared = next(note.param_decls for note in get_args(hint) if isinstance(note, OptionInfo))
+    option = next(note for note in get_args(hint) if isinstance(note, OptionInfo))
+    # Within Annotated the first declaration is where a default would be otherwise, until typer has looked at it.
+    declared = [text for text in (option.default, *(option.param_decls or ())) if isinstance(text, str)]
     if declared:
         return tuple(declared[0].split("/"))
     flag = f"--{name.replace('_', '-')}"
@@ -81,4 +85,4 @@ def _arguments(flags: tuple[str, ...], value: object) -> list[str]:
         return [flags[0]] if value else list(flags[1:])
     if isinstance(value, list):
         return [argument for one in value for argument in (flags[0], str(one))]
-    return [] if value in (None, "") else [flags[0], str(value)]
+    return [flags[0], str(value)]

@@ -25,6 +25,7 @@ from edge_client.connection.target import Target
 from edge_client.data.batches import Batches
 from edge_client.training.recipe import EXACT, Recipe, Setup
 from edge_client.training.snapshot import Snapshot
+from edge_client.ui.events import Event
 from edge_client.ui.screen import Screen
 from oneround.errors import Unreachable
 from oneround.v1 import federation_pb2 as pb
@@ -44,9 +45,9 @@ class Watched(Screen):
         self.said: list[tuple[str, dict[str, Any]]] = []
         self._events = defaultdict[str, asyncio.Event](asyncio.Event)
 
-    def say(self, event: str, **fields: object) -> None:
-        self.said.append((event, fields))
-        self._events[event].set()
+    def say(self, event: Event) -> None:
+        self.said.append((event.event, event.as_json()))
+        self._events[event.event].set()
 
     def times(self, event: str) -> int:
         return sum(each == event for each, _ in self.said)

@@ -36,7 +36,8 @@ from edge_client.results.choose import Fit, Memory
 from edge_client.results.evaluate import Scores
 from edge_client.training.recipe import EXACT, Recipe, Setup
 from edge_client.training.snapshot import Snapshot
-from edge_client.ui.screen import SENTENCES, Screen
+from edge_client.ui import events
+from edge_client.ui.screen import Screen
 from oneround.errors import BadData, BadModel
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
@@ -80,7 +81,7 @@ def test_the_best_fit(total: int, free: int, kinds: tuple[str, ...], chosen: str
 
 
 def test_what_does_not_fit_comfortably_is_said() -> None:
-    assert {fit.value for fit in Fit} - SENTENCES.keys() == {"comfortable"}
+    assert {fit.value for fit in Fit} - events.EVENTS.keys() == {"comfortable"}
 
 
 def test_only_whole_models_are_looked_at() -> None:
@@ -320,7 +321,7 @@ def test_pull_evaluate_report_and_chat(tmp_path: Path) -> None:
             assert {**sent, "tokens": int(sent["tokens"])} == {k: v for k, v in second["tells"].items() if k != "event"}
 
             _, said = await run(*evaluating, "--data", tmp_path / "nothing", code=5)
-            assert "there is no data at" in said and "--data" in said
+            assert "there is no file or folder" in said and "--data" in said
             _, said = await run(*evaluating, "--version", 9, code=2)
             assert "no version 9" in said
             return first
