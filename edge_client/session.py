@@ -28,6 +28,7 @@ from edge_client.proofs import receipts
 from edge_client.training import snapshot
 from edge_client.training.recipe import EXACT, Recipe, Setup
 from edge_client.training.snapshot import Snapshot
+from edge_client.ui import events
 from edge_client.ui.screen import Screen
 from oneround import signing, stream, tls
 from oneround.errors import BadData, NotEnough, OneroundError, Refused, Unreachable
@@ -96,7 +97,7 @@ async def take_part(
     box.keep_joined(remote.server, reply)
     if participant.consent:
         box.keep_consent(participant.consent)
-    screen.say("joined", job=reply.job.spec.name, server=remote.server, client=participant.name)
+    screen.say(events.Joined(reply.job.spec.name, remote.server, participant.name))
 
     if reply.HasField("receipt") and not (participant.again and reply.may_replace):
         if participant.again:
@@ -121,7 +122,7 @@ async def take_part(
             async with participant.pausing.watching(screen):
                 declaration = await _train(remote, reply, box, participant, heartbeat, screen)
         else:
-            screen.say("resumed", folder=str(box.folder))
+            screen.say(events.AlreadyTrained(str(box.folder)))
         receipt = await _send(remote, reply, declaration, box, screen)
         receipts.accept(receipt, reply.job, remote.me.client_id, declaration.digest, remote.certificate)
         _safe(box.keep_receipt(receipt), remote, screen)
@@ -140,7 +141,7 @@ async def _let_in(remote: Remote, request: pb.JoinRequest, screen: Screen, *, wa
     """
     reply = await remote.join(request)
     if reply.awaits_approval:
-        screen.say("asks", job=reply.job.spec.name, id=remote.me.client_id[:12], name=request.client_name)
+        screen.say(events.ApprovalAwaited(reply.job.spec.name, remote.me.client_id[:12], request.client_name))
     while reply.awaits_approval:
         if not waits or time.time() > reply.job.deadline_unix:
             raise AwaitsApproval(f"nobody has let this machine into {reply.job.spec.name!r} so far")
@@ -241,27 +242,23 @@ async def _train(
     compat.check(participant.backend.name, base, (len(example.ids) for example in prepared.examples))
     recipe = Recipe.from_spec(job.spec, plan.total_steps)
     if skipped := rows.skipped + prepared.skipped:
-        screen.say("skipped", skipped=skipped)
+        screen.say(events.RowsSkipped(skipped))
     if prepared.truncated or prepared.dropped:
-        screen.say(
-            "truncated",
-            truncated=prepared.truncated,
-            dropped=prepared.dropped,
-            max_seq_len=job.spec.train.max_seq_len,
-        )
+        screen.say(events.RowsTruncated(prepared.truncated, prepared.dropped, job.spec.train.max_seq_len))
     screen.say(
-        "plan",
-        base=job.spec.model.base,
-        rank=job.spec.lora.rank,
-        modules=len(job.modules),
-        send_bytes=disk.sent_bytes(job),
-        examples=plan.num_examples,
-        tokens=plan.num_targets,
-        held_out=len(rows.held_out),
-        steps=plan.total_steps,
-        backend=participant.backend.name,
-        device=participant.backend.device(),
-        rounding=participant.setup.rounding,
+        events.TrainingPlan(
+            base=job.spec.model.base,
+            rank=job.spec.lora.rank,
+            modules=len(job.modules),
+            send_bytes=disk.sent_bytes(job),
+            examples=plan.num_examples,
+            tokens=plan.num_targets,
+            held_out=len(rows.held_out),
+            steps=plan.total_steps,
+            backend=participant.backend.name,
+            device=participant.backend.device(),
+            rounding=participant.setup.rounding,
+        )
     )
 
     disk.room(job, participant.state, participant.model).require()
@@ -271,16 +268,16 @@ async def _train(
     kept = await asyncio.to_thread(snapshot.read, box.snapshot, run)
     setup = kept.setup if kept else participant.setup
     if kept is not None:
-        screen.say("continued", step=kept.step, steps=plan.total_steps)
+        screen.say(events.TrainingResumed(kept.step, plan.total_steps))
     elif box.snapshot.exists():
-        screen.say("anew")
+        screen.say(events.TrainingRestarted())
     outlook = memory.outlook(base, job, participant.backend, prepared.longest, setup)
     if outlook is not None and kept is None:
         setup = outlook.setup
         if setup != participant.setup:
-            screen.say("parts", parts=setup.parts, checkpointing=setup.checkpointing)
+            screen.say(events.BatchSplit(setup.parts, setup.checkpointing))
     if outlook is not None and outlook.short:
-        screen.say("memory", needed_gb=outlook.needed / 1e9, available_gb=(outlook.available or 0) / 1e9)
+        screen.say(events.MemoryShort(outlook.needed / 1e9, (outlook.available or 0) / 1e9))
     losses = list(kept.losses) if kept else []
     started = pausing.clock()
     beat = heartbeat.now
@@ -291,7 +288,7 @@ async def _train(
             nonlocal setup
             if progress.setup != setup:
                 setup = progress.setup
-                screen.say("halved", step=progress.step, parts=setup.parts, checkpointing=setup.checkpointing)
+                screen.say(events.BatchHalved(progress.step, setup.parts, setup.checkpointing))
             losses.append(progress.loss)
             beat.step, beat.loss = progress.step, progress.loss
             beat.tokens_per_second = progress.tokens / max(progress.seconds, 1e-9)
@@ -323,7 +320,7 @@ async def _train(
         steps=plan.total_steps,
         train_loss=sum(last_epoch) / len(last_epoch),
     )
-    screen.say("trained", steps=plan.total_steps, seconds=pausing.clock() - started, loss=declaration.train_loss)
+    screen.say(events.Trained(plan.total_steps, pausing.clock() - started, declaration.train_loss))
     described = {
         "job": job.spec.name,
         "base": job.base_fingerprint,
@@ -356,7 +353,7 @@ class SnapshotSchedule:
             self._failed = False
         except (OSError, NotEnough) as error:
             if not self._failed:
-                self._screen.say("not_kept", why=str(error))
+                self._screen.say(events.SnapshotFailed(str(error)))
             self._failed = True
         ended = time.monotonic()
         self._next = ended + max(self._every, (ended - began) / SAVING_SHARE)
@@ -372,9 +369,9 @@ async def _send(
 
 
 def _safe(receipt: pb.Receipt, remote: Remote, screen: Screen) -> None:
-    screen.say("receipt", size=receipt.size, digest=receipt.digest)
+    screen.say(events.ReceiptReceived(receipt.size, receipt.digest))
     if not remote.certificate:
-        screen.say("receipt_by_anyone", fingerprint=tls.grouped(signing.fingerprint(receipt.signature.key)))
+        screen.say(events.ReceiptByAnyone(tls.grouped(signing.fingerprint(receipt.signature.key))))
 
 
 async def _verdict(remote: Remote, lease: str) -> pb.Judgement:
@@ -393,6 +390,6 @@ def _judged(receipt: pb.Receipt, judgement: pb.Judgement, screen: Screen) -> pb.
     if judgement.verdict == pb.VERDICT_QUARANTINED:
         raise Refused(f"the contribution is stored, but takes no part in the average: {one_line(judgement.reason)}")
     if judgement.verdict in (pb.VERDICT_UNSPECIFIED, pb.VERDICT_PENDING):
-        screen.say("pending", job=receipt.job)
-    screen.say("done", job=receipt.job)
+        screen.say(events.VerdictPending(receipt.job))
+    screen.say(events.Done(receipt.job))
     return receipt

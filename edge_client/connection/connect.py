@@ -14,6 +14,7 @@ from edge_client.connection import discovery, identity, tls_probe, trust
 from edge_client.connection.discovery import DiscoveredCoordinator
 from edge_client.connection.remote import Remote, connect
 from edge_client.connection.target import Target
+from edge_client.ui import events
 from edge_client.ui.screen import Screen
 from oneround import tls
 from oneround.errors import NotEnough, OneroundError, Unreachable, UsageError
@@ -49,7 +50,7 @@ class RoamingRemote(Remote):
                 return True
             with suppress(OneroundError):
                 self._go_on(await _elsewhere(self.fingerprint, lost, self._pins, self._target, self._open_now))
-                self._screen.say("moved", before=lost, server=self.server)
+                self._screen.say(events.CoordinatorMoved(lost, self.server))
                 outbox.moved(self._state, lost, self.server)
             return self.server != lost
 
@@ -71,7 +72,7 @@ async def connected(
     async def on_first_use(shown: trust.ShownCertificate) -> None:
         if pin:
             await trust.first_time(screen, shown, said)
-        screen.say("pinned", server=shown.address, fingerprint=tls.grouped(shown.fingerprint))
+        screen.say(events.Pinned(shown.address, tls.grouped(shown.fingerprint)))
 
     places = [target.address or _joined_at(state, job)]
     if not places[0]:
@@ -101,7 +102,7 @@ async def connected(
                     remote = await _elsewhere(key, places[0], pins, target, open_now)
                 except Unreachable:
                     raise nobody from None
-            screen.say("moved", before=places[0], server=remote.server)
+            screen.say(events.CoordinatorMoved(places[0], remote.server))
             outbox.moved(state, places[0], remote.server)
         _tell(remote, screen)
         yield remote if target.plain else RoamingRemote(remote, pins, target, state, screen, open_now)
@@ -110,7 +111,7 @@ async def connected(
 def _tell(remote: Remote, screen: Screen) -> None:
     if remote.before:
         before, now = tls.grouped(remote.before), tls.grouped(remote.fingerprint)
-        screen.say("key_changed", server=remote.server, before=before, now=now)
+        screen.say(events.KeyChanged(remote.server, before, now))
 
 
 def _unasked(shown: trust.ShownCertificate) -> None:
@@ -129,7 +130,7 @@ async def _found(screen: Screen, trusted: str) -> DiscoveredCoordinator:
     if trusted:
         found = [each for each in found if each.fingerprint == trusted][:1] or found
     chosen = await _ask_which(found, screen) if len(found) > 1 and screen.can_ask else discovery.only(found)
-    screen.say("found", name=chosen.name, server=chosen.addresses[0])
+    screen.say(events.CoordinatorFound(chosen.name, chosen.addresses[0]))
     return chosen
 
 
@@ -173,7 +174,7 @@ async def _ask_which(found: Sequence[DiscoveredCoordinator], screen: Screen) -> 
         f"  {number}  {each.name} at {each.addresses[0]}, key {tls.grouped(each.fingerprint[:16])} …"
         for number, each in enumerate(found, 1)
     ]
-    screen.say("several", rows="\n".join(rows))
+    screen.say(events.SeveralCoordinators("\n".join(rows)))
     while True:
         answer = await screen.ask(f"Which one? \\[1-{len(found)}]")
         if not answer:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeVar
 
 from edge_client.connection.remote import OnBytes, Remote
+from edge_client.ui import events
 from edge_client.ui.screen import Screen
 from oneround.errors import Unreachable
 
@@ -62,5 +63,5 @@ async def through(
             wait = next(waits)
             if str(error) != said or time.monotonic() - said_at > SAY_AGAIN:
                 said, said_at = str(error), time.monotonic()
-                screen.say("retry", why=said, seconds=wait)
+                screen.say(events.Retry(said, wait))
             await asyncio.sleep(wait)

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TypeVar
 
 from converters import checkpoint
 from edge_client import outbox, session
@@ -21,6 +22,8 @@ from edge_client.doctor.finding import Case, Finding, note, ok
 from edge_client.preflight import disk
 from edge_client.preflight import memory as footprint
 from edge_client.training.recipe import Setup
+from edge_client.ui import events
+from edge_client.ui.events import Event
 from edge_client.ui.screen import Screen
 from oneround import tls
 from oneround.errors import BadData, NotEnough, OneroundError, Refused, UsageError
@@ -38,15 +41,22 @@ _SET_CLOCK = {
 }
 
 
+Kind = TypeVar("Kind", bound=Event)
+
+
 class _Heard(Screen):
     """Keeps what finding a coordinator reports, and prints nothing."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.events: dict[str, dict[str, object]] = {}
+        self._events: list[Event] = []
 
-    def say(self, event: str, **fields: object) -> None:
-        self.events[event] = fields
+    def say(self, event: Event) -> None:
+        self._events.append(event)
+
+    def last(self, kind: type[Kind]) -> Kind | None:
+        """The last event of a kind."""
+        return next((event for event in reversed(self._events) if isinstance(event, kind)), None)
 
 
 async def coordinator(case: Case) -> Finding | None:
@@ -54,7 +64,7 @@ async def coordinator(case: Case) -> Finding | None:
     finding = connect.connected(case.target, case.state, heard, case.job_name, pin=False)
     try:
         case.remote = await case.open_now.enter_async_context(finding)
-        case.first_use = "pinned" in heard.events
+        case.first_use = heard.last(events.Pinned) is not None
         asked = time.time()
         case.jobs = await case.remote.jobs()
         case.skew = (asked + time.time()) / 2 - case.jobs.now_unix
@@ -64,10 +74,10 @@ async def coordinator(case: Case) -> Finding | None:
     except OneroundError as error:
         case.unreached = str(error)
         raise
-    if "moved" in heard.events:
-        return ok("coordinator", f"at {case.remote.server} now, and no more at {heard.events['moved']['before']}")
-    found = ", found on this network" if "found" in heard.events else ""
-    return ok("coordinator", f"answers at {case.remote.server}{found}")
+    if moved := heard.last(events.CoordinatorMoved):
+        return ok("coordinator", f"at {case.remote.server} now, and no more at {moved.before}")
+    how = ", found on this network" if heard.last(events.CoordinatorFound) else ""
+    return ok("coordinator", f"answers at {case.remote.server}{how}")
 
 
 async def certificate(case: Case) -> Finding | None:
