@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from edge_client.outbox import Outbox
 from edge_client.preflight import disk
+from edge_client.ui import events
 from edge_client.ui.screen import Screen
 from oneround import rules, tls
 from oneround.errors import NotFound, Refused, UsageError
@@ -54,25 +55,25 @@ class Terms:
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
 
-def meant(jobs: Sequence[pb.JobStatus], name: str) -> pb.JobStatus:
+def choose_job(jobs: Sequence[pb.JobStatus], name: str) -> pb.JobStatus:
     """The job of this name, or the only one that is open.
 
     Raises:
         Refused: there is none, or there are several.
     """
     if name:
-        found = next((job for job in jobs if job.spec.name == name), None)
-        if found is None:
-            there = one_line(", ".join(job.spec.name for job in jobs))
-            raise NotFound(f"there is no job {name!r} here", hint=f"--job with one of: {there}" if there else "")
-        return found
-    taking = {job.spec.name: job for job in jobs if job.takes_contributions}
-    if not taking:
+        named = next((job for job in jobs if job.spec.name == name), None)
+        if named is None:
+            names = one_line(", ".join(job.spec.name for job in jobs))
+            raise NotFound(f"there is no job {name!r} here", hint=f"--job with one of: {names}" if names else "")
+        return named
+    open_jobs = {job.spec.name: job for job in jobs if job.takes_contributions}
+    if not open_jobs:
         raise Refused("no job is open here", hint="coordinator submit JOB.toml, on the coordinator's machine")
-    if len(taking) > 1:
-        names = one_line(", ".join(sorted(taking)))
+    if len(open_jobs) > 1:
+        names = one_line(", ".join(sorted(open_jobs)))
         raise Refused(f"several jobs are open here: {names}", hint="edge-client join --job, with one of them")
-    return next(iter(taking.values()))
+    return next(iter(open_jobs.values()))
 
 
 def terms(job: pb.Job, request: pb.JoinRequest, key: str) -> Terms:
@@ -90,28 +91,37 @@ def terms(job: pb.Job, request: pb.JoinRequest, key: str) -> Terms:
     )
 
 
-def asks(job: pb.Job, machine: pb.Machine, state: Path, model: Path | None) -> dict[str, str]:
+@dataclass(frozen=True)
+class Requirements:
     """What a job asks of this machine, in words: the base and where it comes from, what is trained, and the disk."""
+
+    base: str
+    trains: str
+    takes: str
+
+
+def requirements(job: pb.Job, machine: pb.Machine, state: Path, model: Path | None) -> Requirements:
+    """What a job asks of a machine with this state folder, and perhaps a base of its own."""
     spec, room = job.spec, disk.room(job, state, model)
     where = f"yours, in {model}" if model else f"{human_size(room.base)} of it from the coordinator"
     train, start = spec.train, spec.lora.start_from
     going_on = f", going on from {start if rules.is_job_name(start) else 'an earlier adapter'}" if start else ""
-    return {
-        "base": f"{spec.model.base}, {where if model or room.base else 'here already'}",
-        "trains": f"LoRA of rank {spec.lora.rank} on {len(job.modules)} modules, with {machine.backend} on "
+    return Requirements(
+        base=f"{spec.model.base}, {where if model or room.base else 'here already'}",
+        trains=f"LoRA of rank {spec.lora.rank} on {len(job.modules)} modules, with {machine.backend} on "
         f"{machine.device}: {train.epochs:g} epochs in batches of {train.batch_size} × {train.max_seq_len} tokens"
         f"{going_on}",
-        "takes": f"{human_size(room.needed)} of the disk of {state}; how long, the bar says as soon as training begins",
-    }
+        takes=f"{human_size(room.needed)} of the disk of {state}; how long, the bar says as soon as training begins",
+    )
 
 
-def given(boxes: Iterable[Outbox], *wanted: Terms) -> bool:
+def agreed_before(boxes: Iterable[Outbox], *wanted: Terms) -> bool:
     """Whether the person has agreed to any of these terms before."""
     return not {box.consent() for box in boxes}.isdisjoint(terms.digest for terms in wanted)
 
 
 async def ask(
-    screen: Screen, wanted: Terms, asked: Mapping[str, str], *, server: str, deadline: float, data: Path, yes: bool
+    screen: Screen, terms: Terms, asked: Requirements, *, server: str, deadline: float, data: Path, yes: bool
 ) -> bool:
     """Show what is asked for and what will be sent, and ask; with `yes` only show.
 
@@ -119,13 +129,19 @@ async def ask(
         UsageError: nobody is there to be asked.
     """
     screen.say(
-        "terms",
-        **{name: value for name, value in asdict(wanted).items() if name not in ("key", "announced")},
-        **asked,
-        server=server,
-        key=f"{tls.grouped(wanted.key[:16])} …" if wanted.key else "none, without TLS",
-        until=time.strftime("%a %d %b %Y, %H:%M", time.localtime(deadline)),
-        data=str(data),
+        events.JobTerms(
+            job=terms.job,
+            to_join=terms.to_join,
+            meanwhile=terms.meanwhile,
+            at_last=terms.at_last,
+            base=asked.base,
+            trains=asked.trains,
+            takes=asked.takes,
+            server=server,
+            key=f"{tls.grouped(terms.key[:16])} …" if terms.key else "none, without TLS",
+            until=time.strftime("%a %d %b %Y, %H:%M", time.localtime(deadline)),
+            data=str(data),
+        )
     )
     return await _agreed(screen, "Take part, and send this?", yes)
 
@@ -140,15 +156,16 @@ async def ask_standing(
     """
     machine = request.machine
     screen.say(
-        "standing",
-        accept=" or ".join(accept),
-        server=server or "the coordinator on this network",
-        data=str(data),
-        to_join=TO_JOIN.format(
-            name=request.client_name, platform=machine.platform, backend=machine.backend, device=machine.device
-        ),
-        meanwhile=MEANWHILE,
-        at_last=AT_LAST.format(rank="and size as the job says", dtype="its type"),
+        events.StandingTerms(
+            accept=" or ".join(accept),
+            server=server or "the coordinator on this network",
+            data=str(data),
+            to_join=TO_JOIN.format(
+                name=request.client_name, platform=machine.platform, backend=machine.backend, device=machine.device
+            ),
+            meanwhile=MEANWHILE,
+            at_last=AT_LAST.format(rank="and size as the job says", dtype="its type"),
+        )
     )
     return await _agreed(screen, "Take part in each of them by itself, and send this?", yes)
 

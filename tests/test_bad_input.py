@@ -49,7 +49,7 @@ def test_a_base_that_is_not_there(served: tuple[Path, str]) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("none.jsonl", None, "there is no data at"),
+        ("none.jsonl", None, "there is no file or folder"),
         ("empty.jsonl", "", "empty.jsonl"),
         ("broken.jsonl", '{"text": "fine"}\n{"text": \n', "broken.jsonl:2"),
         ("rows.jsonl", '{"txet": "typo"}\n', "rows.jsonl:1"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypedDict
 
 import typer
 
@@ -12,12 +13,23 @@ from edge_client import outbox
 from edge_client.cli.options import DEFAULT_STATE, Json, State
 from edge_client.connection.identity import Pins
 from edge_client.proofs import manifests, receipts, signers
+from edge_client.ui import events
 from edge_client.ui.screen import Screen
 from oneround import stream, tls
 from oneround.errors import BadData, Refused
 from oneround.v1 import federation_pb2 as pb
 
 app = typer.Typer(no_args_is_help=True)
+
+
+class _Described(TypedDict):
+    job: str
+    job_id: str
+    client: str
+    digest: str
+    size: int
+    received: str
+    received_unix: float
 
 
 @app.command(epilog="Example: edge-client receipt show clinic-notes")
@@ -31,9 +43,9 @@ def show(
     boxes = [outbox.find(state, job)] if job else outbox.all_outboxes(state)
     kept = [(box, receipt) for box in boxes if (receipt := box.receipt()) is not None]
     for box, receipt in kept:
-        screen.say("receipt_kept", **_described(receipt), by=_by(receipt, state), file=str(box.receipt_file))
+        screen.say(events.ReceiptKept(**_described(receipt), by=_signer(receipt, state), file=str(box.receipt_file)))
     if not kept:
-        screen.say("no_receipt", of=f" for {job}" if job else "")
+        screen.say(events.NoReceipt(f" for {job}" if job else ""))
 
 
 @app.command(epilog="Example: edge-client receipt verify receipt.json --manifest clinic-notes/manifest.json")
@@ -58,48 +70,63 @@ def verify(
     That a contribution is part of a publication and that it is none are both answers, and exit with 0.
     """
     screen = Screen(as_json)
-    keys = signers.trusted(Pins(state), fingerprint)
+    trusted = signers.trusted(Pins(state), fingerprint)
     checked = receipts.read(_file(receipt, state))
     key = receipts.signer(checked)
-    by = signers.whose(key, keys, "this receipt")
-    screen.say("receipt_holds", **_described(checked), by=" and ".join(by), fingerprint=tls.grouped(key))
+    signed_by = signers.whose(key, trusted, "this receipt")
+    screen.say(events.ReceiptHolds(**_described(checked), by=" and ".join(signed_by), fingerprint=tls.grouped(key)))
     if adapter is not None:
-        if not adapter.is_file():
-            raise BadData(f"there is no adapter at {adapter}")
-        if (found := stream.digest(adapter)) != checked.digest:
-            raise BadData(f"the receipt is for another adapter than {adapter}, whose SHA-256 is {found}")
-        screen.say("adapter_fits", file=str(adapter))
+        _require_adapter(checked, adapter)
+        screen.say(events.AdapterFits(str(adapter)))
     if manifest is not None:
-        signed = manifests.open_signed(manifest)
-        if not set(by) & set(signers.whose(signed.signer, keys, str(manifest))):
-            raise BadData(f"{manifest} is signed by another coordinator than the receipt: {tls.grouped(signed.signer)}")
-        part = manifests.part(signed.manifest, checked)
-        said = "takes_part" if part.weight > 0 else "takes_no_part"
-        screen.say(
-            said, version=signed.manifest.version, job=signed.manifest.job_name, weight=part.weight, why=part.why
-        )
+        screen.say(_part(checked, signed_by, manifest, trusted))
 
 
-def _file(named: str, state: Path) -> Path:
+def _require_adapter(receipt: pb.Receipt, adapter: Path) -> None:
+    """Raises BadData when a receipt is not for an adapter."""
+    if not adapter.is_file():
+        raise BadData(f"there is no adapter at {adapter}")
+    digest = stream.digest(adapter)
+    if digest != receipt.digest:
+        raise BadData(f"the receipt is for another adapter than {adapter}, whose SHA-256 is {digest}")
+
+
+def _part(
+    receipt: pb.Receipt, signed_by: Sequence[str], file: Path, trusted: signers.Keys
+) -> events.TakesPart | events.TakesNoPart:
+    """Whether a publication has the contribution, by its manifest's file.
+
+    Raises:
+        BadData: the manifest is not signed by the coordinator that signed the receipt.
+    """
+    signed = manifests.open_signed(file)
+    if not set(signed_by) & set(signers.whose(signed.signer, trusted, str(file))):
+        raise BadData(f"{file} is signed by another coordinator than the receipt: {tls.grouped(signed.signer)}")
+    part = manifests.part(signed.manifest, receipt)
+    answer = events.TakesPart if part.weight > 0 else events.TakesNoPart
+    return answer(version=signed.manifest.version, job=signed.manifest.job_name, weight=part.weight, why=part.why)
+
+
+def _file(file_or_job: str, state: Path) -> Path:
     """A file, or that of a job's receipt here.
 
     Raises:
         Refused: it is neither.
     """
-    if Path(named).is_file():
-        return Path(named)
+    if Path(file_or_job).is_file():
+        return Path(file_or_job)
     try:
-        file = outbox.find(state, named).receipt_file
+        file = outbox.find(state, file_or_job).receipt_file
     except Refused:
         raise Refused(
-            f"{named} is neither a receipt's file nor a job of this machine", hint="edge-client receipt show"
+            f"{file_or_job} is neither a receipt's file nor a job of this machine", hint="edge-client receipt show"
         ) from None
     if not file.exists():
-        raise Refused(f"this machine has no receipt for {named!r} yet", hint="edge-client status")
+        raise Refused(f"this machine has no receipt for {file_or_job!r} yet", hint="edge-client status")
     return file
 
 
-def _described(receipt: pb.Receipt) -> dict[str, object]:
+def _described(receipt: pb.Receipt) -> _Described:
     received = time.strftime("%a %d %b %Y, %H:%M", time.localtime(receipt.received_unix))
     return {
         "job": receipt.job,
@@ -112,7 +139,7 @@ def _described(receipt: pb.Receipt) -> dict[str, object]:
     }
 
 
-def _by(receipt: pb.Receipt, state: Path) -> str:
+def _signer(receipt: pb.Receipt, state: Path) -> str:
     """Who signed a receipt that is kept here, for a person to read."""
     try:
         return " and ".join(signers.whose(receipts.signer(receipt), signers.trusted(Pins(state), ""), "it"))

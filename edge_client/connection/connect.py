@@ -15,6 +15,7 @@ from edge_client.connection.channel import Connection
 from edge_client.connection.discovery import DiscoveredCoordinator
 from edge_client.connection.remote import Remote, stay
 from edge_client.connection.target import Target
+from edge_client.ui import events
 from edge_client.ui.screen import Screen
 from oneround import tls
 from oneround.errors import NotEnough, OneroundError, Unreachable, UsageError
@@ -49,7 +50,7 @@ class Roaming:
         with suppress(OneroundError):
             connection = await _elsewhere(lost.fingerprint, lost.server, self.pins, self.target, self.open_now)
             _tell(connection, self.screen)
-            self.screen.say("moved", before=lost.server, server=connection.server)
+            self.screen.say(events.CoordinatorMoved(lost.server, connection.server))
             outbox.moved(self.state, lost.server, connection.server)
             return connection
         return None
@@ -68,7 +69,7 @@ async def connected(
     async def on_first_use(shown: trust.ShownCertificate) -> None:
         if pin:
             await trust.first_time(screen, shown, advertised)
-        screen.say("pinned", server=shown.address, fingerprint=tls.grouped(shown.fingerprint))
+        screen.say(events.Pinned(shown.address, tls.grouped(shown.fingerprint)))
 
     places = [target.address or _joined_at(state, job)]
     if not places[0]:
@@ -93,7 +94,7 @@ async def connected(
                     connection = await _elsewhere(key, places[0], pins, target, open_now)
                 except Unreachable:
                     raise nobody from None
-            screen.say("moved", before=places[0], server=connection.server)
+            screen.say(events.CoordinatorMoved(places[0], connection.server))
             outbox.moved(state, places[0], connection.server)
         _tell(connection, screen)
         roaming = Roaming(pins, target, state, screen, open_now)
@@ -104,7 +105,7 @@ async def connected(
 def _tell(connection: Connection, screen: Screen) -> None:
     if connection.before:
         before, now = tls.grouped(connection.before), tls.grouped(connection.fingerprint)
-        screen.say("key_changed", server=connection.server, before=before, now=now)
+        screen.say(events.KeyChanged(connection.server, before, now))
 
 
 def _unasked(shown: trust.ShownCertificate) -> None:
@@ -124,7 +125,7 @@ async def _discovered(screen: Screen, trusted: str) -> DiscoveredCoordinator:
         coordinators = [each for each in coordinators if each.fingerprint == trusted][:1] or coordinators
     ask = len(coordinators) > 1 and screen.can_ask
     chosen = await _ask_which(coordinators, screen) if ask else discovery.only(coordinators)
-    screen.say("found", name=chosen.name, server=chosen.addresses[0])
+    screen.say(events.CoordinatorFound(chosen.name, chosen.addresses[0]))
     return chosen
 
 
@@ -167,7 +168,7 @@ async def _ask_which(coordinators: Sequence[DiscoveredCoordinator], screen: Scre
         f"  {number}  {each.name} at {each.addresses[0]}, key {tls.grouped(each.fingerprint[:16])} …"
         for number, each in enumerate(coordinators, 1)
     ]
-    screen.say("several", rows="\n".join(rows))
+    screen.say(events.SeveralCoordinators("\n".join(rows)))
     while True:
         answer = await screen.ask(f"Which one? \\[1-{len(coordinators)}]")
         if not answer:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeVar
 
 from edge_client.connection.remote import OnBytes, Remote
+from edge_client.ui import events
 from edge_client.ui.screen import Screen
 from oneround.errors import Unreachable
 
@@ -62,5 +63,5 @@ async def through(
             wait = next(waits)
             if str(error) != told or time.monotonic() - told_at > SAY_AGAIN:
                 told, told_at = str(error), time.monotonic()
-                screen.say("retry", why=told, seconds=wait)
+                screen.say(events.Retry(told, wait))
             await asyncio.sleep(wait)

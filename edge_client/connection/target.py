@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, get_type_hints
+from typing import Annotated
 
 import typer
 
@@ -118,36 +116,15 @@ class Target:
                 hint="leave --insecure out; --insecure-anywhere, if nobody else is on that network",
             )
 
-    def again(self, server: str) -> list[str]:
-        """The options that lead to the same coordinator at an address, once its key is pinned."""
-        options = ["--server", server]
-        if self.own is not None:
-            options += ["--certificate", str(self.own.certificate.absolute())]
-            options += ["--certificate-key", str(self.own.key.absolute())]
-        options += ["--insecure"] if self.insecure else []
-        return options + (["--insecure-anywhere"] if self.insecure_anywhere else [])
+    def pinned_at(self, address: str) -> Target:
+        """The same coordinator at an address, once its key is pinned; for a process that starts in another folder."""
+        return replace(
+            self,
+            server=address,
+            trust="",
+            certificate=self.own.certificate.absolute() if self.own else None,
+            certificate_key=self.own.key.absolute() if self.own else None,
+        )
 
 
 ANY = Target()
-
-
-def reaching(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of a Way, in the place of its parameter `target`."""
-    hints, of_way = get_type_hints(command, include_extras=True), get_type_hints(Target, include_extras=True)
-
-    def run(**given: object) -> None:
-        target = Target(**{each.name: given.pop(each.name) for each in fields(Target)})  # type: ignore[arg-type]
-        command(target=target, **given)
-
-    parameters = []
-    for name, parameter in inspect.signature(command).parameters.items():
-        shown = {name: (hints[name], parameter.default)}
-        if name == "target":
-            shown = {each.name: (of_way[each.name], each.default) for each in fields(Target)}
-        for option, (hint, default) in shown.items():
-            kind = inspect.Parameter.KEYWORD_ONLY
-            parameters.append(inspect.Parameter(option, kind, default=default, annotation=hint))
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # what typer reads
-    run.__annotations__ = {each.name: each.annotation for each in parameters}
-    run.__name__, run.__doc__ = command.__name__, command.__doc__
-    return run

@@ -14,6 +14,7 @@ from pathlib import Path
 from cryptography import x509
 
 from edge_client.connection.identity import DEFAULT_STATE, Pin
+from edge_client.ui import events
 from edge_client.ui.screen import Screen
 from oneround import tls
 from oneround.errors import Refused, Unreachable
@@ -144,7 +145,7 @@ async def first_time(screen: Screen, shown: ShownCertificate, said: str) -> None
             hint="add --server HOST:PORT, as `coordinator serve` prints it",
         )
     if screen.can_ask:
-        screen.say("unknown", server=shown.address, fingerprint=tls.grouped(shown.fingerprint))
+        screen.say(events.UnknownCoordinator(shown.address, tls.grouped(shown.fingerprint)))
         answer = await screen.ask("Is it the same there? \\[y/N, or type it]")
         if answer not in ("y", "yes") and tls.ungrouped(answer) != shown.fingerprint:
             raise Refused(

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TypeVar
 
 from converters import checkpoint
 from edge_client import outbox
@@ -21,6 +22,8 @@ from edge_client.preflight.memory import MemoryEstimate
 from edge_client.session.fetch import fetch_base
 from edge_client.session.prepare import Prepared, estimate_memory, load_rows, prepare
 from edge_client.training.recipe import Setup
+from edge_client.ui import events
+from edge_client.ui.events import Event
 from edge_client.ui.screen import Screen
 from oneround import tls
 from oneround.errors import BadData, NotEnough, OneroundError, Refused, UsageError
@@ -38,15 +41,22 @@ _SET_CLOCK = {
 }
 
 
+Kind = TypeVar("Kind", bound=Event)
+
+
 class _Recorder(Screen):
     """Keeps the events of finding a coordinator, and prints nothing."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.events: dict[str, dict[str, object]] = {}
+        self._events: list[Event] = []
 
-    def say(self, event: str, **fields: object) -> None:
-        self.events[event] = fields
+    def say(self, event: Event) -> None:
+        self._events.append(event)
+
+    def last(self, kind: type[Kind]) -> Kind | None:
+        """The last event of a kind."""
+        return next((event for event in reversed(self._events) if isinstance(event, kind)), None)
 
 
 async def coordinator(case: Case) -> Finding | None:
@@ -54,7 +64,7 @@ async def coordinator(case: Case) -> Finding | None:
     connecting = connect.connected(case.target, case.state, recorder, case.job_name, pin=False)
     try:
         case.remote = await case.open_now.enter_async_context(connecting)
-        case.first_use = "pinned" in recorder.events
+        case.first_use = recorder.last(events.Pinned) is not None
         asked = time.time()
         case.jobs = await case.remote.jobs()
         case.skew = (asked + time.time()) / 2 - case.jobs.now_unix
@@ -64,9 +74,9 @@ async def coordinator(case: Case) -> Finding | None:
     except OneroundError as error:
         case.unreached = str(error)
         raise
-    if "moved" in recorder.events:
-        return ok("coordinator", f"at {case.remote.server} now, and no more at {recorder.events['moved']['before']}")
-    how = ", found on this network" if "found" in recorder.events else ""
+    if moved := recorder.last(events.CoordinatorMoved):
+        return ok("coordinator", f"at {case.remote.server} now, and no more at {moved.before}")
+    how = ", found on this network" if recorder.last(events.CoordinatorFound) else ""
     return ok("coordinator", f"answers at {case.remote.server}{how}")
 
 

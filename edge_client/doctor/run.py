@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator
 
 from rich.console import Console
 
 from edge_client.doctor import job_checks, machine_checks
 from edge_client.doctor.finding import Case, Check, Finding, problem
+from edge_client.ui import rows
+from edge_client.ui.rows import CheckResult
 from edge_client.ui.screen import Screen
 from oneround.errors import NotEnough, OneroundError
 from oneround.text import printable
@@ -64,8 +65,7 @@ async def report(case: Case, screen: Screen, *, as_json: bool) -> int:
     async for finding in examine(case, screen):
         findings.append(finding)
         if as_json:
-            shown = {"check": finding.check, "level": finding.level, "says": finding.says, "hint": finding.hint}
-            print(json.dumps(shown), flush=True)
+            rows.print_line(CheckResult(finding.check, finding.level, finding.says, finding.hint))
             continue
         console.print(f"[{_STYLES[finding.level]}]{finding.level:<8}[/] {finding.check:<14}", end="")
         console.print(printable(finding.says), markup=False)

@@ -10,6 +10,7 @@ from functools import partial
 
 from edge_client.pausing import policy, sensors
 from edge_client.pausing.policy import Pause, PausePolicy, Readings, Reason
+from edge_client.ui import events
 from edge_client.ui.screen import Screen
 
 LOOK_SECONDS = 5.0
@@ -89,10 +90,10 @@ class PauseController:
         finally:
             self._waited = (over + time.monotonic() - began, None)
         if self._pause is None:
-            self._screen.say("unpaused", seconds=time.monotonic() - began)
+            self._screen.say(events.TrainingUnpaused(time.monotonic() - began))
 
     def _tell(self, reason: Reason) -> None:
-        self._screen.say("paused", reason=reason.kind, why=reason.why, until=reason.until)
+        self._screen.say(events.TrainingPaused(reason.kind, reason.why, reason.until))
 
     async def _watch(self) -> None:
         while True:

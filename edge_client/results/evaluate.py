@@ -5,102 +5,118 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from converters import adapter, architectures
 from converters.families import NotKnownHere
 from converters.gguf import adapter as gguf_adapter
 from converters.gguf import base as gguf_base
+from edge_client import outbox
 from edge_client.data.tokenize import Example
-from edge_client.outbox import DataSource
+from edge_client.outbox import DataSource, Outbox
 from edge_client.results import llama_process
-from edge_client.results.llama_model import Loss
+from edge_client.results.scores import MODELS, Nats, Scores
 from edge_client.tasks import language_modelling
-from oneround.errors import BadData, BadModel
+from edge_client.ui import events
+from edge_client.ui.screen import Screen
+from oneround.errors import BadData, BadModel, Refused
 from oneround.v1 import federation_pb2 as pb
 
-MODELS = ("base", "own", "published")
-CLEAR = 2.0  # standard errors
-
-Nats = NDArray[np.float64]
-
 
 @dataclass(frozen=True)
-class Difference:
-    """Of two models' losses on the same examples, in nats per token; below zero the first is better."""
+class OwnTraining:
+    """What this machine has trained for a job, and on what."""
 
-    mean: float
-    error: float  # standard error; infinite with a single example
-
-    @property
-    def sign(self) -> int:
-        """-1: clearly better, 1: clearly worse, 0: it could be chance."""
-        return 0 if abs(self.mean) <= CLEAR * self.error else int(math.copysign(1, self.mean))
+    box: Outbox
+    job: pb.Job
+    lease: str
+    source: DataSource
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What was measured: nats of each example by each of MODELS, and the examples' target tokens."""
+def own_training(state: Path, name: str, data: Path | None = None) -> OwnTraining:
+    """What this machine has trained for a job; `data` in the place of what it was trained on.
 
-    nats: Mapping[str, Nats]  # (examples,) each
-    tokens: NDArray[np.int64]  # (examples,)
-
-    def loss(self, model: str) -> Loss:
-        """A model's loss over all examples."""
-        count = int(self.tokens.sum())
-        return Loss(float(self.nats[model].sum()) / count, count)
-
-    def difference(self, model: str, other: str) -> Difference:
-        """How far a model's loss is from another's. Examples are taken as drawn at random, tokens of one as dependent:
-        the standard error is that of a ratio of sums."""
-        apart_by = self.nats[model] - self.nats[other]
-        count, number = float(self.tokens.sum()), len(self.tokens)
-        mean = float(apart_by.sum()) / count
-        if number < 2:
-            return Difference(mean, math.inf)
-        rest = apart_by - mean * self.tokens
-        return Difference(mean, math.sqrt(number / (number - 1) * float(rest @ rest)) / count)
-
-    @property
-    def helped(self) -> bool | None:
-        """Whether the published model is better here than what this machine has without the others; None: not clear."""
-        to_base, to_own = (self.difference("published", other).sign for other in ("base", "own"))
-        if 1 in (to_base, to_own):
-            return False
-        return True if to_own == to_base == -1 else None
-
-    @property
-    def sentence(self) -> str:
-        """Did federation help here?"""
-        to_base, to_own = (self.difference("published", other) for other in ("base", "own"))
-        parts = (
-            f"{_than(to_base)} the base",
-            f"{_than(to_own)} this machine's own adapter",
+    Raises:
+        Refused: this machine has not joined the job, or not trained for it.
+        BadData: the data is not there any more.
+    """
+    box = outbox.find(state, name)
+    joined = box.joined()
+    assert joined is not None, "find looks at joined jobs"
+    if box.trained() is None:
+        raise Refused(f"this machine has not trained for {name!r} yet", hint="edge-client join --data FILE_OR_FOLDER")
+    source = box.source() or DataSource("data")
+    if data is not None:
+        source = replace(source, data=str(data))
+    if not Path(source.data).exists():
+        raise BadData(
+            f"there is no file or folder {source.data}",
+            hint=f"say where your files are: edge-client evaluate {name} --data PATH",
         )
-        if self.helped:
-            end = "federation helped here"
-        elif self.helped is None:
-            end = "whether federation helped here is not clear"
-        elif to_base.sign == 1:
-            end = "federation did not help here"
-        else:
-            end = "on its own kind of data this machine does better alone"
-        return f"The published model is {parts[0]}, and {parts[1]}: {end}."
-
-    def report(self, version: int) -> pb.Evaluation:
-        """What a coordinator may be told: five numbers."""
-        losses = {f"{model}_loss": self.loss(model).per_token for model in MODELS}
-        return pb.Evaluation(version=version, tokens=int(self.tokens.sum()), **losses)
+    return OwnTraining(box, joined.job, joined.lease, source)
 
 
-def _than(difference: Difference) -> str:
-    if difference.sign == 0:
-        return f"not clearly different ({difference.mean:+.3f} nats per token) from"
-    return f"{'better' if difference.sign < 0 else 'worse'} by {abs(difference.mean):.3f} nats per token than"
+def compare(
+    own: OwnTraining,
+    base: Path,
+    published: Path,
+    screen: Screen,
+    *,
+    tokens: int,
+    state: Path,
+    base_gguf: Path | None = None,
+) -> Scores:
+    """Measure the base (a folder), this machine's adapter and the published model (a GGUF) on about so many held-out
+    target tokens.
+
+    Raises:
+        BadData: nothing is held out.
+        BadModel: the base cannot be made a GGUF, or llama.cpp does not take a file.
+    """
+    examples = held_out(own.source, base, own.job.spec.train.max_seq_len, tokens)
+    whole = _base_gguf(own.job, base, state, base_gguf, screen)
+    initial = own.box.initial if own.job.spec.lora.freeze_a else None
+    adapter_gguf = own_adapter(own.box.adapter, base, whole, own.box.folder / "adapter.gguf", initial)
+    files = {"base": (whole, None), "own": (whole, adapter_gguf), "published": (published, None)}
+    count = sum(example.num_targets for example in examples)
+    screen.say(events.Measuring(models=len(files), examples=len(examples), tokens=count))
+    with screen.bar("measuring", len(files) * count) as advance:
+        return measure(files, examples, lambda model, done: advance(done, model))
+
+
+def event(scores: Scores, job: str, version: int, published: Path) -> events.Evaluated:
+    """All that was measured, as it is reported."""
+    losses = {model: scores.loss(model) for model in MODELS}
+    base, own, merged = (events.ModelLoss(losses[model].per_token, losses[model].perplexity) for model in MODELS)
+    return events.Evaluated(
+        sentence=scores.sentence,
+        helped=scores.helped,
+        job=job,
+        version=version,
+        file=str(published),
+        tokens=losses["base"].tokens,
+        examples=len(scores.tokens),
+        base=base,
+        own=own,
+        published=merged,
+        published_minus=events.PublishedMinus(*(_difference(scores, other) for other in ("base", "own"))),
+    )
+
+
+def _difference(scores: Scores, other: str) -> events.LossDifference:
+    difference = scores.difference("published", other)
+    return events.LossDifference(difference.mean, difference.error if math.isfinite(difference.error) else None)
+
+
+def _base_gguf(job: pb.Job, base: Path, state: Path, given: Path | None, screen: Screen) -> Path:
+    """The base as a GGUF: the person's own, or one that is made once and kept."""
+    kept = outbox.base_gguf(state, job)
+    if given is None and not kept.exists():
+        screen.say(events.BaseConverted(str(kept)))
+    return as_gguf(base, kept, given)
 
 
 def held_out(source: DataSource, base: Path, max_seq_len: int, most_tokens: int) -> list[Example]:
@@ -122,11 +138,11 @@ def held_out(source: DataSource, base: Path, max_seq_len: int, most_tokens: int)
 
 def drawn(tokens: Sequence[int], most: int) -> list[int]:
     """Which examples to take, in order, for about so many tokens in all; `most` = 0 takes all that have any."""
-    some = [index for index, count in enumerate(tokens) if count]
+    candidates = [index for index, count in enumerate(tokens) if count]
     if not most or sum(tokens) <= most:
-        return some
+        return candidates
     taken, total = [], 0
-    for index in np.random.default_rng(0).permutation(some).tolist():
+    for index in np.random.default_rng(0).permutation(candidates).tolist():
         if total >= most:
             break
         taken.append(index)

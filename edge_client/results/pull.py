@@ -14,12 +14,17 @@ from edge_client.connection.target import Target
 from edge_client.outbox import DataSource
 from edge_client.proofs import manifests, signers
 from edge_client.results import choose
+from edge_client.results.choose import Fit
+from edge_client.results.published import state_name
 from edge_client.session.fetch import fetch_base
+from edge_client.ui import events
 from edge_client.ui.screen import Screen
 from oneround import files, statements, stream, tls
 from oneround.errors import BadData, NotEnough, Refused, Unreachable, UsageError
 from oneround.text import human_memory, one_line
 from oneround.v1 import federation_pb2 as pb
+
+_WARNINGS = {Fit.FULL: events.MemoryFull, Fit.TIGHT: events.MemoryTight, Fit.TOO_LARGE: events.ModelTooLarge}
 
 
 def publication(status: pb.JobStatus, version: int) -> pb.Publication:
@@ -31,21 +36,18 @@ def publication(status: pb.JobStatus, version: int) -> pb.Publication:
     """
     job = status.spec.name
     if not status.publications:
-        state = pb.State.Name(status.state).removeprefix("STATE_").lower()
-        raise Refused(
-            f"{job} has published nothing yet; it is {state}"
-            + (f" ({one_line(status.reason)})" if status.reason else "")
-        )
-    made = {each.version: each for each in status.publications}
-    if version and version not in made:
-        there = ", ".join(str(number) for number in made)
-        raise UsageError(f"{job} has no version {version}", hint=f"--version with one of: {there}")
-    return made[version or max(made)]
+        reason = f" ({one_line(status.reason)})" if status.reason else ""
+        raise Refused(f"{job} has published nothing yet; it is {state_name(status.state)}{reason}")
+    versions = {publication.version: publication for publication in status.publications}
+    if version and version not in versions:
+        numbers = ", ".join(str(number) for number in versions)
+        raise UsageError(f"{job} has no version {version}", hint=f"--version with one of: {numbers}")
+    return versions[version or max(versions)]
 
 
-def wanted(made: pb.Publication, artifact: str, screen: Screen) -> Sequence[pb.Artifact]:
+def wanted(publication: pb.Publication, artifact: str, screen: Screen) -> Sequence[pb.Artifact]:
     """The named files; without a name the merged GGUF that is best for this machine, and why is said."""
-    offered = list(made.artifacts)
+    offered = list(publication.artifacts)
     if artifact == "all":
         return offered
     if artifact:
@@ -60,22 +62,30 @@ def wanted(made: pb.Publication, artifact: str, screen: Screen) -> Sequence[pb.A
         raise UsageError("the publication has no merged GGUF", hint="--artifact all")
     choice = choose.choose(merged, choose.this_machine())
     screen.say(
-        "chosen",
-        name=choice.artifact.name,
-        reason=choice.reason,
-        needs=human_memory(choice.needs),
-        total=human_memory(choice.memory.total),
-        needs_bytes=choice.needs,
-        total_bytes=choice.memory.total,
-        fit=choice.fit,
+        events.ModelChosen(
+            name=choice.artifact.name,
+            reason=choice.reason,
+            needs=human_memory(choice.needs),
+            total=human_memory(choice.memory.total),
+            needs_bytes=choice.needs,
+            total_bytes=choice.memory.total,
+            fit=choice.fit,
+        )
     )
-    if choice.fit is not choose.Fit.COMFORTABLE:
-        screen.say(choice.fit, available=human_memory(choice.memory.available))
+    if warning := _WARNINGS.get(choice.fit):
+        screen.say(warning(human_memory(choice.memory.available)))
     return [choice.artifact]
 
 
 async def check(
-    remote: Remote, job: str, made: pb.Publication, folder: Path, pins: Pins, screen: Screen, *, unsigned: bool = False
+    remote: Remote,
+    job: str,
+    publication: pb.Publication,
+    folder: Path,
+    pins: Pins,
+    screen: Screen,
+    *,
+    unsigned: bool = False,
 ) -> None:
     """Hold what is announced of a publication against the manifest that its coordinator has signed; the manifest and
     the signature are put into the folder once all is well. With `unsigned`, one that nobody signed is taken too.
@@ -85,30 +95,30 @@ async def check(
         BadData: it is not as it was signed, or signed by somebody else.
         UsageError: the folder has a manifest.json of something else.
     """
-    announced = {file.name: file for file in made.artifacts}
+    announced = {file.name: file for file in publication.artifacts}
     if not {statements.MANIFEST, statements.SIGNATURE} <= announced.keys():
         if unsigned:
-            screen.say("unsigned", version=made.version)
+            screen.say(events.Unsigned(publication.version))
             return
         raise Refused(
-            f"v{made.version} of {job} is not signed: an earlier version of oneround published it, or somebody took "
-            "the signature away",
+            f"v{publication.version} of {job} is not signed: an earlier version of oneround published it, or somebody "
+            "took the signature away",
             hint=f"`coordinator publish {job}`, over there, makes a signed one; edge-client pull --unsigned takes this",
         )
     text = await remote.read(job, announced[statements.MANIFEST], manifests.MOST_BYTES)
     signature = await remote.read(job, announced[statements.SIGNATURE], manifests.MOST_SIGNATURE_BYTES)
-    signed = manifests.read(text, signature, f"the manifest of v{made.version}")
+    signed = manifests.read(text, signature, f"the manifest of v{publication.version}")
     if not remote.certificate:
-        screen.say("signed_by_anyone", version=made.version)
+        screen.say(events.SignedByAnyone(publication.version))
     elif signed.signer not in signers.connected(pins, remote.certificate):
         raise BadData(
-            f"v{made.version} of {job} is signed with another key than this coordinator's: "
+            f"v{publication.version} of {job} is signed with another key than this coordinator's: "
             f"{tls.grouped(signed.signer)}",
             hint=f"`coordinator publish {job}`, over there, makes a version that is signed with its key of today",
         )
-    manifests.check(signed.manifest, job, made)
+    manifests.check(signed.manifest, job, publication)
     await asyncio.to_thread(_keep, folder, {statements.MANIFEST: text, statements.SIGNATURE: signature})
-    screen.say("signed", version=made.version, fingerprint=tls.grouped(signed.signer))
+    screen.say(events.Signed(publication.version, tls.grouped(signed.signer)))
 
 
 async def fetch(
@@ -126,7 +136,7 @@ async def fetch(
         if not await asyncio.to_thread(_is_here, file, artifact):
             with screen.bar(artifact.name, artifact.size) as advance:
                 await remote.download(job, artifact, file, advance)
-        screen.say("pulled", name=artifact.name, size=artifact.size)
+        screen.say(events.Pulled(artifact.name, artifact.size))
         fetched.append(file)
     return fetched
 
@@ -135,15 +145,15 @@ async def fetch_model(
     remote: Remote, job: str, version: int, state: Path, screen: Screen
 ) -> tuple[Path, pb.Publication]:
     """The best published model for this machine, kept in the state folder."""
-    made = publication(await remote.job(job), version)
-    folder = outbox.published_folder(state, job) / f"v{made.version}"
-    await check(remote, job, made, folder, Pins(state), screen)
-    there = outbox.published_here(state, job, made.version)
-    for artifact in choose.merged(made.artifacts):
-        if there is not None and artifact.name == there.name and await asyncio.to_thread(_is_here, there, artifact):
-            return there, made
-    (file,) = await fetch(remote, job, wanted(made, "", screen), folder, screen)
-    return file, made
+    published = publication(await remote.job(job), version)
+    folder = outbox.published_folder(state, job) / f"v{published.version}"
+    await check(remote, job, published, folder, Pins(state), screen)
+    kept = outbox.published_here(state, job, published.version)
+    for artifact in choose.merged(published.artifacts):
+        if kept is not None and artifact.name == kept.name and await asyncio.to_thread(_is_here, kept, artifact):
+            return kept, published
+    (file,) = await fetch(remote, job, wanted(published, "", screen), folder, screen)
+    return file, published
 
 
 def _keep(folder: Path, contents: Mapping[str, bytes]) -> None:
@@ -191,13 +201,13 @@ async def to_measure(
     name, model = job.spec.name, Path(source.model) if source.model else None
     try:
         async with connect.connected(target, state, screen, name) as remote:
-            file, made = await fetch_model(remote, name, version, state, screen)
-            return await fetch_base(remote, job, state, model, screen), file, made.version
+            file, published = await fetch_model(remote, name, version, state, screen)
+            return await fetch_base(remote, job, state, model, screen), file, published.version
     except (Unreachable, NotEnough) as error:
         base = model or outbox.model_folder(state, job)
         here = outbox.published_here(state, name, version)
         if must or here is None or not all(local_path(base, file).is_file() for file in job.base_files):
             raise
         number = int(here.parent.name.removeprefix("v"))
-        screen.say("offline", why=str(error).splitlines()[0], version=number)
+        screen.say(events.MeasuredOffline(str(error).splitlines()[0], number))
         return base, here, number

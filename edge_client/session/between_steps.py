@@ -6,6 +6,7 @@ from edge_client.backends import Progress, Setup
 from edge_client.pausing.controller import PauseController
 from edge_client.session.heartbeat import Heartbeat
 from edge_client.session.snapshots import SnapshotSchedule
+from edge_client.ui import events
 from edge_client.ui.screen import Advance, Screen
 
 
@@ -43,10 +44,9 @@ class BetweenSteps:
         if progress.setup != self._setup:
             self._setup = progress.setup
             self._screen.say(
-                "halved",
-                step=progress.step,
-                parts=progress.setup.parts,
-                checkpointing=progress.setup.checkpointing,
+                events.BatchHalved(
+                    step=progress.step, parts=progress.setup.parts, checkpointing=progress.setup.checkpointing
+                )
             )
         speed = progress.tokens / max(progress.seconds, 1e-9)
         beat = self._heartbeat.now

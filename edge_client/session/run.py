@@ -20,6 +20,7 @@ from edge_client.proofs import receipts
 from edge_client.session.heartbeat import Heartbeat
 from edge_client.session.participant import Participant
 from edge_client.session.train import train
+from edge_client.ui import events
 from edge_client.ui.screen import Screen
 from oneround import signing, tls
 from oneround.errors import Refused, Unreachable
@@ -49,7 +50,7 @@ async def take_part(
     box.keep_joined(remote.server, reply)
     if participant.consent:
         box.keep_consent(participant.consent)
-    screen.say("joined", job=reply.job.spec.name, server=remote.server, client=participant.name)
+    screen.say(events.Joined(job=reply.job.spec.name, server=remote.server, client=participant.name))
 
     if reply.HasField("receipt"):
         if not _replaces(reply, participant):
@@ -74,7 +75,9 @@ async def _join(remote: Remote, request: pb.JoinRequest, screen: Screen, *, wait
     """
     reply = await remote.join(request)
     if reply.awaits_approval:
-        screen.say("asks", job=reply.job.spec.name, id=remote.me.client_id[:12], name=request.client_name)
+        screen.say(
+            events.ApprovalAwaited(job=reply.job.spec.name, id=remote.me.client_id[:12], name=request.client_name)
+        )
     while reply.awaits_approval:
         if not waits or time.time() > reply.job.deadline_unix:
             raise AwaitsApproval(f"nobody has let this machine into {reply.job.spec.name!r} so far")
@@ -126,7 +129,7 @@ async def _trained(
     """What the finished adapter in the outbox declares, trained now if it is not there."""
     declaration = box.trained()
     if declaration is not None:
-        screen.say("resumed", folder=str(box.folder))
+        screen.say(events.AlreadyTrained(folder=str(box.folder)))
         return declaration
     disk.room(job, participant.state, participant.model).require()
     model = str(participant.model.resolve()) if participant.model else ""
@@ -152,9 +155,9 @@ def _keep_receipt(receipt: pb.Receipt, job: pb.Job, digest: str, remote: Remote,
     """
     receipts.accept(receipt, job, remote.me.client_id, digest, remote.certificate)
     box.keep_receipt(receipt)
-    screen.say("receipt", size=receipt.size, digest=receipt.digest)
+    screen.say(events.ReceiptReceived(size=receipt.size, digest=receipt.digest))
     if not remote.certificate:
-        screen.say("receipt_by_anyone", fingerprint=tls.grouped(signing.fingerprint(receipt.signature.key)))
+        screen.say(events.ReceiptByAnyone(fingerprint=tls.grouped(signing.fingerprint(receipt.signature.key))))
 
 
 def _require_part(receipt: pb.Receipt, judgement: pb.Judgement, screen: Screen) -> pb.Receipt:
@@ -162,6 +165,6 @@ def _require_part(receipt: pb.Receipt, judgement: pb.Judgement, screen: Screen) 
     if judgement.verdict == pb.VERDICT_QUARANTINED:
         raise Refused(f"the contribution is stored, but takes no part in the average: {one_line(judgement.reason)}")
     if judgement.verdict in (pb.VERDICT_UNSPECIFIED, pb.VERDICT_PENDING):
-        screen.say("pending", job=receipt.job)
-    screen.say("done", job=receipt.job)
+        screen.say(events.VerdictPending(job=receipt.job))
+    screen.say(events.Done(job=receipt.job))
     return receipt

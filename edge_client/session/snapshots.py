@@ -9,6 +9,7 @@ from edge_client.backends import Progress
 from edge_client.outbox import Outbox
 from edge_client.training import snapshot
 from edge_client.training.snapshot import Snapshot
+from edge_client.ui import events
 from edge_client.ui.screen import Screen
 from oneround.errors import NotEnough
 
@@ -34,7 +35,7 @@ class SnapshotSchedule:
             self._failed = False
         except (OSError, NotEnough) as error:
             if not self._failed:
-                self._screen.say("not_kept", why=str(error))
+                self._screen.say(events.SnapshotFailed(why=str(error)))
             self._failed = True
         ended = time.monotonic()
         self._next = ended + max(self._every, (ended - began) / SAVING_SHARE)

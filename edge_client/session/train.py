@@ -21,6 +21,7 @@ from edge_client.training import snapshot
 from edge_client.training.plan import TrainingPlan
 from edge_client.training.recipe import Recipe, Setup
 from edge_client.training.snapshot import Snapshot
+from edge_client.ui import events
 from edge_client.ui.screen import Screen
 from oneround.v1 import federation_pb2 as pb
 
@@ -58,27 +59,27 @@ async def train(
 def _tell_plan(job: pb.Job, prepared: Prepared, participant: Participant, screen: Screen) -> None:
     plan, backend = prepared.plan, participant.backend
     if prepared.skipped:
-        screen.say("skipped", skipped=prepared.skipped)
+        screen.say(events.RowsSkipped(skipped=prepared.skipped))
     if prepared.truncated or prepared.dropped:
         screen.say(
-            "truncated",
-            truncated=prepared.truncated,
-            dropped=prepared.dropped,
-            max_seq_len=job.spec.train.max_seq_len,
+            events.RowsTruncated(
+                truncated=prepared.truncated, dropped=prepared.dropped, max_seq_len=job.spec.train.max_seq_len
+            )
         )
     screen.say(
-        "plan",
-        base=job.spec.model.base,
-        rank=job.spec.lora.rank,
-        modules=len(job.modules),
-        send_bytes=sizes.sent_bytes(job),
-        examples=plan.num_examples,
-        tokens=plan.num_targets,
-        held_out=prepared.held_out,
-        steps=plan.total_steps,
-        backend=backend.name,
-        device=backend.device(),
-        rounding=participant.setup.rounding,
+        events.PlanMade(
+            base=job.spec.model.base,
+            rank=job.spec.lora.rank,
+            modules=len(job.modules),
+            send_bytes=sizes.sent_bytes(job),
+            examples=plan.num_examples,
+            tokens=plan.num_targets,
+            held_out=prepared.held_out,
+            steps=plan.total_steps,
+            backend=backend.name,
+            device=backend.device(),
+            rounding=participant.setup.rounding,
+        )
     )
 
 
@@ -111,15 +112,15 @@ async def _run(
             heartbeat.stop = "interrupted"  # training runs in a thread, which only ends by itself
             raise
     seconds = pausing.clock() - began
-    screen.say("trained", steps=plan.total_steps, seconds=seconds, loss=_last_epoch(plan, losses))
+    screen.say(events.Trained(steps=plan.total_steps, seconds=seconds, loss=_last_epoch(plan, losses)))
     return trained, losses
 
 
 def _tell_resumption(kept: Snapshot | None, box: Outbox, plan: TrainingPlan, screen: Screen) -> None:
     if kept is not None:
-        screen.say("continued", step=kept.step, steps=plan.total_steps)
+        screen.say(events.TrainingResumed(step=kept.step, steps=plan.total_steps))
     elif box.snapshot.exists():
-        screen.say("anew")
+        screen.say(events.TrainingRestarted())
 
 
 def _choose_setup(
@@ -133,9 +134,13 @@ def _choose_setup(
         return asked
     setup = asked if kept else estimate.setup
     if setup != asked:
-        screen.say("parts", parts=setup.parts, checkpointing=setup.checkpointing)
+        screen.say(events.BatchSplit(parts=setup.parts, checkpointing=setup.checkpointing))
     if estimate.short:
-        screen.say("memory", needed_gb=estimate.needed / 1e9, available_gb=(estimate.available or 0) / 1e9)
+        screen.say(
+            events.MemoryShort(
+                needed_gb=estimate.needed / 1000000000.0, available_gb=(estimate.available or 0) / 1000000000.0
+            )
+        )
     return setup
 
 

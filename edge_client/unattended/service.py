@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,18 +27,20 @@ Command = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Service:
-    """A file, and the commands that make the system heed it. `clear` may fail where nothing runs."""
+    """A file, and the commands that have the system read it. `clear` may fail where nothing runs."""
 
     file: Path
+    content: Callable[[Sequence[str]], bytes]  # of the file, for the command line that the service runs
     clear: tuple[Command, ...]
     start: tuple[Command, ...]
     stop: tuple[Command, ...]  # before the file is removed
     forget: tuple[Command, ...]  # after it
-    log: str  # the command that shows what it says
+    log: str  # the command that shows what the service reports
+    needs_login: bool  # it runs only while its user is logged in, unless the system is told otherwise
 
 
-def here() -> Service:
-    """The service of this machine's user.
+def of_this_user() -> Service:
+    """The service of whoever runs this.
 
     Raises:
         UsageError: this machine has neither systemd nor launchd.
@@ -48,7 +50,7 @@ def here() -> Service:
     if shutil.which("systemctl") is None:
         raise UsageError(
             "this machine has neither systemd nor launchd to run a service",
-            hint="have `edge-client stay …` started by whatever starts programs here",
+            hint="start `edge-client stay …` with whatever starts programs here",
         )
     config = os.environ.get("XDG_CONFIG_HOME", "")
     return systemd(Path(config) if Path(config).is_absolute() else Path.home() / ".config")
@@ -59,12 +61,14 @@ def systemd(config: Path) -> Service:
     systemctl = ("systemctl", "--user")
     return Service(
         file=config / "systemd" / "user" / UNIT,
+        content=lambda command: unit(command).encode(),
         clear=(),
         # Restarted, so that what was installed anew holds; `enable --now` would leave the old one running.
         start=((*systemctl, "daemon-reload"), (*systemctl, "enable", UNIT), (*systemctl, "restart", UNIT)),
         stop=((*systemctl, "disable", "--now", UNIT),),
         forget=((*systemctl, "daemon-reload"),),
         log=f"journalctl --user -u {UNIT.removesuffix('.service')} -f",
+        needs_login=True,
     )
 
 
@@ -74,16 +78,18 @@ def launchd(home: Path, uid: int) -> Service:
     bootout = ("launchctl", "bootout", f"gui/{uid}/{LABEL}")
     return Service(
         file=file,
+        content=lambda command: agent(command, home),
         clear=(bootout,),
         start=(("launchctl", "bootstrap", f"gui/{uid}", str(file)),),
         stop=(bootout,),
         forget=(),
         log=f"tail -f {shlex.quote(str(log_file(home)))}",
+        needs_login=False,
     )
 
 
 def log_file(home: Path) -> Path:
-    """Where launchd puts what the agent says."""
+    """Where launchd puts the output of the agent."""
     return home / "Library" / "Logs" / "oneround-client.log"
 
 
@@ -98,7 +104,7 @@ Documentation=https://pypi.org/project/oneround/
 [Service]
 ExecStart={" ".join(map(_quoted, command))}
 Environment=PYTHONUNBUFFERED=1
-# SIGTERM is taken as Ctrl-C: the step in hand is finished, and how far training is is kept.
+# SIGTERM works as Ctrl-C does: the step at work is finished, and a snapshot of training is kept.
 KillSignal=SIGTERM
 TimeoutStopSec={_STOP_SECONDS}
 SuccessExitStatus=130
@@ -106,7 +112,7 @@ Restart=on-failure
 RestartSec={_AGAIN_SECONDS}
 # 2: the command line is wrong; 3: the coordinator's key has changed. Both need a person.
 RestartPreventExitStatus=2 3
-# Where memory ends, this goes before anything that a person is at.
+# When memory runs out, this ends before anything that a person works with.
 OOMScoreAdjust=500
 NoNewPrivileges=yes
 UMask=0077
@@ -127,7 +133,7 @@ def agent(command: Sequence[str], home: Path) -> bytes:
             "RunAtLoad": True,
             "KeepAlive": {"SuccessfulExit": False},
             "ThrottleInterval": _AGAIN_SECONDS,
-            "ExitTimeOut": _STOP_SECONDS,  # SIGTERM is taken as Ctrl-C; see the systemd unit
+            "ExitTimeOut": _STOP_SECONDS,  # SIGTERM works as Ctrl-C does; see the systemd unit
             "LowPriorityIO": True,
             "Umask": 0o077,
             "StandardOutPath": log,
@@ -136,15 +142,15 @@ def agent(command: Sequence[str], home: Path) -> bytes:
     )
 
 
-def install(service: Service, content: bytes) -> str:
-    """Put the file in place, whatever was there, and start the service; returns why it could not be started, if so.
+def install(service: Service, command_line: Sequence[str]) -> str:
+    """Write the file, over an earlier one too, and start the service; returns why it could not be started, if so.
 
     Raises:
         NotEnough: the file cannot be written.
     """
     try:
         service.file.parent.mkdir(parents=True, exist_ok=True)
-        files.replace(service.file, [content])
+        files.replace(service.file, [service.content(command_line)])
     except OSError as error:
         raise NotEnough(f"cannot write {service.file}: {error.strerror}") from error
     for command in service.clear:
@@ -154,24 +160,26 @@ def install(service: Service, content: bytes) -> str:
 
 def uninstall(service: Service) -> bool:
     """Stop the service and remove its file; returns whether there was one."""
-    there = service.file.exists()
-    if there:
+    was_installed = service.file.exists()
+    if was_installed:
         for command in service.stop:
             _run(command)
         service.file.unlink(missing_ok=True)
         for command in service.forget:
             _run(command)
-    return there
+    return was_installed
 
 
 def _run(command: Command) -> str:
-    """Why a command failed, in its own last words; empty if it did not."""
+    """Why a command failed, by the last line of its output; empty if it did not."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False)
     except (OSError, subprocess.SubprocessError) as error:
         return f"{command[0]}: {error}"
-    said = (done.stderr or done.stdout).strip().splitlines()
-    return "" if done.returncode == 0 else (said[-1] if said else f"{command[0]} failed").rstrip(".")
+    if done.returncode == 0:
+        return ""
+    lines = (done.stderr or done.stdout).strip().splitlines()
+    return (lines[-1] if lines else f"{command[0]} failed").rstrip(".")
 
 
 def _quoted(word: str) -> str:

@@ -13,6 +13,7 @@ from edge_client import consent
 from edge_client.connection import remote as remotes
 from edge_client.connection.identity import Pins
 from edge_client.results import pull as pulling
+from edge_client.ui import events
 from edge_client.ui.screen import Screen
 from oneround import stream
 from oneround.errors import BadData, NotFound, Refused
@@ -110,22 +111,33 @@ def fit_for_a_terminal(text: str) -> bool:
     return all(letter.isprintable() or letter == "\n" for letter in text)
 
 
-@pytest.mark.parametrize("event", ["joined", "retry", "left_alone", "found", "no_part", "pulled", "folder"])
-def test_words_from_elsewhere_stay_on_their_line(event: str, capsys: pytest.CaptureFixture[str]) -> None:
-    fields = dict.fromkeys(("job", "server", "client", "why", "name", "again", "folder"), ESCAPES)
-    Screen().say(event, **fields, seconds=1.0, size=1)
+@pytest.mark.parametrize(
+    "event",
+    [
+        events.Joined(ESCAPES, ESCAPES, ESCAPES),
+        events.Retry(ESCAPES, 1.0),
+        events.JobNotAccepted(ESCAPES),
+        events.CoordinatorFound(ESCAPES, ESCAPES),
+        events.NotTakingPart(ESCAPES, ESCAPES, ESCAPES),
+        events.Pulled(ESCAPES, 1),
+        events.PulledInto(ESCAPES),
+        events.ProgressMade(ESCAPES, 1, 1, 0.0),
+    ],
+)
+def test_words_from_elsewhere_stay_on_their_line(event: events.Event, capsys: pytest.CaptureFixture[str]) -> None:
+    Screen().say(event)
     said = capsys.readouterr().out
     assert fit_for_a_terminal(said) and said.count("\n") == 1
-    Screen(as_json=True).say(event, **fields)
+    Screen(as_json=True).say(event)
     assert capsys.readouterr().out.isascii(), "JSON has its own way to write such letters"
 
 
 def test_names_in_refusals() -> None:
     jobs = [pb.JobStatus(spec=pb.JobSpec(name=name), takes_contributions=True) for name in (ESCAPES, "b" * 100_000)]
     with pytest.raises(Refused) as several:
-        consent.meant(jobs, "")
+        consent.choose_job(jobs, "")
     with pytest.raises(NotFound) as none:
-        consent.meant(jobs, "other")
+        consent.choose_job(jobs, "other")
     for said in (str(several.value), several.value.hint, none.value.hint):
         assert fit_for_a_terminal(said) and "\n" not in said and len(said) < 600
 

@@ -116,7 +116,7 @@ def test_a_job_that_goes_on_from_another_says_so(tmp_path: Path) -> None:
         ("/srv/a", ", going on from an earlier adapter"),
     ):
         offered = pb.Job(spec=pb.JobSpec(name="notes", lora=pb.LoraSpec(rank=8, start_from=start)))
-        assert consent.asks(offered, pb.Machine(), tmp_path, None)["trains"].endswith(f"tokens{words}")
+        assert consent.requirements(offered, pb.Machine(), tmp_path, None).trains.endswith(f"tokens{words}")
 
 
 def status(name: str, *, opened: bool = True) -> pb.JobStatus:
@@ -125,14 +125,14 @@ def status(name: str, *, opened: bool = True) -> pb.JobStatus:
 
 def test_which_job_is_meant() -> None:
     open_one, closed = status("a"), status("b", opened=False)
-    assert consent.meant([closed, open_one], "") == open_one
-    assert consent.meant([closed, open_one], "b") == closed
+    assert consent.choose_job([closed, open_one], "") == open_one
+    assert consent.choose_job([closed, open_one], "b") == closed
     with pytest.raises(NotFound, match="there is no job 'c'"):
-        consent.meant([closed, open_one], "c")
+        consent.choose_job([closed, open_one], "c")
     with pytest.raises(Refused, match="no job is open"):
-        consent.meant([closed], "")
+        consent.choose_job([closed], "")
     with pytest.raises(Refused, match="several jobs are open here: a, c"):
-        consent.meant([status("c"), open_one], "")
+        consent.choose_job([status("c"), open_one], "")
 
 
 def test_an_answer_holds_for_what_was_shown_and_for_nothing_else(tmp_path: Path) -> None:
@@ -140,13 +140,15 @@ def test_an_answer_holds_for_what_was_shown_and_for_nothing_else(tmp_path: Path)
     spec = pb.JobSpec(name="notes", lora=pb.LoraSpec(rank=8))
     known, request = pb.Job(spec=spec, id="1"), pb.JoinRequest(client_name="vera")
     agreed = consent.terms(known, request, "ab" * 32)
-    assert not consent.given([box], agreed)
+    assert not consent.agreed_before([box], agreed)
     box.keep_consent(agreed.digest)
-    assert consent.given([box], consent.terms(known, request, "ab" * 32))
-    assert not consent.given([box], consent.terms(known, request, "cd" * 32))
-    assert not consent.given([box], consent.terms(known, pb.JoinRequest(client_name="vera's other"), "ab" * 32))
-    assert not consent.given([box], consent.terms(pb.Job(spec=spec, id="2"), request, "ab" * 32))
-    assert not consent.given([box], consent.terms(pb.Job(spec=spec, id="1", deadline_unix=1.0), request, "ab" * 32))
+    assert consent.agreed_before([box], consent.terms(known, request, "ab" * 32))
+    assert not consent.agreed_before([box], consent.terms(known, request, "cd" * 32))
+    assert not consent.agreed_before([box], consent.terms(known, pb.JoinRequest(client_name="vera's other"), "ab" * 32))
+    assert not consent.agreed_before([box], consent.terms(pb.Job(spec=spec, id="2"), request, "ab" * 32))
+    assert not consent.agreed_before(
+        [box], consent.terms(pb.Job(spec=spec, id="1", deadline_unix=1.0), request, "ab" * 32)
+    )
 
 
 @pytest.fixture(scope="module")

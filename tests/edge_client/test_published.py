@@ -29,7 +29,7 @@ from edge_client.outbox import DataSource
 from edge_client.results import choose, evaluate, llama_process
 from edge_client.results.choose import Fit, Memory
 from edge_client.results.evaluate import Scores
-from edge_client.ui.screen import SENTENCES
+from edge_client.ui import events
 from oneround.errors import BadData, BadModel
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
@@ -74,7 +74,7 @@ def test_the_best_fit(total: int, free: int, kinds: tuple[str, ...], chosen: str
 
 
 def test_what_does_not_fit_comfortably_is_said() -> None:
-    assert {fit.value for fit in Fit} - SENTENCES.keys() == {"comfortable"}
+    assert {fit.value for fit in Fit} - events.EVENTS.keys() == {"comfortable"}
 
 
 def test_only_whole_models_are_looked_at() -> None:

@@ -1,30 +1,15 @@
-"""The same events as sentences and as JSON."""
+"""What a terminal, a log and a script see of the events. Each event by itself is in test_events.py."""
 
 import json
-import string
 
 import pytest
 
-from edge_client.ui.screen import SENTENCES, Screen
-
-
-def fields(event: str) -> dict[str, object]:
-    """A value for every field of an event's sentence, of the kind that its format asks for."""
-    parsed = string.Formatter().parse(SENTENCES[event])
-    return {name: (7 if spec else "word") for _, name, spec, _ in parsed if name}
-
-
-@pytest.mark.parametrize("event", SENTENCES)
-def test_every_event_is_a_sentence_and_a_line_of_json(event: str, capsys: pytest.CaptureFixture[str]) -> None:
-    Screen().say(event, **fields(event))
-    said = capsys.readouterr().out
-    assert said.strip() and "{" not in said
-    Screen(as_json=True).say(event, **fields(event))
-    assert json.loads(capsys.readouterr().out) == {"event": event, **fields(event)}
+from edge_client.ui import events
+from edge_client.ui.screen import Screen
 
 
 def test_names_from_elsewhere_are_only_text(capsys: pytest.CaptureFixture[str]) -> None:
-    Screen().say("joined", job="[red]x[/red]\x1b[2J", server="s", client="c")
+    Screen().say(events.Joined("[red]x[/red]\x1b[2J", "s", "c"))
     said = capsys.readouterr().out
     assert "[red]x[/red]" in said and "\x1b" not in said
 

@@ -377,7 +377,7 @@ def test_what_cannot_be_installed(tmp_path: Path, home: dict[str, str]) -> None:
     away = ("install-service", "--yes", "--server", "127.0.0.1:1", "--state", tmp_path / "client")
     (tmp_path / "notes.txt").write_text("words\n")
     _, err = run(home, *away, "--accept", "Clinic Notes", "--data", tmp_path / "notes.txt", code=2)
-    assert "can be no job's name" in err
+    assert "no job can have the name" in err
     run(home, *away, "--accept", "clinic", "--data", tmp_path / "nowhere", code=5)
     _, err = run(home, *away, "--accept", "clinic", "--data", tmp_path / "notes.txt", code=4)
     assert "no coordinator answers" in err, "a key that nobody has seen is not pinned later by itself"
