@@ -16,11 +16,11 @@ from coordinator.admission.worker import AdmissionWorker
 from coordinator.auth import identity
 from coordinator.auth.signer import Signer
 from coordinator.jobs.leases import Leases
-from coordinator.jobs.operator import Operator
-from coordinator.jobs.participation import Participation
-from coordinator.jobs.round_driver import RoundDriver
 from coordinator.jobs.status import Statuses
+from coordinator.operator import Operator
+from coordinator.participation import Participation
 from coordinator.publication.scheduler import PublicationScheduler
+from coordinator.round_driver import RoundDriver
 from coordinator.storage import gc
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.people import People

@@ -10,7 +10,7 @@ from prometheus_client import REGISTRY, Counter, Histogram, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from coordinator.jobs import events
+from coordinator import events
 from oneround.v1 import federation_pb2 as pb
 
 CALLS = Histogram(

@@ -14,8 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from coordinator import aggregate
-from coordinator.jobs import events
+from coordinator import aggregate, events
 from oneround.text import human_size
 from oneround.v1 import federation_pb2 as pb
 

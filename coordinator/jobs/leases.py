@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from coordinator.jobs.events import kind
+from coordinator.events import kind
 from coordinator.storage.contributions import judgement
 from coordinator.storage.events import NewEvent
 from coordinator.storage.schema import Client, Contribution

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
-from coordinator.jobs import events
+from coordinator import events
 from coordinator.storage.schema import Client, RecordedEvent
 from oneround.signing import public_id
 from oneround.v1 import federation_pb2 as pb

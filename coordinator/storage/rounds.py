@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from sqlalchemy import and_, case, func, not_, or_, select, update
 from sqlalchemy.orm import Session
 
-from coordinator.jobs import spec as jobs
 from coordinator.round import Round, Rules, State
 from coordinator.storage.schema import Contribution, Job, Publication
 from oneround.errors import NotFound
+from oneround.rules import seconds
 from oneround.v1 import federation_pb2 as pb
 
 TAKES_PART = and_(not_(Contribution.replaced), Contribution.verdict.in_(["admitted", "clipped"]))
@@ -96,8 +96,8 @@ def rules(job: pb.Job) -> Rules:
         min_clients=spec.min_clients,
         target_clients=spec.target_clients,
         deadline=job.deadline_unix,
-        grace=jobs.seconds(spec.grace) if spec.grace else None,
-        renew_every=jobs.seconds(spec.renew_every) if spec.renew_every else None,
+        grace=seconds(spec.grace) if spec.grace else None,
+        renew_every=seconds(spec.renew_every) if spec.renew_every else None,
     )
 
 

@@ -168,7 +168,7 @@ class Evaluation(Base):
 
 
 class RecordedEvent(Base):
-    """Something that happened in a round; see jobs/events.py. Rows are added, and never changed."""
+    """Something that happened in a round; see coordinator/events.py. Rows are added, and never changed."""
 
     __tablename__ = "events"
     __table_args__ = (

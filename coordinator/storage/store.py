@@ -12,7 +12,7 @@ from sqlalchemy import URL, bindparam, delete, func, not_, select, update
 from sqlalchemy.orm import Session
 
 from coordinator import round as rounds
-from coordinator.jobs.events import of_transition
+from coordinator.events import of_transition
 from coordinator.round import Round, State, Trigger
 from coordinator.storage import contributions, events, migrations
 from coordinator.storage import rounds as round_rows

@@ -10,12 +10,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from rich.console import Console
 from sqlalchemy import text
 
-from coordinator import metrics
+from coordinator import events, metrics
 from coordinator import round as rounds
 from coordinator.cli import client as control
 from coordinator.cli import tables
 from coordinator.daemon import Daemon
-from coordinator.jobs import events
 from coordinator.jobs import spec as job
 from coordinator.round import Round, Rules, State
 from coordinator.storage import backup

@@ -15,11 +15,11 @@ from coordinator import round as rounds
 from coordinator.jobs import open as open_job
 from coordinator.jobs import spec as jobs
 from coordinator.jobs.leases import Leases
-from coordinator.jobs.round_driver import RoundDriver
 from coordinator.jobs.status import Statuses
 from coordinator.publication import request as republishing
 from coordinator.publication.scheduler import PublicationScheduler
 from coordinator.round import State
+from coordinator.round_driver import RoundDriver
 from coordinator.storage import gc
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.schema import Client

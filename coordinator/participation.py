@@ -13,8 +13,8 @@ from coordinator.admission.worker import AdmissionWorker
 from coordinator.auth.signer import Signer
 from coordinator.jobs import evaluations
 from coordinator.jobs.leases import Lease, Leases
-from coordinator.jobs.round_driver import RoundDriver
 from coordinator.jobs.status import Statuses
+from coordinator.round_driver import RoundDriver
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.contributions import judgement
 from coordinator.storage.publications import version_folder
