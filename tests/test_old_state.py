@@ -24,7 +24,7 @@ from oneround import invitation
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.clients import connected, speaking
-from tests.coordinator.test_server import running
+from tests.daemons import running
 
 FIXTURE = Path(__file__).parent / "fixtures" / "version_0_1"
 PLACE = "/srv/oneround"  # where the folders stood
@@ -273,36 +273,30 @@ def test_who_may_come_in_is_known(shown: dict[str, Any]) -> None:
     assert {one["name"] for one in people.values() if one["banned"]} == {"ward-8"}
 
 
-def test_the_old_invitation_lets_a_new_client_in(world: World) -> None:
+async def test_the_old_invitation_lets_a_new_client_in(world: World) -> None:
     secret = invitation.read(FACTS["invitation"]).token
 
-    async def test() -> None:
-        async with connected(world.address, world.folder / "crowd") as remote:
-            asks = await remote.join_as("ward-11", pb.JoinRequest(job="approved", client_name="ward-11"))
-            assert asks.awaits_approval and not asks.lease
-            guest = speaking(remote, "ward-10", secret)
-            reply = await guest.join(pb.JoinRequest(job="approved", client_name="ward-10"))
-            assert reply.lease and reply.job.spec.name == "approved"
-
-    asyncio.run(test())
+    async with connected(world.address, world.folder / "crowd") as remote:
+        asks = await remote.join_as("ward-11", pb.JoinRequest(job="approved", client_name="ward-11"))
+        assert asks.awaits_approval and not asks.lease
+        guest = speaking(remote, "ward-10", secret)
+        reply = await guest.join(pb.JoinRequest(job="approved", client_name="ward-10"))
+        assert reply.lease and reply.job.spec.name == "approved"
 
 
-def test_a_deadline_of_then_still_ends_a_round(copy: Path) -> None:
+async def test_a_deadline_of_then_still_ends_a_round(copy: Path) -> None:
     """In this process, by a clock that is past it."""
     later = max(job["deadline_unix"] for job in said("jobs.json")["jobs"]) + 1.0
 
-    async def test() -> None:
-        async with running(copy / "coordinator", lambda: later) as (daemon, _), asyncio.timeout(PATIENCE):
-            while (status := await daemon.status("open")).state != pb.STATE_PUBLISHED:
-                assert status.state in (pb.STATE_OPEN, pb.STATE_PUBLISHING), status.reason
-                await asyncio.sleep(0.1)
-            assert status.reason == "deadline, with 2 contributions"
-            assert status.publications[0].contributions == 2
-            while (status := await daemon.status("half-sent")).state != pb.STATE_EXPIRED:
-                assert status.state == pb.STATE_OPEN, status.reason
-                await asyncio.sleep(0.1)
-
-    asyncio.run(test())
+    async with running(copy / "coordinator", lambda: later) as (daemon, _), asyncio.timeout(PATIENCE):
+        while (status := await daemon.status("open")).state != pb.STATE_PUBLISHED:
+            assert status.state in (pb.STATE_OPEN, pb.STATE_PUBLISHING), status.reason
+            await asyncio.sleep(0.1)
+        assert status.reason == "deadline, with 2 contributions"
+        assert status.publications[0].contributions == 2
+        while (status := await daemon.status("half-sent")).state != pb.STATE_EXPIRED:
+            assert status.state == pb.STATE_OPEN, status.reason
+            await asyncio.sleep(0.1)
 
 
 # ---- the client ----

@@ -23,7 +23,7 @@ from sqlalchemy import URL, Connection, select
 from coordinator.storage import migrations
 from coordinator.storage.blobs import Blobs
 from coordinator.storage.database import engine
-from coordinator.storage.schema import Base
+from coordinator.storage.schema import Table
 from coordinator.storage.store import Store
 from oneround import command, files, stream
 from oneround.errors import BadData, UsageError
@@ -159,7 +159,7 @@ def _copy_rows(source: str | URL, target: str | URL) -> None:
     """Every row of every table, as of one moment."""
     with _connected(source, write=False) as reading, _connected(target, write=True) as writing:
         migrations.upgrade(writing)
-        for table in Base.metadata.sorted_tables:
+        for table in Table.metadata.sorted_tables:
             if writing.execute(select(table).limit(1)).first() is not None:
                 raise UsageError(f"the database has rows in {table.name} already", hint="give an empty one")
             rows = reading.execution_options(stream_results=True).execute(select(table)).mappings()

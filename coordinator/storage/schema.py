@@ -36,11 +36,11 @@ class Proto(TypeDecorator[Any]):
         return None if value is None else json_format.Parse(value, self.message(), ignore_unknown_fields=True)
 
 
-class Base(DeclarativeBase):
+class Table(DeclarativeBase):
     type_annotation_map: ClassVar[dict[Any, Any]] = {float: Double}  # times since the epoch need all of it
 
 
-class Job(Base):
+class Job(Table):
     """A job and its round."""
 
     __tablename__ = "jobs"
@@ -58,7 +58,7 @@ class Job(Base):
     deleted: Mapped[bool]
 
 
-class Client(Base):
+class Client(Table):
     """Someone who joined, and how it was going when that was last written down; jobs/leases.py has it to the second."""
 
     __tablename__ = "clients"
@@ -93,7 +93,7 @@ class Client(Base):
         )
 
 
-class Contribution(Base):
+class Contribution(Table):
     """What a client sent. Its bytes never change; a replacement is another row, with the next revision."""
 
     __tablename__ = "contributions"
@@ -141,7 +141,7 @@ class Contribution(Base):
         )
 
 
-class Publication(Base):
+class Publication(Table):
     """A version, made or being made."""
 
     __tablename__ = "publications"
@@ -155,7 +155,7 @@ class Publication(Base):
     publication: Mapped[pb.Publication | None] = mapped_column(Proto(pb.Publication))
 
 
-class Evaluation(Base):
+class Evaluation(Table):
     """How a version does on one client's held-out data, by that client's word; a later word replaces it."""
 
     __tablename__ = "evaluations"
@@ -167,7 +167,7 @@ class Evaluation(Base):
     received: Mapped[float]
 
 
-class RecordedEvent(Base):
+class RecordedEvent(Table):
     """Something that happened in a round; see coordinator/events.py. Rows are added, and never changed."""
 
     __tablename__ = "events"
@@ -185,7 +185,7 @@ class RecordedEvent(Base):
     event: Mapped[pb.Event] = mapped_column(Proto(pb.Event))
 
 
-class Person(Base):
+class Person(Table):
     """A client's key that has asked for something, whatever job it was."""
 
     __tablename__ = "people"
@@ -197,7 +197,7 @@ class Person(Base):
     why: Mapped[str]
 
 
-class Pass(Base):
+class Pass(Table):
     """That a client may take part in a job, or has asked to. An empty job stands for every one."""
 
     __tablename__ = "passes"
@@ -209,7 +209,7 @@ class Pass(Base):
     at: Mapped[float]
 
 
-class Token(Base):
+class Token(Table):
     """What lets its holders in; of its secret only a digest is here."""
 
     __tablename__ = "tokens"

@@ -27,7 +27,7 @@ class SignedManifest:
 
 
 @dataclass(frozen=True)
-class Participation:
+class Inclusion:
     """What became of a contribution: its weight in the mean (0: it takes no part), and why."""
 
     weight: float
@@ -78,7 +78,7 @@ def check(manifest: Manifest, job: str, announced: pb.Publication) -> None:
         raise BadData(f"{version} is not as it was signed: {', '.join(sorted(differ))}", hint=_TELL)
 
 
-def part(manifest: Manifest, receipt: pb.Receipt) -> Participation:
+def part(manifest: Manifest, receipt: pb.Receipt) -> Inclusion:
     """What became of the contribution that a receipt is for.
 
     Raises:
@@ -92,7 +92,7 @@ def part(manifest: Manifest, receipt: pb.Receipt) -> Participation:
     of_client = [entry for entry in manifest.contributions if entry.id == receipt.client_id[:12]]
     for entry in of_client:
         if entry.digest == receipt.digest:
-            return Participation(entry.weight, entry.reason or entry.verdict)
+            return Inclusion(entry.weight, entry.reason or entry.verdict)
     if of_client:
-        return Participation(0.0, "another contribution of the same client is in its place")
-    return Participation(0.0, f"it is not among the {len(manifest.contributions)} contributions that were looked at")
+        return Inclusion(0.0, "another contribution of the same client is in its place")
+    return Inclusion(0.0, f"it is not among the {len(manifest.contributions)} contributions that were looked at")

@@ -34,7 +34,7 @@ from oneround import rules, stream
 from oneround.errors import BadData, LayoutMismatch
 from oneround.v1 import federation_pb2 as pb
 from tests import updates as dense
-from tests.attacks.test_mutations import mutations
+from tests.attacks.damage import mutations
 from tests.updates import Dense
 
 

@@ -19,7 +19,7 @@ from coordinator.jobs import spec as jobs
 from oneround import stream
 from oneround.errors import BadAdapter, BadData
 from oneround.v1 import federation_pb2 as pb
-from tests.attacks.test_mutations import mutations
+from tests.attacks.damage import mutations
 
 SHAPES = {"model.q": Shape(12, 8), "model.down": Shape(8, 18)}
 LONGEST = 510  # letters of a reason

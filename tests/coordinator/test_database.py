@@ -1,10 +1,6 @@
 """The schema's history, a backup and its return, and PostgreSQL in SQLite's place."""
 
 import asyncio
-import shutil
-import socket
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +11,7 @@ from sqlalchemy import text
 from coordinator.jobs import spec
 from coordinator.storage import backup, migrations
 from coordinator.storage.database import engine
-from coordinator.storage.schema import Base
+from coordinator.storage.schema import Table
 from coordinator.storage.store import Store
 from edge_client.connection.identity import Pins
 from edge_client.results import pull
@@ -29,7 +25,6 @@ from tests.daemons import (
     two_contribute,
     version,
 )
-from tests.waiting import LONG, eventually
 
 
 def difference(url: str) -> list[object]:
@@ -38,7 +33,7 @@ def difference(url: str) -> list[object]:
     with opened.execution_options(writes=True).begin() as connection:
         migrations.upgrade(connection)
         migrations.upgrade(connection)  # nothing more to do
-        found = compare_metadata(MigrationContext.configure(connection), Base.metadata)
+        found = compare_metadata(MigrationContext.configure(connection), Table.metadata)
     opened.dispose()
     return found
 
@@ -106,38 +101,6 @@ async def test_a_backup_that_is_not_whole(tmp_path: Path) -> None:
     with pytest.raises(BadData, match="missing or damaged"):
         backup.restore(kept, tmp_path / "new")
     assert not (tmp_path / "new" / "coordinator.sqlite").exists()
-
-
-@pytest.fixture
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of its own, of Debian's PostgreSQL, ended when the test is; its URL."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not found:
-        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    bin_, folder = found[-1].parent, Path("/tmp") / tmp_path_factory.mktemp("pg").name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700)
-    as_user: list[str] = []
-    if Path("/proc/self").owner() == "root":  # which PostgreSQL refuses to run as
-        shutil.chown(folder, "postgres")
-        as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
-    data = folder / "data"
-    subprocess.run(
-        [*as_user, bin_ / "initdb", "-D", data, "-U", "oneround", "-A", "trust"], check=True, capture_output=True
-    )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [*as_user, bin_ / "postgres", "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", folder]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        ready = [bin_ / "pg_isready", "-h", "127.0.0.1", "-p", str(port)]
-        assert eventually(lambda: subprocess.run(ready, capture_output=True).returncode == 0)
-        yield f"postgresql+psycopg://oneround@127.0.0.1:{port}/postgres"
-    finally:
-        server.terminate()
-        server.wait(LONG)
-        shutil.rmtree(folder)
 
 
 @pytest.mark.postgres

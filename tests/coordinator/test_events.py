@@ -14,7 +14,6 @@ from coordinator import events, metrics
 from coordinator import round as rounds
 from coordinator.cli import client as control
 from coordinator.cli import tables
-from coordinator.daemon import Daemon
 from coordinator.jobs import spec as job
 from coordinator.round import Round, Rules, State
 from coordinator.storage import backup
@@ -26,9 +25,7 @@ from oneround.errors import Denied, NotFound
 from oneround.signing import public_id
 from oneround.v1 import federation_pb2 as pb
 from tests.clients import Crowd, me
-from tests.coordinator.test_database import postgres  # noqa: F401  a fixture
-from tests.coordinator.test_server import ALICE, BOB, SPEC, join, judged, nothing, trained, with_server, written
-from tests.coordinator.test_versions import version
+from tests.daemons import ALICE, BOB, SPEC, join, judged, nothing, served, trained, version, written
 
 RULES = Rules(min_clients=2, target_clients=3, deadline=1000.0)
 OPEN = Round(RULES)
@@ -193,7 +190,7 @@ def test_a_whole_round_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.postgres
-def test_a_whole_round_in_postgresql(postgres: str) -> None:  # noqa: F811
+def test_a_whole_round_in_postgresql(postgres: str) -> None:
     store = Store(postgres)
     whole_round(store)
     check_whole_round(store)
@@ -275,10 +272,10 @@ def shown(status: pb.JobStatus) -> str:
     return captured.get()
 
 
-def test_what_operators_see_and_others_do_not(tmp_path: Path) -> None:
+async def test_what_operators_see_and_others_do_not(tmp_path: Path) -> None:
     state, kept = tmp_path / "state", tmp_path / "kept"
 
-    async def test(daemon: Daemon, remote: Crowd) -> None:
+    async with served(state) as (daemon, remote):
         lease = await sent(remote, tmp_path, ALICE, 0)
         await sent(remote, tmp_path, BOB, 1)
         await daemon.close("notes")
@@ -309,7 +306,6 @@ def test_what_operators_see_and_others_do_not(tmp_path: Path) -> None:
         assert 'oneround_events_total{job="notes",kind="version_failed"} 0.0' in page
         assert 'oneround_version{job="notes"} 1.0' in page
 
-    with_server(state, test)
     backup.restore(kept, tmp_path / "again")
     stores = [Store(f"sqlite:///{folder / 'coordinator.sqlite'}") for folder in (state, tmp_path / "again")]
     before, after = (store.events("notes") for store in stores)
@@ -318,8 +314,8 @@ def test_what_operators_see_and_others_do_not(tmp_path: Path) -> None:
         store.close()
 
 
-def test_a_client_that_repeats_itself_is_told_once(tmp_path: Path) -> None:
-    async def test(daemon: Daemon, remote: Crowd) -> None:
+async def test_a_client_that_repeats_itself_is_told_once(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (daemon, remote):
         reply = await join(remote)
         for number in range(5):
             await join(remote)
@@ -332,8 +328,6 @@ def test_a_client_that_repeats_itself_is_told_once(tmp_path: Path) -> None:
             await remote.heartbeat(pb.HeartbeatRequest(lease="0" * 64, step=1))
         told = [events.kind(event) for event in (await daemon.status("notes")).events]
         assert told == ["round_opened", "joined", "first_step", "upload_opened", "withdrawn"]
-
-    with_server(tmp_path / "state", test)
 
 
 def test_the_json_of_show_has_them_beside_what_it_had(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

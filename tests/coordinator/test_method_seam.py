@@ -22,7 +22,7 @@ from coordinator.jobs import spec as jobs
 from oneround.errors import LayoutMismatch, UsageError
 from oneround.v1 import federation_pb2 as pb
 from tests import updates as dense
-from tests.coordinator.test_methods import FULL, how
+from tests.coordinator.references import FULL, how
 from tests.updates import Dense
 
 SHAPES = {"q": Shape(12, 8), "down": Shape(8, 18)}

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 from grpc import StatusCode
 
-from coordinator.daemon import Daemon
 from coordinator.rpc import federation
 from coordinator.uploads.flow_control import FlowControl, PacedStream
 from oneround.v1 import federation_pb2 as pb
-from tests.attacks.test_requests import refused
+from tests.attacks.refusals import refused
 from tests.clients import Crowd, session
-from tests.coordinator.test_server import ALICE, BOB, join, nothing, trained, with_server, written
+from tests.daemons import ALICE, BOB, join, nothing, served, trained, written
 
 
 async def declared(remote: Crowd, folder: Path, client: str) -> tuple[str, bytes]:
@@ -25,18 +24,16 @@ async def declared(remote: Crowd, folder: Path, client: str) -> tuple[str, bytes
     return reply.lease, file.read_bytes()
 
 
-def test_the_lease_in_the_metadata_is_enough(tmp_path: Path) -> None:
-    async def test(_: Daemon, remote: Crowd) -> None:
+async def test_the_lease_in_the_metadata_is_enough(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (_, remote):
         lease, data = await declared(remote, tmp_path, ALICE)
         metadata = [*await session(await remote.speaker(ALICE)), ("lease", lease)]
         receipt = await remote.plain.Upload(iter([pb.UploadRequest(data=data)]), metadata=metadata)
         assert receipt.size == len(data)
 
-    with_server(tmp_path / "state", test)
 
-
-def test_another_ones_lease_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
-    async def test(_: Daemon, remote: Crowd) -> None:
+async def test_another_ones_lease_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    async with served(tmp_path / "state") as (_, remote):
         lease, data = await declared(remote, tmp_path, ALICE)
         mine, _data = await declared(remote, tmp_path, BOB)
         bob = await session(await remote.speaker(BOB))
@@ -56,11 +53,9 @@ def test_another_ones_lease_is_refused_before_anything_is_sent(tmp_path: Path) -
         await refused(call, StatusCode.INVALID_ARGUMENT, "empty upload")
         assert not [file for file in (tmp_path / "state" / "uploads").iterdir() if file.stat().st_size]
 
-    with_server(tmp_path / "state", test)
-
 
 @pytest.mark.parametrize("coordinator_knows_metadata", [True, False], ids=["new", "old"])
-def test_old_and_new_ends_understand_each_other(
+async def test_old_and_new_ends_understand_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, coordinator_knows_metadata: bool
 ) -> None:
     """An old client has the lease in its first message alone; an old coordinator looks for it nowhere else."""
@@ -72,7 +67,7 @@ def test_old_and_new_ends_understand_each_other(
 
         monkeypatch.setattr(federation, "_metadata", without_lease)
 
-    async def test(_: Daemon, remote: Crowd) -> None:
+    async with served(tmp_path / "state") as (_, remote):
         reply = await join(remote, ALICE)
         file, declaration = written(trained(reply), tmp_path / "alice")
         assert (await remote.upload(reply.lease, declaration, file, nothing)).digest == declaration.digest
@@ -80,8 +75,6 @@ def test_old_and_new_ends_understand_each_other(
         old_client = iter([pb.UploadRequest(lease=lease, data=data)])
         receipt = await remote.plain.Upload(old_client, metadata=await session(await remote.speaker(BOB)))
         assert receipt.size == len(data)
-
-    with_server(tmp_path / "state", test)
 
 
 async def test_who_is_known_does_not_wait_behind_strangers() -> None:

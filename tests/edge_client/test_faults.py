@@ -9,17 +9,18 @@ from typing import Any
 import pytest
 
 from coordinator.daemon import Daemon
+from coordinator.jobs import spec as job_spec
 from edge_client import session
 from edge_client.connection import remote as remotes
 from edge_client.connection.identity import Pins
-from edge_client.session import Heartbeat
+from edge_client.session.heartbeat import Heartbeat
 from edge_client.unattended import watch
 from edge_client.unattended.watch import RetryLater
 from oneround.errors import Conflict, Denied, NotEnough, NotFound, NotSignedIn, OneroundError, Refused
 from oneround.v1 import federation_pb2 as pb
-from tests.coordinator.test_server import running
-from tests.edge_client.test_service import Listening, at_work, quick_stay, spec
-from tests.edge_client.test_session import Quick
+from tests.daemons import SPEC, running
+from tests.fakes import FakeBackend
+from tests.watching import Listening, at_work, quick_stay
 
 
 def failing(times: int, call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
@@ -35,41 +36,38 @@ def failing(times: int, call: Callable[..., Awaitable[Any]]) -> Callable[..., Aw
     return called
 
 
-def test_a_fault_at_joining_is_no_refusal(tmp_path: Path) -> None:
-    async def test() -> None:
-        async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(spec("ward-1"))
-            daemon.participation.join = failing(1, daemon.participation.join)  # type: ignore[method-assign]
-            async with remotes.connect(address, Pins(tmp_path), lambda *_: None) as remote:
-                with pytest.raises(OneroundError, match="a fault in the coordinator") as caught:
-                    await remote.join(pb.JoinRequest(job="ward-1"))
-                assert type(caught.value) is OneroundError and caught.value.exit_code == 1
-                reply = await remote.join(pb.JoinRequest(job="ward-1"))
+async def test_a_fault_at_joining_is_no_refusal(tmp_path: Path) -> None:
+    async with running(tmp_path / "one") as (daemon, address):
+        await daemon.submit(job_spec.parse({**SPEC, "name": "ward-1"}))
+        daemon.participation.join = failing(1, daemon.participation.join)  # type: ignore[method-assign]
+        async with remotes.connect(address, Pins(tmp_path), lambda *_: None) as remote:
+            with pytest.raises(OneroundError, match="a fault in the coordinator") as caught:
+                await remote.join(pb.JoinRequest(job="ward-1"))
+            assert type(caught.value) is OneroundError and caught.value.exit_code == 1
+            reply = await remote.join(pb.JoinRequest(job="ward-1"))
 
-                # Nor do faults stop a training: the next heartbeat may get through.
-                beats = daemon.participation.heartbeat
-                daemon.participation.heartbeat = failing(2, beats)  # type: ignore[method-assign]
-                heartbeat = Heartbeat(pb.HeartbeatRequest(lease=reply.lease, step=1, total_steps=2))
-                beating = asyncio.create_task(heartbeat.beat(remote))
-                for _ in range(600):
-                    if (await daemon.status("ward-1")).clients[0].step == 1:
-                        break
-                    await asyncio.sleep(0.1)
-                else:
-                    raise AssertionError("no heartbeat got through in a minute")
-                heartbeat.check()
-                beating.cancel()
-                await asyncio.gather(beating, return_exceptions=True)
-
-    asyncio.run(test())
+            # Nor do faults stop a training: the next heartbeat may get through.
+            beats = daemon.participation.heartbeat
+            daemon.participation.heartbeat = failing(2, beats)  # type: ignore[method-assign]
+            heartbeat = Heartbeat(pb.HeartbeatRequest(lease=reply.lease, step=1, total_steps=2))
+            beating = asyncio.create_task(heartbeat.beat(remote))
+            for _ in range(600):
+                if (await daemon.status("ward-1")).clients[0].step == 1:
+                    break
+                await asyncio.sleep(0.1)
+            else:
+                raise AssertionError("no heartbeat got through in a minute")
+            heartbeat.check()
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
 
 
 @pytest.mark.parametrize("where", ["join", "jobs"])
-def test_who_stays_gets_over_a_fault(
+async def test_who_stays_gets_over_a_fault(
     where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watch, "_FIRST_TRY_AGAIN", 0.1)
-    heard, backend = Listening(capsys), Quick()
+    heard, backend = Listening(capsys), FakeBackend()
 
     def break_it(daemon: Daemon) -> None:
         if where == "join":
@@ -77,16 +75,13 @@ def test_who_stays_gets_over_a_fault(
         else:
             daemon.outlines = failing(2, daemon.outlines)  # type: ignore[method-assign]
 
-    async def test() -> None:
-        async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(spec("ward-1"))
-            break_it(daemon)
-            async with at_work(quick_stay(address, tmp_path, backend)):
-                await heard.until("no_part" if where == "join" else "retry")
-                await heard.until("receipt")
-        assert backend.runs == 1
-
-    asyncio.run(test())
+    async with running(tmp_path / "one") as (daemon, address):
+        await daemon.submit(job_spec.parse({**SPEC, "name": "ward-1"}))
+        break_it(daemon)
+        async with at_work(quick_stay(address, tmp_path, backend)):
+            await heard.until("no_part" if where == "join" else "retry")
+            await heard.until("receipt")
+    assert backend.runs == 1
 
 
 @pytest.mark.parametrize(

@@ -80,60 +80,45 @@ def test_the_pause_is_what_is_asked_for_or_a_little_more_within_bounds() -> None
     assert max(pauses) < VERDICT_SECONDS, "the most that a coordinator asks for leaves time to hear a verdict"
 
 
-def test_waiting_for_the_verdict_sends_no_heartbeat_of_its_own() -> None:
-    async def test() -> None:
-        remote = Counting(
-            lambda number: pb.HeartbeatReply(next_seconds=20.0, judgement=ADMITTED if number > 5 else PENDING)
-        )
-        assert (await judged(remote, after=3)).verdict == pb.VERDICT_ADMITTED
-        gaps = [later - earlier for earlier, later in pairwise(remote.times)]
-        assert len(remote.times) == 6, "as many as it took to hear it"
-        assert all(20.0 <= gap <= 25.0 for gap in gaps), "before and after the receipt"
-
-    asyncio.run(test())
+async def test_waiting_for_the_verdict_sends_no_heartbeat_of_its_own() -> None:
+    remote = Counting(
+        lambda number: pb.HeartbeatReply(next_seconds=20.0, judgement=ADMITTED if number > 5 else PENDING)
+    )
+    assert (await judged(remote, after=3)).verdict == pb.VERDICT_ADMITTED
+    gaps = [later - earlier for earlier, later in pairwise(remote.times)]
+    assert len(remote.times) == 6, "as many as it took to hear it"
+    assert all(20.0 <= gap <= 25.0 for gap in gaps), "before and after the receipt"
 
 
-def test_a_verdict_that_was_heard_before_it_was_asked_for(tmp_path: Path) -> None:
-    async def test() -> None:
-        remote = Counting(lambda number: pb.HeartbeatReply(judgement=ADMITTED if number == 1 else pb.Judgement()))
-        assert (await judged(remote, after=3)).verdict == pb.VERDICT_ADMITTED
-
-    asyncio.run(test())
+async def test_a_verdict_that_was_heard_before_it_was_asked_for(tmp_path: Path) -> None:
+    remote = Counting(lambda number: pb.HeartbeatReply(judgement=ADMITTED if number == 1 else pb.Judgement()))
+    assert (await judged(remote, after=3)).verdict == pb.VERDICT_ADMITTED
 
 
-def test_nobody_waits_for_ever_for_a_verdict() -> None:
-    async def test() -> None:
-        remote = Counting(lambda _: pb.HeartbeatReply(judgement=PENDING))
-        assert (await judged(remote, seconds=0.05)).verdict == pb.VERDICT_PENDING
-
-    asyncio.run(test())
+async def test_nobody_waits_for_ever_for_a_verdict() -> None:
+    remote = Counting(lambda _: pb.HeartbeatReply(judgement=PENDING))
+    assert (await judged(remote, seconds=0.05)).verdict == pb.VERDICT_PENDING
 
 
 @pytest.mark.parametrize("error", [Unreachable("nobody answers"), BadData("what is this"), Refused("no such lease")])
-def test_a_coordinator_that_fails_after_the_receipt_ends_the_wait(error: OneroundError) -> None:
+async def test_a_coordinator_that_fails_after_the_receipt_ends_the_wait(error: OneroundError) -> None:
     """And none that fails before it: training goes on."""
 
-    async def test() -> None:
-        remote = Counting(lambda number: error if number != 2 else pb.HeartbeatReply(judgement=PENDING))
-        began = time.monotonic()
-        assert (await judged(remote, after=2, seconds=60)).verdict == pb.VERDICT_PENDING
-        assert time.monotonic() - began < 30
-
-    asyncio.run(test())
+    remote = Counting(lambda number: error if number != 2 else pb.HeartbeatReply(judgement=PENDING))
+    began = time.monotonic()
+    assert (await judged(remote, after=2, seconds=60)).verdict == pb.VERDICT_PENDING
+    assert time.monotonic() - began < 30
 
 
-def test_a_stop_is_heard_and_raised() -> None:
-    async def test() -> None:
-        remote = Counting(lambda _: pb.HeartbeatReply(directive=pb.DIRECTIVE_STOP, reason="the round\nis over"))
-        heartbeat = Heartbeat("lease", sleep=remote.sleep)
+async def test_a_stop_is_heard_and_raised() -> None:
+    remote = Counting(lambda _: pb.HeartbeatReply(directive=pb.DIRECTIVE_STOP, reason="the round\nis over"))
+    heartbeat = Heartbeat("lease", sleep=remote.sleep)
+    heartbeat.check()
+    beating = asyncio.create_task(heartbeat.beat(remote))  # type: ignore[arg-type]
+    await remote.heard(2)
+    beating.cancel()
+    with pytest.raises(Refused, match="stopped this job: the round is over"):
         heartbeat.check()
-        beating = asyncio.create_task(heartbeat.beat(remote))  # type: ignore[arg-type]
-        await remote.heard(2)
-        beating.cancel()
-        with pytest.raises(Refused, match="stopped this job: the round is over"):
-            heartbeat.check()
-
-    asyncio.run(test())
 
 
 def test_a_whole_part_keeps_to_the_pacing(tmp_path: Path) -> None:

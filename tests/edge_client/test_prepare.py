@@ -1,6 +1,5 @@
 """Doctor looks at what join would do: the same steps, and the same refusal."""
 
-import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -37,46 +36,40 @@ async def examined(case: Case) -> dict[str, Finding]:
 
 
 @pytest.mark.skipif(not usable, reason="no training framework is here")
-def test_doctors_steps_are_those_that_join_takes_when_packing(tmp_path: Path) -> None:
+async def test_doctors_steps_are_those_that_join_takes_when_packing(tmp_path: Path) -> None:
     """Rows of a few tokens leave most of 2 × 512 empty: without packing there are ten times as many steps."""
 
-    async def test() -> None:
-        who = participant(tmp_path, backend := FakeBackend())
-        async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(spec.parse({**SPEC, "train": {"batch_size": 2, "packing": True}}))
-            case = Case(tmp_path / "doctor", target=Target(address), data=who.data)
-            findings = await examined(case)
-            assert (await take_part(address, who)).digest
-        assert case.prepared is not None and case.prepared.plan.total_steps == backend.steps
-        assert f" {backend.steps} steps" in findings["data"].says
-        assert findings["compatibility"].level == "ok"
-
-    asyncio.run(test())
+    who = participant(tmp_path, backend := FakeBackend())
+    async with running(tmp_path / "one") as (daemon, address):
+        await daemon.submit(spec.parse({**SPEC, "train": {"batch_size": 2, "packing": True}}))
+        case = Case(tmp_path / "doctor", target=Target(address), data=who.data)
+        findings = await examined(case)
+        assert (await take_part(address, who)).digest
+    assert case.prepared is not None and case.prepared.plan.total_steps == backend.steps
+    assert f" {backend.steps} steps" in findings["data"].says
+    assert findings["compatibility"].level == "ok"
 
 
 @pytest.mark.skipif("mlx" not in usable, reason="needs mlx")
-def test_doctor_refuses_as_join_does_what_mlx_computes_otherwise(tmp_path: Path) -> None:
+async def test_doctor_refuses_as_join_does_what_mlx_computes_otherwise(tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(BASE, base)
     config = json.loads((base / "config.json").read_text())
     changes = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 2}
     (base / "config.json").write_text(json.dumps({**config, **changes}))
 
-    async def test() -> None:
-        who = participant(tmp_path, FakeBackend())
-        async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(spec.parse({**SPEC, "model": {"base": str(base)}}))
-            case = Case(tmp_path / "doctor", target=Target(address), data=who.data, backend_name="mlx")
-            finding = (await examined(case))["compatibility"]
-            who = session.Participant(who.state, "alice", who.data, backends.load("mlx"))
-            with pytest.raises(UsageError) as caught:
-                async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
-                    await session.take_part(remote, "notes", who, Screen())
-        assert (finding.level, finding.exit_code) == ("problem", caught.value.exit_code)
-        assert (finding.says, finding.hint) == (str(caught.value), caught.value.hint)
-        assert "no sliding window for mistral" in finding.says and "--backend torch" in finding.hint
-
-    asyncio.run(test())
+    who = participant(tmp_path, FakeBackend())
+    async with running(tmp_path / "one") as (daemon, address):
+        await daemon.submit(spec.parse({**SPEC, "model": {"base": str(base)}}))
+        case = Case(tmp_path / "doctor", target=Target(address), data=who.data, backend_name="mlx")
+        finding = (await examined(case))["compatibility"]
+        who = session.Participant(who.state, "alice", who.data, backends.load("mlx"))
+        with pytest.raises(UsageError) as caught:
+            async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
+                await session.take_part(remote, "notes", who, Screen())
+    assert (finding.level, finding.exit_code) == ("problem", caught.value.exit_code)
+    assert (finding.says, finding.hint) == (str(caught.value), caught.value.hint)
+    assert "no sliding window for mistral" in finding.says and "--backend torch" in finding.hint
 
 
 def test_what_cannot_be_trained_is_still_counted(tmp_path: Path) -> None:

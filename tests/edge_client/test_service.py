@@ -11,9 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +26,16 @@ from edge_client import outbox
 from edge_client.connection import remote as remotes
 from edge_client.connection.identity import Pins
 from edge_client.connection.remote import Remote
-from edge_client.ui.screen import Screen
 from edge_client.unattended import service, watch
-from edge_client.unattended.watch import JobWatcher, RetryLater
+from edge_client.unattended.watch import RetryLater
 from oneround.errors import BadData, NotEnough, Refused, Unreachable
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.commands import script
 from tests.daemons import SPEC, running
 from tests.fakes import FakeBackend
-from tests.participants import participant
 from tests.waiting import LONG, eventually
+from tests.watching import Listening, at_work, quick_stay
 
 ROOT = Path(__file__).parents[2]
 
@@ -72,51 +70,8 @@ def test_what_failed_is_tried_again_ever_more_rarely() -> None:
     assert math.isinf(RetryLater.once_more(None, Refused("quarantined"), 0.0).again), "a no stays a no"
 
 
-class Listening:
-    """What a staying client says, and waiting for it."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
-        self.said: list[dict[str, Any]] = []
-
-    def lines(self) -> list[dict[str, Any]]:
-        """What was said since the last look."""
-        lines = self._capsys.readouterr().out.splitlines()
-        return [json.loads(line) for line in lines if line.startswith("{")]
-
-    async def until(self, event: str, **fields: object) -> None:
-        end = time.monotonic() + LONG
-        while True:
-            self.said += self.lines()
-            if any(line["event"] == event and fields.items() <= line.items() for line in self.said):
-                return
-            assert time.monotonic() < end, f"nothing was said of {event}: {self.said}"
-            await asyncio.sleep(0.05)
-
-
 def spec(name: str) -> pb.JobSpec:
     return job.parse({**SPEC, "name": name})
-
-
-def quick_stay(
-    address: str,
-    folder: Path,
-    backend: FakeBackend,
-    connect: Callable[[], AbstractAsyncContextManager[Remote]] | None = None,
-) -> JobWatcher:
-    who = participant(folder, backend)
-    there = connect or (lambda: remotes.connect(address, Pins(who.state), lambda *_: None))
-    return JobWatcher(there, ["ward-*"], who, Screen(as_json=True), look_seconds=0.1, first_pause=0.1)
-
-
-@asynccontextmanager
-async def at_work(staying: JobWatcher) -> AsyncIterator[None]:
-    task = asyncio.create_task(staying.stay())
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_each_accepted_job_once_as_it_appears(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

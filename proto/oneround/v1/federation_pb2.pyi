@@ -2037,6 +2037,8 @@ Global___Event: _TypeAlias = Event  # noqa: Y015
 
 @_typing.final
 class RoundOpened(_message.Message):
+    """The job was submitted, and its round takes contributions."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -2052,6 +2054,8 @@ Global___RoundOpened: _TypeAlias = RoundOpened  # noqa: Y015
 
 @_typing.final
 class Joined(_message.Message):
+    """A client joined for the first time."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MACHINE_FIELD_NUMBER: _builtins.int
@@ -2074,6 +2078,8 @@ Global___Joined: _TypeAlias = Joined  # noqa: Y015
 
 @_typing.final
 class FirstStep(_message.Message):
+    """A client reported its first optimizer step."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TOTAL_STEPS_FIELD_NUMBER: _builtins.int
@@ -2094,6 +2100,8 @@ Global___FirstStep: _TypeAlias = FirstStep  # noqa: Y015
 
 @_typing.final
 class UploadOpened(_message.Message):
+    """A client declared a contribution, and may send it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REVISION_FIELD_NUMBER: _builtins.int
@@ -2118,6 +2126,8 @@ Global___UploadOpened: _TypeAlias = UploadOpened  # noqa: Y015
 
 @_typing.final
 class ContributionReceived(_message.Message):
+    """A contribution is stored."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REVISION_FIELD_NUMBER: _builtins.int
@@ -2150,6 +2160,8 @@ Global___ContributionReceived: _TypeAlias = ContributionReceived  # noqa: Y015
 
 @_typing.final
 class ContributionJudged(_message.Message):
+    """A contribution has a verdict, its first one or another than before."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REVISION_FIELD_NUMBER: _builtins.int
@@ -2180,6 +2192,8 @@ Global___ContributionJudged: _TypeAlias = ContributionJudged  # noqa: Y015
 
 @_typing.final
 class DecidedByHand(_message.Message):
+    """The operator decided about a contribution."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DECISION_FIELD_NUMBER: _builtins.int
@@ -2204,6 +2218,8 @@ Global___DecidedByHand: _TypeAlias = DecidedByHand  # noqa: Y015
 
 @_typing.final
 class QuorumReached(_message.Message):
+    """For the first time as many contributions take part as the quorum asks for."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTRIBUTIONS_FIELD_NUMBER: _builtins.int
@@ -2224,6 +2240,8 @@ Global___QuorumReached: _TypeAlias = QuorumReached  # noqa: Y015
 
 @_typing.final
 class RoundClosed(_message.Message):
+    """The operator closed the round: it takes no more contributions."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -2239,6 +2257,8 @@ Global___RoundClosed: _TypeAlias = RoundClosed  # noqa: Y015
 
 @_typing.final
 class VersionStarted(_message.Message):
+    """A version is being made."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
@@ -2263,6 +2283,8 @@ Global___VersionStarted: _TypeAlias = VersionStarted  # noqa: Y015
 
 @_typing.final
 class VersionDelayed(_message.Message):
+    """An error holds a version up; it is tried again."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
@@ -2287,6 +2309,8 @@ Global___VersionDelayed: _TypeAlias = VersionDelayed  # noqa: Y015
 
 @_typing.final
 class VersionPublished(_message.Message):
+    """A version is verified and published."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
@@ -2311,6 +2335,8 @@ Global___VersionPublished: _TypeAlias = VersionPublished  # noqa: Y015
 
 @_typing.final
 class VersionFailed(_message.Message):
+    """A version could not be made."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
@@ -2335,6 +2361,8 @@ Global___VersionFailed: _TypeAlias = VersionFailed  # noqa: Y015
 
 @_typing.final
 class RoundEnded(_message.Message):
+    """The round ended without a publication."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     STATE_FIELD_NUMBER: _builtins.int
@@ -2359,6 +2387,8 @@ Global___RoundEnded: _TypeAlias = RoundEnded  # noqa: Y015
 
 @_typing.final
 class Withdrawn(_message.Message):
+    """A client left, by its own word."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REVISION_FIELD_NUMBER: _builtins.int
@@ -2379,6 +2409,8 @@ Global___Withdrawn: _TypeAlias = Withdrawn  # noqa: Y015
 
 @_typing.final
 class EvaluationReported(_message.Message):
+    """A client reported how a version does on its held-out data."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
