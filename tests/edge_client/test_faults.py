@@ -49,7 +49,8 @@ async def test_a_fault_at_joining_is_no_refusal(tmp_path: Path) -> None:
             # Nor do faults stop a training: the next heartbeat may get through.
             beats = daemon.participation.heartbeat
             daemon.participation.heartbeat = failing(2, beats)  # type: ignore[method-assign]
-            heartbeat = Heartbeat(pb.HeartbeatRequest(lease=reply.lease, step=1, total_steps=2))
+            heartbeat = Heartbeat(reply.lease)
+            heartbeat.now.step, heartbeat.now.total_steps = 1, 2
             beating = asyncio.create_task(heartbeat.beat(remote))
             for _ in range(600):
                 if (await daemon.status("ward-1")).clients[0].step == 1:
