@@ -87,9 +87,9 @@ def _rendered(template: str, messages: list[dict[str, str]], bos: str, eos: str)
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    known: dict[str, Any] = {"raise_exception": refuse, "strftime_now": lambda form: ""}
+    functions: dict[str, Any] = {"raise_exception": refuse, "strftime_now": lambda form: ""}
     written = environment.from_string(template).render(
-        messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=eos, **known
+        messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=eos, **functions
     )
     return written.removeprefix(bos) if bos else written  # llama.cpp adds it
 

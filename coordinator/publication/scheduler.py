@@ -72,6 +72,8 @@ class PublicationScheduler:
     async def _publish(self, name: str, published: OnPublished, failed: OnFailed) -> None:
         """Make one version and record it; tell the callers how it ended."""
         try:
+            if await offload(self._store.in_making, name) is None:
+                return  # asked for by somebody whose look at the round was from before the version was recorded
             built, after = await self._built(name)
         except Exception as error:
             if _is_full(error):
