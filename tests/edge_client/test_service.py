@@ -103,8 +103,9 @@ def quick_stay(
     folder: Path,
     backend: FakeBackend,
     connect: Callable[[], AbstractAsyncContextManager[Remote]] | None = None,
+    rows: int = 30,
 ) -> JobWatcher:
-    who = participant(folder, backend)
+    who = participant(folder, backend, rows)
     there = connect or (lambda: remotes.connect(address, Pins(who.state), lambda *_: None))
     return JobWatcher(there, ["ward-*"], who, Screen(as_json=True), look_seconds=0.1, first_pause=0.1)
 
@@ -150,7 +151,7 @@ async def test_a_job_that_its_person_left_is_not_joined_again(
 
     async with running(tmp_path / "one") as (daemon, address):
         await daemon.submit(spec("ward-1"))
-        async with at_work(quick_stay(address, tmp_path, backend)):
+        async with at_work(quick_stay(address, tmp_path, backend, rows=2000)):
             await heard.until("plan")
             box = outbox.find(tmp_path / "client", "ward-1")
             joined = box.joined()
