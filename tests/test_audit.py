@@ -36,7 +36,7 @@ def test_nobody_answers(listens: bool, capsys: pytest.CaptureFixture[str]) -> No
             server.close()
         began = time.monotonic()
         assert audit.main(f"http://127.0.0.1:{port}/pypi/pip/json") == 0
-        assert time.monotonic() - began < 2 * audit.ANSWER_SECONDS
+        assert time.monotonic() - began < audit.AUDIT_SECONDS / 2
     assert capsys.readouterr().out.startswith("AUDIT SKIPPED: http://127.0.0.1")
 
 

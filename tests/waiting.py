@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
 from collections.abc import Callable
 
@@ -21,11 +22,14 @@ def eventually(true: Callable[[], object], seconds: float = LONG) -> bool:
 
 
 async def until(true: Callable[[], object], seconds: float = LONG) -> None:
-    """Go on as soon as this is true.
+    """Go on as soon as this, or what it is awaited for, is true.
 
     Raises:
         TimeoutError: it was not, for so many seconds.
     """
     async with asyncio.timeout(seconds):
-        while not true():  # noqa: ASYNC110  not all that tests look at tells them
+        while True:
+            answer = true()
+            if await answer if inspect.isawaitable(answer) else answer:
+                return
             await asyncio.sleep(_PAUSE)

@@ -49,8 +49,9 @@ def quick_stay(
     folder: Path,
     backend: FakeBackend,
     connect: Callable[[], AbstractAsyncContextManager[Remote]] | None = None,
+    rows: int = 30,
 ) -> JobWatcher:
-    who = participant(folder, backend)
+    who = participant(folder, backend, rows)
     there = connect or (lambda: remotes.connect(address, Pins(who.state), lambda *_: None))
     return JobWatcher(there, ["ward-*"], who, Screen(as_json=True), look_seconds=0.1, first_pause=0.1)
 

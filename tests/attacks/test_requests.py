@@ -754,10 +754,10 @@ def _file(folder: Path, data: bytes) -> Path:
 async def _answer(channel: grpc.aio.Channel, asked: Asked) -> tuple[StatusCode, str]:
     metadata = asked.known
     if asked.method == "Upload":
-        return await status_of(channel.stream_unary(asked.path)(iter(asked.messages), metadata=metadata, timeout=LONG))
+        return await status_of(channel.stream_unary(asked.path)(iter(asked.messages), metadata=metadata, timeout=20))
     (message,) = asked.messages
     if asked.method in ("Download", "Watch"):
-        seconds = 0.2 if asked.method == "Watch" else LONG
+        seconds = 0.2 if asked.method == "Watch" else 20
         return await status_of(channel.unary_stream(asked.path)(message, metadata=metadata, timeout=seconds))
     return await status_of(channel.unary_unary(asked.path)(message, metadata=metadata, timeout=LONG))
 

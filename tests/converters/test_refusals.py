@@ -152,9 +152,9 @@ def test_many_patterns_are_quick(tmp_path: Path) -> None:
         a, b = np.ones((rank, shape[1]), np.float32), np.ones((shape[0], rank), np.float32)
         modules[f"model.layers.{n // 10}.mlp.p{n % 10}"] = LowRank(a, b)
     peft.write(Adapter(modules), tmp_path / "adapter", base_model="x")
-    start = time.monotonic()
+    start = time.process_time()
     assert peft.read(tmp_path / "adapter").ranks == Adapter(modules).ranks
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
 
 
 def save_mlx(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray] | None = None) -> Path:

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import urllib.request
@@ -26,7 +27,7 @@ from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.clients import Crowd, connected
 from tests.daemons import ALICE, BASE, judged, nothing, trained, written
-from tests.waiting import LONG, eventually
+from tests.waiting import LONG, eventually, until
 
 DEPLOY = Path(coordinator.__file__).parent / "deploy"
 JOB = f"""
@@ -123,9 +124,9 @@ async def test_sigterm_lets_an_open_upload_end(tmp_path: Path) -> None:
 
         async def messages() -> AsyncIterator[pb.UploadRequest]:
             yield pb.UploadRequest(lease=reply.lease, data=file.read_bytes()[:1000])
-            await asyncio.sleep(0.3)
+            await until(lambda: list((state / "uploads").iterdir()))
             process.send_signal(signal.SIGTERM)
-            await asyncio.sleep(1.0)
+            await until(lambda: _refuses_connections(_address(state)))
             yield pb.UploadRequest(data=file.read_bytes()[1000:])
 
         return await remote._stub.Upload(messages())
@@ -135,6 +136,15 @@ async def test_sigterm_lets_an_open_upload_end(tmp_path: Path) -> None:
     _, err = process.communicate(timeout=LONG)
     assert process.returncode == 0, err
     assert commands.run("coordinator", "health", "--state", state, code=4)
+
+
+def _refuses_connections(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=LONG).close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 def test_the_systemd_unit(tmp_path: Path) -> None:

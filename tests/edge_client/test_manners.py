@@ -29,7 +29,7 @@ from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.commands import script
 from tests.daemons import SPEC, running
-from tests.waiting import LONG, eventually
+from tests.waiting import LONG, eventually, until
 
 ROOT = Path(__file__).parents[2]
 FINE = Readings(battery=80.0, idle=9999.0, memory=50.0)
@@ -197,10 +197,12 @@ def test_the_screen_is_let_sleep() -> None:
 def test_this_machine_can_be_read() -> None:
     found = machine.read(idle=True)
     assert 0 < found.memory <= 100 and (found.idle is None or found.idle >= 0)
-    began = time.perf_counter()
+    took = []
     for _ in range(20):
+        began = time.perf_counter()
         machine.read(idle=False)
-    assert time.perf_counter() - began < 20 * 0.1
+        took.append(time.perf_counter() - began)
+    assert min(took) < 0.1, "where nothing else takes the time"
 
 
 def test_a_lower_priority_is_had_by_threads_that_start_later() -> None:
@@ -290,9 +292,21 @@ def participant(folder: Path, pausing: PauseController, rows: int = 40) -> sessi
     )
 
 
-async def take_part(address: str, who: session.Participant) -> pb.Receipt:
+class Timed(Screen):
+    """Prints as `--json` does, and knows when it last said what, in seconds."""
+
+    def __init__(self) -> None:
+        super().__init__(as_json=True)
+        self.at: dict[str, float] = {}
+
+    def say(self, event: str, **fields: object) -> None:
+        self.at[event] = time.monotonic()
+        super().say(event, **fields)
+
+
+async def take_part(address: str, who: session.Participant, screen: Screen | None = None) -> pb.Receipt:
     async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
-        return await session.take_part(remote, "notes", who, Screen(as_json=True))
+        return await session.take_part(remote, "notes", who, screen or Screen(as_json=True))
 
 
 def spec(**train: object) -> pb.JobSpec:
@@ -300,7 +314,7 @@ def spec(**train: object) -> pb.JobSpec:
 
 
 async def test_a_run_that_pauses_gives_the_same_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    laptop = Laptop()
+    laptop, screen = Laptop(), Timed()
     laptop.readings = ON_BATTERY  # waits before it begins, too
 
     paused, whole = (
@@ -309,26 +323,25 @@ async def test_a_run_that_pauses_gives_the_same_bits(tmp_path: Path, capsys: pyt
     )
     async with running(tmp_path / "one") as (daemon, address):
         await daemon.submit(spec())
-        taking = asyncio.create_task(take_part(address, paused))
+        taking = asyncio.create_task(take_part(address, paused, screen))
 
-        async def step() -> tuple[int, float, bool]:
+        async def stands_still() -> bool:
             (client,) = (await daemon.status("notes")).clients
-            return client.step, client.tokens_per_second, client.phase == pb.PHASE_TRAINING
+            return client.phase == pb.PHASE_TRAINING and client.step >= 1 and client.tokens_per_second == 0
 
-        await asyncio.sleep(0.5)
-        assert laptop.awake == 0 and laptop.reads > 1
-        laptop.readings = FINE
-        while not list((tmp_path / "paused").rglob("initial.safetensors")):  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-        laptop.readings = ON_BATTERY
-        while not list((tmp_path / "paused").rglob("training.safetensors")):  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(3.0)  # heartbeats go on
+        await until(lambda: laptop.reads > 1)
         assert laptop.awake == 0
-        before, speed, training = await step()
-        assert training and speed == 0.0 and before >= 1
-        await asyncio.sleep(0.3)
-        assert (await step())[0] == before
+        laptop.readings = FINE
+        await until(lambda: list((tmp_path / "paused").rglob("initial.safetensors")))
+        laptop.readings = ON_BATTERY
+        await until(lambda: list((tmp_path / "paused").rglob("training.safetensors")))
+        assert laptop.awake == 0
+        await until(stands_still)  # heartbeats go on
+        (client,) = (await daemon.status("notes")).clients
+        before = client.step
+        await asyncio.sleep(3.0)  # which is not training
+        (client,) = (await daemon.status("notes")).clients
+        assert client.step == before
         laptop.readings = FINE
         await taking
         assert laptop.awake == 0
@@ -343,10 +356,10 @@ async def test_a_run_that_pauses_gives_the_same_bits(tmp_path: Path, capsys: pyt
     assert events.index("paused") < events.index("plan"), "nothing is begun on battery"
     paused = next(line for line in said if line["event"] == "paused")
     assert paused["reason"] == "unplugged" and "battery" in paused["why"] and "plugged in" in paused["until"]
-    waited = sum(line["seconds"] for line in said if line["event"] == "unpaused")
-    assert waited > 3.5
-    slow, fast = [line["seconds"] for line in said if line["event"] == "trained"]
-    assert slow < fast + 2.0, "a pause is not training"
+    waited = [line["seconds"] for line in said if line["event"] == "unpaused"][-1]
+    assert waited > 3.0
+    seconds = said[events.index("trained")]["seconds"]
+    assert seconds < screen.at["trained"] - screen.at["plan"] - waited + 0.5, "a pause is not training"
 
 
 async def test_a_coordinators_stop_ends_a_pause(tmp_path: Path) -> None:
@@ -415,12 +428,10 @@ def test_ctrl_c_while_it_waits_for_an_idle_machine(tmp_path: Path) -> None:
             if said[-1]["event"] == "paused":
                 break
         assert said[-1]["reason"] == "in_use"
-        began = time.monotonic()
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=LONG)
         assert process.returncode == 130 and "Traceback" not in err, err
         assert "unpaused" not in out
-        assert time.monotonic() - began < 5
         (kept,) = (tmp_path / "client").rglob("training.safetensors")
         assert len(tensors.read(kept)[0]["losses"]) >= 1, "what was trained before the pause is there to go on from"
 

@@ -105,7 +105,7 @@ async def test_a_job_that_its_person_left_is_not_joined_again(
 
     async with running(tmp_path / "one") as (daemon, address):
         await daemon.submit(spec("ward-1"))
-        async with at_work(quick_stay(address, tmp_path, backend)):
+        async with at_work(quick_stay(address, tmp_path, backend, rows=2000)):
             await heard.until("plan")
             box = outbox.find(tmp_path / "client", "ward-1")
             joined = box.joined()
