@@ -2005,6 +2005,8 @@ Global___Event: _TypeAlias = Event  # noqa: Y015
 
 @_typing.final
 class RoundOpened(_message.Message):
+    """A round began."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -2020,6 +2022,8 @@ Global___RoundOpened: _TypeAlias = RoundOpened  # noqa: Y015
 
 @_typing.final
 class Joined(_message.Message):
+    """Somebody new takes part."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MACHINE_FIELD_NUMBER: _builtins.int
@@ -2042,6 +2046,8 @@ Global___Joined: _TypeAlias = Joined  # noqa: Y015
 
 @_typing.final
 class FirstStep(_message.Message):
+    """Training has begun on a client."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TOTAL_STEPS_FIELD_NUMBER: _builtins.int
@@ -2062,6 +2068,8 @@ Global___FirstStep: _TypeAlias = FirstStep  # noqa: Y015
 
 @_typing.final
 class UploadOpened(_message.Message):
+    """A contribution was declared."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REVISION_FIELD_NUMBER: _builtins.int
@@ -2086,6 +2094,8 @@ Global___UploadOpened: _TypeAlias = UploadOpened  # noqa: Y015
 
 @_typing.final
 class ContributionReceived(_message.Message):
+    """A contribution is safe."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REVISION_FIELD_NUMBER: _builtins.int
@@ -2118,6 +2128,8 @@ Global___ContributionReceived: _TypeAlias = ContributionReceived  # noqa: Y015
 
 @_typing.final
 class ContributionJudged(_message.Message):
+    """What holds of a contribution has changed."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REVISION_FIELD_NUMBER: _builtins.int
@@ -2148,6 +2160,8 @@ Global___ContributionJudged: _TypeAlias = ContributionJudged  # noqa: Y015
 
 @_typing.final
 class DecidedByHand(_message.Message):
+    """What the operator decided about a contribution."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DECISION_FIELD_NUMBER: _builtins.int
@@ -2172,6 +2186,8 @@ Global___DecidedByHand: _TypeAlias = DecidedByHand  # noqa: Y015
 
 @_typing.final
 class QuorumReached(_message.Message):
+    """A version can be made."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     CONTRIBUTIONS_FIELD_NUMBER: _builtins.int
@@ -2192,6 +2208,8 @@ Global___QuorumReached: _TypeAlias = QuorumReached  # noqa: Y015
 
 @_typing.final
 class RoundClosed(_message.Message):
+    """The operator ended the taking of contributions."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -2207,6 +2225,8 @@ Global___RoundClosed: _TypeAlias = RoundClosed  # noqa: Y015
 
 @_typing.final
 class VersionStarted(_message.Message):
+    """A version is in the making."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
@@ -2231,6 +2251,8 @@ Global___VersionStarted: _TypeAlias = VersionStarted  # noqa: Y015
 
 @_typing.final
 class VersionDelayed(_message.Message):
+    """A version has to wait."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
@@ -2255,6 +2277,8 @@ Global___VersionDelayed: _TypeAlias = VersionDelayed  # noqa: Y015
 
 @_typing.final
 class VersionPublished(_message.Message):
+    """A version is there."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
@@ -2279,6 +2303,8 @@ Global___VersionPublished: _TypeAlias = VersionPublished  # noqa: Y015
 
 @_typing.final
 class VersionFailed(_message.Message):
+    """A version could not be made."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
@@ -2303,6 +2329,8 @@ Global___VersionFailed: _TypeAlias = VersionFailed  # noqa: Y015
 
 @_typing.final
 class RoundEnded(_message.Message):
+    """A round is over, and nothing is published."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     STATE_FIELD_NUMBER: _builtins.int
@@ -2327,6 +2355,8 @@ Global___RoundEnded: _TypeAlias = RoundEnded  # noqa: Y015
 
 @_typing.final
 class Withdrawn(_message.Message):
+    """A client left."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REVISION_FIELD_NUMBER: _builtins.int
@@ -2347,6 +2377,8 @@ Global___Withdrawn: _TypeAlias = Withdrawn  # noqa: Y015
 
 @_typing.final
 class EvaluationReported(_message.Message):
+    """A client said how a version does on its data."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
