@@ -451,9 +451,9 @@ async def test_a_job_that_is_submitted_twice_at_once(tmp_path: Path) -> None:
 _HASTY = """
 from coordinator.cli import app
 from coordinator.uploads import flow_control, service
-real = flow_control.Turns
-service.Turns = lambda n=flow_control.TURNS, patience=flow_control.PATIENCE, idle=flow_control.IDLE: real(
-    n, patience / 20, idle / 20
+real = flow_control.FlowControl
+service.FlowControl = lambda turns=flow_control.TURNS, patience=flow_control.PATIENCE, idle=flow_control.IDLE: real(
+    turns, patience / 20, idle / 20
 )
 app.main()
 """
