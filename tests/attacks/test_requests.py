@@ -453,8 +453,8 @@ _HASTY = """
 from coordinator.cli import app
 from coordinator.uploads import flow_control, service
 real = flow_control.FlowControl
-service.FlowControl = lambda n=flow_control.TURNS, patience=flow_control.PATIENCE, idle=flow_control.IDLE: real(
-    n, patience / 20, idle / 20
+service.FlowControl = lambda turns=flow_control.TURNS, patience=flow_control.PATIENCE, idle=flow_control.IDLE: real(
+    turns, patience / 20, idle / 20
 )
 app.main()
 """
