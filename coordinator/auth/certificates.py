@@ -98,13 +98,13 @@ def authority(file: Path) -> bytes:
         UsageError: there are none in this file.
     """
     try:
-        found = file.read_bytes()
-        x509.load_pem_x509_certificates(found)
+        certificates = file.read_bytes()
+        x509.load_pem_x509_certificates(certificates)
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror}", hint="--client-ca FILE") from error
     except ValueError as error:
         raise UsageError(f"{file} holds no certificate in PEM form", hint="--client-ca FILE") from error
-    return found
+    return certificates
 
 
 _HINT = "--tls-certificate FILE --tls-key FILE, both PEM, the key without a password"

@@ -320,7 +320,11 @@ class Store:
         """Those that are made, oldest first."""
         with self.database.reads() as session:
             query = select(Publication.publication).where(Publication.job == job, Publication.publication.is_not(None))
-            return [made for made in session.scalars(query.order_by(Publication.version)) if made is not None]
+            return [
+                publication
+                for publication in session.scalars(query.order_by(Publication.version))
+                if publication is not None
+            ]
 
     def versions(self, job: str) -> Collection[int]:
         """Of all publications, the one in the making too."""

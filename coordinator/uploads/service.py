@@ -208,7 +208,7 @@ class UploadService:
             offset += len(message.data)
             if count > SMALL_MESSAGES + (offset - start) // 1024:
                 raise UsageError("the upload comes in too many small pieces")
-            metrics.TAKEN.inc(len(message.data))
+            metrics.UPLOADED.inc(len(message.data))
             data, message = message.data, None
             yield data
             del data  # what waits for its turn holds nothing

@@ -51,7 +51,7 @@ def _show(heard: Sequence[HeardCoordinator]) -> None:
     for heading in ("name", "address", "known here", "key fingerprint"):
         table.add_column(heading)
     for row in heard:
-        known = "yes" if row.known else "no"
-        table.add_row(escape(row.name), "\n".join(row.addresses), known, tls.grouped(row.fingerprint))
+        is_known = "yes" if row.known else "no"
+        table.add_row(escape(row.name), "\n".join(row.addresses), is_known, tls.grouped(row.fingerprint))
     out.print(table)
     out.print("Compare the fingerprint with the one that `coordinator serve` printed; anybody can use a name.")

@@ -97,7 +97,7 @@ async def opened(
     shown = await tls_probe.look(server, own)
     if key and not shown.has(key):
         raise tls_probe.unreachable(server, "another one answers there")
-    pinned = pins.known()
+    pinned = pins.by_address()
     standing = trust.standing(shown, pinned)
     if trusted:
         trust.require_named(shown, trusted)

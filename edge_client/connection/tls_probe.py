@@ -130,8 +130,10 @@ def unreachable(server: str, why: str) -> Unreachable:
 
 def _turned_away(server: str, own: ClientCertificate | None) -> Refused:
     if own is None:
-        said = f"the coordinator at {server} lets in only clients with a certificate that its operator's CA has signed"
-        return Refused(said, hint="ask the operator for one; then add --certificate FILE --certificate-key FILE")
+        reason = (
+            f"the coordinator at {server} lets in only clients with a certificate that its operator's CA has signed"
+        )
+        return Refused(reason, hint="ask the operator for one; then add --certificate FILE --certificate-key FILE")
     return Refused(
         f"the coordinator at {server} does not take the certificate in {own.certificate}: another CA has signed it, or "
         "it has ended",

@@ -61,8 +61,8 @@ class Choice:
 
 def this_machine() -> Memory:
     """Its memory now."""
-    found = psutil.virtual_memory()
-    return Memory(found.total, found.available)
+    memory = psutil.virtual_memory()
+    return Memory(memory.total, memory.available)
 
 
 def needed(size: int) -> int:

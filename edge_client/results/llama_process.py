@@ -88,9 +88,9 @@ class Child:
         code = self._process.wait()
         how = signal.Signals(-code).name if code < 0 else f"exit {code}"
         self._complaints.seek(0)
-        said = self._complaints.read().decode(errors="replace").strip().splitlines()
+        complaints = self._complaints.read().decode(errors="replace").strip().splitlines()
         return BadModel(
-            f"llama.cpp ended over {self._file.name} ({how})" + (f": {said[-1][:300]}" if said else ""),
+            f"llama.cpp ended over {self._file.name} ({how})" + (f": {complaints[-1][:300]}" if complaints else ""),
             hint="if it happens again with other words, the file is not sound: pull it anew, or another version",
         )
 
@@ -105,18 +105,18 @@ def losses(
     Raises:
         BadModel: llama.cpp does not take the files, or ends over them.
     """
-    found: list[float] = []
-    done = 0
+    nats: list[float] = []
+    tokens_done = 0
     with Child("edge_client.results.llama_process", model) as child:
         longest = max(len(example.ids) for example in examples)
-        given = str(adapter) if adapter else None
-        list(child.ask(do="measure", model=str(model), adapter=given, context=longest))
+        adapter_path = str(adapter) if adapter else None
+        list(child.ask(do="measure", model=str(model), adapter=adapter_path, context=longest))
         for example in examples:
-            asked = child.ask(do="nats", ids=example.ids.tolist(), targets=np.flatnonzero(example.is_target).tolist())
-            found += [reply["nats"] for reply in asked]
-            done += example.num_targets
-            on_tokens(done)
-    return found
+            replies = child.ask(do="nats", ids=example.ids.tolist(), targets=np.flatnonzero(example.is_target).tolist())
+            nats += [reply["nats"] for reply in replies]
+            tokens_done += example.num_targets
+            on_tokens(tokens_done)
+    return nats
 
 
 class Conversation:

@@ -125,14 +125,14 @@ Place = tuple[str, Any]  # a key, and the place that it is in; of the document i
 Reader = Callable[[Any, Place], Any]
 
 
-def _wrong(place: Place, said: str) -> BadData:
+def _wrong(place: Place, fault: str) -> BadData:
     """`source: key: key is 3; expected a string`, from the innermost key and what is said of it."""
     key, outer = place
     path = []
     while outer is not None:
         name, outer = outer
         path.append(name)
-    return BadData(": ".join([*reversed(path), f"{key} {said}" if path else f"{key}: {said}"]))
+    return BadData(": ".join([*reversed(path), f"{key} {fault}" if path else f"{key}: {fault}"]))
 
 
 @cache
@@ -200,19 +200,19 @@ def _within(limits: Limits, read_value: Reader) -> Reader:
     return read_narrowed
 
 
-def _of_type(value: Any, kind: type, what: str, place: Place) -> Any:
+def _of_type(value: Any, kind: type, expected: str, place: Place) -> Any:
     if not isinstance(value, kind):
-        raise _wrong(place, f"is {shown(value)}; expected {what}")
+        raise _wrong(place, f"is {shown(value)}; expected {expected}")
     return value
 
 
 def _scalar_reader(kind: Any) -> Reader:
-    _, what = _SCALARS[kind]
+    _, expected = _SCALARS[kind]
     holds = _HOLDS[kind]
 
     def read_scalar(value: Any, place: Place) -> Any:
         if not holds(value):
-            raise _wrong(place, f"is {shown(value)}; expected {what}")
+            raise _wrong(place, f"is {shown(value)}; expected {expected}")
         return float(value) if kind is float else value
 
     return read_scalar

@@ -13,7 +13,7 @@ NAME = "merged-gguf"
 ABOUT = "base + adapter in one file"
 
 
-def _export(material: Material, folder: Path, made: Sequence[Part], report: Report) -> Sequence[Part]:
+def _export(material: Material, folder: Path, earlier: Sequence[Part], report: Report) -> Sequence[Part]:
     """The float types that the job asks for, from fine to coarse. Where it asks for none, one of the checkpoint's own
     precision is made for quantised files to be made from and held against."""
     spec, base = material.spec, material.base
