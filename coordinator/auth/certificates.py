@@ -56,7 +56,7 @@ def changes_up_to(certificate: bytes, key_pem: bytes) -> tuple[tls.Change, ...]:
         changes = tls.changes(certificate)
     except ValueError:
         return ()
-    keys = [each.key for each in changes]
+    keys = [change.key for change in changes]
     own = signing.spki(signing.private(key_pem))
     return changes[: keys.index(own)] if own in keys else changes if tls.public_key(certificate) == own else ()
 

@@ -214,10 +214,10 @@ class Store:
         """
         with self.database.writes() as session:
             round_rows.job(session, contribution.job)
-            kept = contributions.add(session, contribution)
-            if kept is contribution:
+            stored = contributions.add(session, contribution)
+            if stored is contribution:
                 events.record(session, contribution.job, *before, contributions.received(contribution))
-            return kept
+            return stored
 
     def contribution(self, job: str, client_id: str) -> Contribution | None:
         """The one of a client that stands."""

@@ -106,10 +106,10 @@ class UploadService:
             partial = self._blobs.partial(client.job, client.client_id, declared.digest)
             await self._receive(declared, partial, first, messages)
             before = lease.unrecorded
-            kept = await offload(self._commit, partial, Contribution.sent(client, declared, self._clock()), before)
+            stored = await offload(self._commit, partial, Contribution.sent(client, declared, self._clock()), before)
             lease.recorded(before)
             lease.contributed = True
-            return kept
+            return stored
         finally:
             lease.uploading = False
             self._streams -= 1
@@ -160,12 +160,12 @@ class UploadService:
                 raise NotFound(f"job {contribution.job!r} was deleted, or this client has withdrawn")
             self._blobs.put(partial, contribution.digest)
             try:
-                kept = self._store.contribute(contribution, before)
+                stored = self._store.contribute(contribution, before)
             except NotFound:
                 self._blobs.drop({contribution.digest} - self._store.digests())
                 raise
             self._blobs.discard(contribution.job, contribution.client_id)
-            return kept
+            return stored
 
     def _only_stream(self, lease: Lease) -> None:
         """A stream that broke is noticed within a minute; until then another try has to wait."""

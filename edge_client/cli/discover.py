@@ -32,7 +32,10 @@ def discover(
         coordinators = asyncio.run(discovery.look(seconds))
     pinned = set(Pins(state).all().values())
     heard = [
-        HeardCoordinator(one.name, one.addresses, one.fingerprint, one.fingerprint in pinned) for one in coordinators
+        HeardCoordinator(
+            coordinator.name, coordinator.addresses, coordinator.fingerprint, coordinator.fingerprint in pinned
+        )
+        for coordinator in coordinators
     ]
     if as_json:
         rows.print_list(heard)

@@ -41,10 +41,10 @@ def show(
     """The receipts that this machine has, and their files. They hold no secret, and can be given to anybody."""
     screen = Screen(as_json)
     boxes = [outbox.find(state, job)] if job else outbox.all_outboxes(state)
-    kept = [(box, receipt) for box in boxes if (receipt := box.receipt()) is not None]
-    for box, receipt in kept:
+    receipts_kept = [(box, receipt) for box in boxes if (receipt := box.receipt()) is not None]
+    for box, receipt in receipts_kept:
         screen.say(events.ReceiptKept(**_described(receipt), by=_signer(receipt, state), file=str(box.receipt_file)))
-    if not kept:
+    if not receipts_kept:
         screen.say(events.NoReceipt(f" for {job}" if job else ""))
 
 

@@ -74,7 +74,7 @@ async def _look(server: str, own: ClientCertificate | None) -> ShownCertificate:
     try:
         async with asyncio.timeout(SECONDS):
             reader, writer = await asyncio.open_connection(host, port, ssl=context)
-            seen = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+            certificate = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
             try:
                 if not await reader.read(1):  # a server of HTTP/2 speaks first
                     raise _HungUp
@@ -90,7 +90,7 @@ async def _look(server: str, own: ClientCertificate | None) -> ShownCertificate:
         number = getattr(error, "errno", None) or 0
         why = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or str(error)
         raise unreachable(server, why) from error
-    shown = ShownCertificate(server, ssl.DER_cert_to_PEM_cert(seen).encode())
+    shown = ShownCertificate(server, ssl.DER_cert_to_PEM_cert(certificate).encode())
     try:
         shown.fingerprint, shown.earlier  # noqa: B018  # whoever answers may show anything
     except ValueError as error:

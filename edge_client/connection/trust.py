@@ -54,14 +54,14 @@ class KeyStanding(Enum):
 
 def standing(shown: ShownCertificate, pins: Mapping[str, Pin]) -> KeyStanding:
     """What the key that is shown is, by what is pinned."""
-    here = pins.get(shown.address)
-    if here is not None and here.fingerprint == shown.fingerprint:
+    pinned = pins.get(shown.address)
+    if pinned is not None and pinned.fingerprint == shown.fingerprint:
         return KeyStanding.PINNED
-    if here is not None and here.fingerprint in shown.earlier:
+    if pinned is not None and pinned.fingerprint in shown.earlier:
         return KeyStanding.FOLLOWS
     if any(shown.fingerprint in pin.earlier for pin in pins.values()):
         return KeyStanding.GIVEN_UP
-    if here is not None:
+    if pinned is not None:
         return KeyStanding.CHANGED
     keys = {pin.fingerprint for pin in pins.values()}
     if shown.fingerprint in keys:

@@ -84,11 +84,11 @@ def idle_seconds() -> float | None:
     if _MAC:
         return hid_idle(_output("ioreg", "-r", "-c", "IOHIDSystem", "-d", "1"))
     manager = ("org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager")
-    told = re.match(
+    match = re.match(
         r"b (true|false)\nt (\d+)", _output("busctl", "get-property", *manager, "IdleHint", "IdleSinceHint")
     )
-    if told:
-        return max(time.time() - int(told[2]) / 1e6, 0.0) if told[1] == "true" else 0.0
+    if match:
+        return max(time.time() - int(match[2]) / 1e6, 0.0) if match[1] == "true" else 0.0
     on_windows = "microsoft" in platform.release().lower()  # WSL sees its own terminals, not the person's
     if on_windows or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
         return None
@@ -179,12 +179,12 @@ def awake_command(mac: bool, pid: int) -> list[str]:
 def _output(*command: str) -> str:
     """What a program of the system prints; empty if it is not there, fails or does not answer."""
     try:
-        done = subprocess.run(
+        child = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=True
         )
     except (OSError, ValueError, subprocess.SubprocessError):
         return ""
-    return done.stdout
+    return child.stdout
 
 
 def _line(file: Path) -> str:

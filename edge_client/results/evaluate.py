@@ -141,13 +141,13 @@ def drawn(tokens: Sequence[int], most: int) -> list[int]:
     candidates = [index for index, count in enumerate(tokens) if count]
     if not most or sum(tokens) <= most:
         return candidates
-    taken, total = [], 0
+    indices, total = [], 0
     for index in np.random.default_rng(0).permutation(candidates).tolist():
         if total >= most:
             break
-        taken.append(index)
+        indices.append(index)
         total += tokens[index]
-    return sorted(taken)
+    return sorted(indices)
 
 
 def as_gguf(base: Path, built: Path, own: Path | None) -> Path:

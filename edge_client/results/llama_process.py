@@ -129,13 +129,13 @@ class Conversation:
 
     def complete(self, prompt: str, *, max_tokens: int, temperature: float) -> Iterator[str]:
         """The continuation of a text, in pieces."""
-        asked = self._child.ask(do="complete", prompt=prompt, max_tokens=max_tokens, temperature=temperature)
-        return (reply["piece"] for reply in asked)
+        replies = self._child.ask(do="complete", prompt=prompt, max_tokens=max_tokens, temperature=temperature)
+        return (reply["piece"] for reply in replies)
 
     def reply(self, messages: list[dict[str, str]], *, max_tokens: int, temperature: float) -> Iterator[str]:
         """The next turn of a conversation, in pieces."""
-        asked = self._child.ask(do="reply", messages=messages, max_tokens=max_tokens, temperature=temperature)
-        return (reply["piece"] for reply in asked)
+        replies = self._child.ask(do="reply", messages=messages, max_tokens=max_tokens, temperature=temperature)
+        return (reply["piece"] for reply in replies)
 
 
 # ---- in the child ----
@@ -144,23 +144,23 @@ class Conversation:
 def answer(requests: Iterator[Reply], tell: Callable[[Reply], None]) -> None:
     """Do what is asked, one request after the other, with the model that the last `measure` or `talk` loaded."""
     model: Llama | None = None
-    for asked in requests:
-        do = asked.pop("do")
+    for request in requests:
+        do = request.pop("do")
         try:
             if do == "measure":
-                adapter = Path(asked["adapter"]) if asked["adapter"] else None
-                model = llama.load(Path(asked["model"]), adapter=adapter, context=max(asked["context"], 8))
+                adapter = Path(request["adapter"]) if request["adapter"] else None
+                model = llama.load(Path(request["model"]), adapter=adapter, context=max(request["context"], 8))
             elif do == "talk":
-                model = llama.load_to_talk(Path(asked["model"]), seed=asked["seed"])
+                model = llama.load_to_talk(Path(request["model"]), seed=request["seed"])
                 tell({"has_chat_template": llama_model.has_chat_template(model)})
             elif do == "nats":
                 assert model is not None
-                is_target = np.zeros(len(asked["ids"]), np.bool_)
-                is_target[asked["targets"]] = True
-                tell({"nats": llama_model.nats(model, Example(np.array(asked["ids"], np.int32), is_target))})
+                is_target = np.zeros(len(request["ids"]), np.bool_)
+                is_target[request["targets"]] = True
+                tell({"nats": llama_model.nats(model, Example(np.array(request["ids"], np.int32), is_target))})
             else:
                 assert model is not None
-                says = llama_model.reply(model, **asked) if do == "reply" else llama_model.complete(model, **asked)
+                says = llama_model.reply(model, **request) if do == "reply" else llama_model.complete(model, **request)
                 for piece in says:
                     tell({"piece": piece})
             tell({"end": True})

@@ -82,17 +82,19 @@ def application(model: Llama, name: str, host: str) -> Any:
     return app
 
 
-def serve(asked: llama_process.Reply, tell: Callable[[llama_process.Reply], None]) -> None:
+def serve(request: llama_process.Reply, tell: Callable[[llama_process.Reply], None]) -> None:
     """Load, listen, say so, and serve until standard input ends."""
     import uvicorn
 
-    file, host = Path(asked["model"]), asked["host"]
+    file, host = Path(request["model"]), request["host"]
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.create_server((host, asked["port"]), family=family)
+        listening = socket.create_server((host, request["port"]), family=family)
     except (OSError, OverflowError) as error:
         why = str(getattr(error, "strerror", None) or error).partition(" (")[0]
-        raise UsageError(f"cannot listen on {host}:{asked['port']}: {why}", hint="--port 0 takes a free one") from error
+        raise UsageError(
+            f"cannot listen on {host}:{request['port']}: {why}", hint="--port 0 takes a free one"
+        ) from error
     loaded = llama.load_to_talk(file)
     app = application(loaded, file.stem, host)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2))

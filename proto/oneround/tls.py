@@ -94,7 +94,7 @@ def changes(certificate: bytes) -> tuple[Change, ...]:
 
 def earlier(certificate: bytes) -> tuple[str, ...]:
     """The fingerprints of the keys, oldest first, that a PEM certificate's key follows by their own signatures."""
-    return tuple(signing.fingerprint(each.key) for each in changes(certificate))
+    return tuple(signing.fingerprint(change.key) for change in changes(certificate))
 
 
 def extension(key_changes: Sequence[Change]) -> x509.UnrecognizedExtension:
