@@ -148,7 +148,7 @@ class Operator:
             Refused: several clients have this name, or the contribution cannot take part.
         """
         if request.decision not in _DECISIONS:
-            raise UsageError("no decision is given")
+            raise UsageError("the request holds no decision")
         client = _named(request.client, await offload(self._store.clients, request.job))
         request.why = label(request.why, 500)
         decided = await offload(self._store.decide, request.job, client.client_id, request, self._clock())

@@ -175,7 +175,7 @@ async def _agreed(screen: Screen, question: str, yes: bool) -> bool:
         return True
     if not screen.can_ask:
         raise UsageError(
-            "before anything is sent somebody has to agree, and without a terminal nobody can be asked",
+            "you have to agree before anything is sent, and there is no terminal to ask you on",
             hint="add --yes, to agree to what is said above",
         )
     return await screen.ask(f"{question} \\[y/N]") in ("y", "yes")

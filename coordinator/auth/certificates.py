@@ -85,7 +85,7 @@ def operators(certificate: Path, key: Path) -> tuple[bytes, bytes]:
     if public != signing.spki(private):
         raise UsageError(f"the first certificate in {certificate} is not that of the key in {key}", hint=_HINT)
     if not name:
-        raise UsageError(f"the certificate in {certificate} is for no name", hint="give it a DNS name or an address")
+        raise UsageError(f"the certificate in {certificate} names no host", hint="give it a DNS name or an address")
     if ends < datetime.datetime.now(datetime.UTC):
         raise UsageError(f"the certificate in {certificate} ended on {ends:%Y-%m-%d}", hint="have it renewed")
     return key_pem, certificate_pem

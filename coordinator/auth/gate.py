@@ -214,7 +214,7 @@ class Gate:
             Refused: several clients have this name.
         """
         if request.settlement not in pb.Settlement.values() or not request.settlement:
-            raise UsageError("no decision is given")
+            raise UsageError("the request holds no decision")
         if request.job:
             self._access_of(request.job)
         person = _named(request.client, [person for person, _ in await offload(self._people.everybody)])

@@ -128,10 +128,10 @@ def _find(spec: pb.ModelSpec) -> tuple[Path, str]:
             f"the Hugging Face hub has no model {spec.base}", hint="hf auth login, if it is gated"
         ) from error
     except HFValidationError as error:
-        raise BadModel(f"{spec.base} is neither a folder here nor a Hugging Face hub id") from error
+        raise BadModel(f"{spec.base} is neither a folder on this machine nor a Hugging Face hub id") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise BadModel(
-            f"the base model {spec.base} is neither a folder here nor to be had from the hub: {error}",
+            f"the base model {spec.base} is no folder here, and cannot be downloaded from the hub: {error}",
             hint=f"hf download {spec.base}, on a machine with a network, and give the folder as model.base",
         ) from error
     return folder, folder.name

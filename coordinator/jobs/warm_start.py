@@ -73,7 +73,7 @@ def read(source: WarmStart, spec: pb.JobSpec, prepared: PreparedBase, shapes: Ma
     where = kinds.settings(spec).start_from
     if source.base_fingerprint and source.base_fingerprint != prepared.fingerprint:
         raise UsageError(
-            f"job {where!r} has another base model than this one, and its adapter means nothing over it",
+            f"job {where!r} has another base model than this one, so its adapter does not fit",
             hint=f"coordinator show {where} has its base; give this job the same model.base and model.revision",
         )
     try:

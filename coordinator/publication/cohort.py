@@ -80,7 +80,9 @@ def taking_part(order: BuildOrder, assessments: Mapping[str, Assessment]) -> lis
     if len(taking) < order.at_least:
         left_out = [candidate for candidate in order.contributions if candidate not in taking]
         reasons = "; ".join(f"{candidate.client}: {assessments[candidate.id].reason}" for candidate in left_out)
-        raise BadModel(f"{len(taking)} contributions are left of at least {order.at_least}: {reasons}")
+        raise BadModel(
+            f"only {len(taking)} contributions are left, and at least {order.at_least} are needed: {reasons}"
+        )
     return taking
 
 

@@ -96,7 +96,7 @@ class UploadService:
         if stored is not None and not stored.may_replace:
             return stored
         if declared is None:
-            raise Refused("nothing is declared; call OpenUpload first")
+            raise Refused("no upload was declared; call OpenUpload first")
         self._only_stream(lease)
         if self._streams >= MAX_STREAMS:
             raise NotEnough(f"{MAX_STREAMS} uploads are open already; try again")
@@ -189,7 +189,7 @@ class UploadService:
         if digest != declared.digest:
             self._blobs.discard(*partial.name.rsplit(".", 2)[:2])
             raise BadData(
-                f"the upload's SHA-256 is {digest}, and {declared.digest} was declared; what came in was dropped",
+                f"the upload's SHA-256 is {digest}, but {declared.digest} was declared; what came was discarded",
                 hint="edge-client join again, which sends it from the start",
             )
 

@@ -94,7 +94,7 @@ async def _look(server: str, own: ClientCertificate | None) -> ShownCertificate:
     try:
         shown.fingerprint, shown.earlier  # noqa: B018  # whoever answers may show anything
     except ValueError as error:
-        raise BadData(f"the one at {server} shows a certificate that cannot be read: {error}") from error
+        raise BadData(f"the server at {server} presents a certificate that cannot be read: {error}") from error
     return shown
 
 

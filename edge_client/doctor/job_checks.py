@@ -128,7 +128,7 @@ def skew(seconds: float) -> Finding:
     if abs(seconds) < SKEW_STOPS:
         return note("clock", f"this machine's clock is {apart} the coordinator's", _set_clock())
     raise UsageError(
-        f"this machine's clock is {apart} the coordinator's, so that deadlines are missed",
+        f"this machine's clock is {apart} the coordinator's, so it would miss deadlines",
         hint=f"{_set_clock()}; or tell the operator, if the other one is wrong",
     )
 

@@ -70,7 +70,7 @@ def signer(receipt: pb.Receipt) -> str:
     """
     if not receipt.HasField("signature"):
         raise BadData(
-            "this receipt is not signed: it is from before receipts were",
+            "this receipt is not signed: it was made before receipts were signed",
             hint="edge-client join again, which fetches a signed one",
         )
     return signers.signer(receipt.signature, statements.receipt(receipt), "this receipt")

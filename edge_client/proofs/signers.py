@@ -38,7 +38,7 @@ def trusted(pins: Pins, fingerprint: str) -> Keys:
     digits = tls.ungrouped(fingerprint)
     if not digits:
         raise UsageError(
-            f"{fingerprint!r} is no key's fingerprint, which has 64 hex digits",
+            f"{fingerprint!r} is not a key fingerprint: a fingerprint has 64 hex digits",
             hint="copy it from what `coordinator serve` prints, and put it in quotation marks",
         )
     return {"the given key": {digits}}
@@ -83,7 +83,7 @@ def parse(text: bytes, record: Message, subject: str) -> None:
     try:
         json_format.Parse(text, record)
     except (json_format.ParseError, ValueError, RecursionError) as error:
-        raise BadData(f"{subject} is none: {str(error).splitlines()[0][:200]}") from error
+        raise BadData(f"{subject} cannot be read: {str(error).splitlines()[0][:200]}") from error
 
 
 def bytes_of(file: Path, at_most: int) -> bytes:

@@ -69,7 +69,7 @@ def nats(model: Llama, example: Example) -> float:
         log_probabilities = llama.log_softmax(np.array(model.scores[some], np.float32))  # (≤ _ROWS, V)
         total -= float(log_probabilities[np.arange(len(some)), example.ids[some + 1]].sum(dtype=np.float64))
     if not math.isfinite(total):
-        raise BadModel("the model's logits are no numbers")
+        raise BadModel("the model's logits are not finite numbers")
     return total
 
 

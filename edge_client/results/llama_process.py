@@ -91,7 +91,7 @@ class Child:
         complaints = self._complaints.read().decode(errors="replace").strip().splitlines()
         return BadModel(
             f"llama.cpp ended over {self._file.name} ({how})" + (f": {complaints[-1][:300]}" if complaints else ""),
-            hint="if it happens again with other words, the file is not sound: pull it anew, or another version",
+            hint="if it fails on other text too, the file is damaged: pull it again, or pull another version",
         )
 
 

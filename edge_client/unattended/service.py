@@ -50,7 +50,7 @@ def of_this_user() -> Service:
     if shutil.which("systemctl") is None:
         raise UsageError(
             "this machine has neither systemd nor launchd to run a service",
-            hint="start `edge-client stay …` with whatever starts programs here",
+            hint="start `edge-client stay …` with the program that starts services on this machine",
         )
     config = os.environ.get("XDG_CONFIG_HOME", "")
     return systemd(Path(config) if Path(config).is_absolute() else Path.home() / ".config")
