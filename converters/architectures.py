@@ -56,7 +56,7 @@ def describe(folder: Path, gguf: Path | None = None) -> Base:
     if config.get("quantization_config"):
         raise BadModel(f"{folder} holds a quantised checkpoint", hint="give the model's float16 or bfloat16 original")
     if name in FAMILIES:
-        return _known(folder, name, FAMILIES[name], config)
+        return _of_known_family(folder, name, FAMILIES[name], config)
     if gguf is None:
         raise NotKnownHere(f"{folder}: the model family {name} is not supported without a GGUF of it")
     return other_families.look(folder, name, config, gguf)
@@ -82,7 +82,7 @@ def adapted(base: Base, target_modules: Sequence[str]) -> dict[str, Shape]:
     targets = [target_modules] if isinstance(target_modules, str) else list(target_modules)
     if targets == ["all-linear"]:
         return dict(base.linears)
-    found: set[str] = set()
+    layers: set[str] = set()
     for target in targets:
         matched = {name for name in base.linears if name == target or name.endswith(f".{target}")}
         if any(f".{name}".endswith(f".{target}") for name in (base.family.embedding, base.family.output)):
@@ -92,10 +92,10 @@ def adapted(base: Base, target_modules: Sequence[str]) -> dict[str, Shape]:
             raise LayoutMismatch(
                 f"no layer of the base is called {target}; there are {', '.join(short)}, or all-linear"
             )
-        found |= matched
-    if not found:
+        layers |= matched
+    if not layers:
         raise LayoutMismatch("target_modules names no layer", hint='target_modules = "all-linear"')
-    return {name: shape for name, shape in base.linears.items() if name in found}
+    return {name: shape for name, shape in base.linears.items() if name in layers}
 
 
 def check_fits(base: Base, shapes: Mapping[str, Shape]) -> None:
@@ -163,8 +163,8 @@ def _name(config: Settings) -> str:
     return names[0] if names and isinstance(names[0], str) else config.text("model_type", "unknown")
 
 
-def _known(folder: Path, name: str, family: Family, given: Settings) -> Base:
-    config = Settings({**family.defaults, **given.values}, given.source, BadModel)
+def _of_known_family(folder: Path, name: str, family: Family, file_config: Settings) -> Base:
+    config = Settings({**family.defaults, **file_config.values}, file_config.source, BadModel)
     if (activation := config.text(family.activation_key, family.activations[0])) not in family.activations:
         raise config.bad(f"llama.cpp does not know {name} with {family.activation_key} {activation}")
     hidden, n_heads = config.integer("hidden_size", high=1 << 20), config.integer("num_attention_heads", high=1 << 14)
@@ -211,16 +211,16 @@ def _known(folder: Path, name: str, family: Family, given: Settings) -> Base:
 
 def _check_weights(folder: Path, family: Family, linears: Mapping[str, Shape], vocabulary: Shape, tied: bool) -> str:
     """Hold the config's shapes against the files; returns the matrices' dtype."""
-    found = weights(folder)
+    arrays = weights(folder)
     expected = {f"{name}.weight": shape for name, shape in linears.items()}
     expected[f"{family.embedding}.weight"] = vocabulary
     if not tied:
         expected[f"{family.output}.weight"] = vocabulary
     for name, shape in expected.items():
-        if name not in found:
+        if name not in arrays:
             raise BadModel(f"{folder}: config.json asks for a tensor {name} that no weight file holds")
-        if found[name].shape != shape:
-            raise BadModel(f"{folder}: {name} is {found[name].shape}, config.json makes it {tuple(shape)}")
-        checkpoint.dtype(folder, name, found[name])
+        if arrays[name].shape != shape:
+            raise BadModel(f"{folder}: {name} is {arrays[name].shape}, config.json makes it {tuple(shape)}")
+        checkpoint.dtype(folder, name, arrays[name])
     first = next(iter(expected))
-    return checkpoint.dtype(folder, first, found[first])
+    return checkpoint.dtype(folder, first, arrays[first])

@@ -45,13 +45,13 @@ def weights(folder: Path) -> dict[str, Array]:
     Raises:
         BadModel: files are missing or not sound, or do not agree with the index.
     """
-    found: dict[str, Array] = {}
+    arrays: dict[str, Array] = {}
     for file in _weight_files(folder):
         for name, tensor in tensors.read(file)[0].items():
-            if name in found:
+            if name in arrays:
                 raise BadModel(f"{folder}: two files hold the tensor {name}")
-            found[name] = tensor
-    return found
+            arrays[name] = tensor
+    return arrays
 
 
 def dtype(folder: Path, name: str, tensor: Array) -> str:

@@ -85,23 +85,23 @@ def convert(
 ) -> None:
     """Convert an adapter; the word `convert` may be left out."""
     _check_options(to, dtype)
-    found = formats.recognise(src)
-    if dst.resolve() in (found.path.resolve(), *found.path.resolve().parents):
+    adapter_file = formats.recognise(src)
+    if dst.resolve() in (adapter_file.path.resolve(), *adapter_file.path.resolve().parents):
         raise UsageError(f"{dst} holds what is to be converted", hint="give another DST")
     formats.check_place(dst, to, force=force)
     model = _described(base, base_gguf)
-    update = formats.read(found, model)
+    update = formats.read(adapter_file, model)
     if model is not None:
         check_fits(model, {name: shape for name, shape in update.shapes.items() if not experts.is_expert(name)})
     ranks = sorted(set(update.ranks.values()))
     with _bar("writing") as progress, _placed(dst) as partial:
         done = itertools.count(1)
         looked_at = watched(update, dtype or "float32", lambda: progress(next(done), 2 * len(update.modules)))
-        base_model = _base_model(found, base)
+        base_model = _base_model(adapter_file, base)
         formats.write(looked_at, partial, to, model, base_model=base_model, dtype=dtype or "float32")
     names = {"dst": str(dst), "quoted": shlex.quote(str(dst)), "base": shlex.quote(str(base or "BASE"))}
-    said = {
-        "from": found.format,
+    summary = {
+        "from": adapter_file.format,
         "to": to,
         "path": str(dst),
         "modules": len(update.modules),
@@ -111,9 +111,9 @@ def convert(
         "next": _NEXT[to].format(**names),
     }
     if as_json:
-        print(json.dumps(said, indent=2))
+        print(json.dumps(summary, indent=2))
     else:
-        out.print(report.converted(said), soft_wrap=True)
+        out.print(report.converted(summary), soft_wrap=True)
 
 
 @app.command(epilog=f"Example: adapter-convert inspect my-adapter/ · {_CODES}")
@@ -124,22 +124,22 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Print what is in an adapter (ranks, scalings, modules, norms per layer) and what is wrong with it."""
-    found = formats.recognise(src)
+    adapter_file = formats.recognise(src)
     model = _described(base, base_gguf)
     with _bar("looking") as progress:
-        said = inspection.inspect(found, model, progress)
+        inspected = inspection.inspect(adapter_file, model, progress)
     if as_json:
-        print(json.dumps(said.as_json(), indent=2, allow_nan=False))
+        print(json.dumps(inspected.as_json(), indent=2, allow_nan=False))
     else:
-        out.print(report.inspected(said))
-    if said.problems:
+        out.print(report.inspected(inspected))
+    if inspected.problems:
         sys.exit(BadAdapter.exit_code)
 
 
 def _check_options(to: str, dtype: str) -> None:
-    for name, value, known in (("--to", to, formats.NAMES), ("--dtype", dtype or "float32", tuple(WIRE_DTYPES))):
-        if value not in known:
-            raise UsageError(f"{name} is {value!r}; expected {', '.join(known)}")
+    for name, value, accepted in (("--to", to, formats.NAMES), ("--dtype", dtype or "float32", tuple(WIRE_DTYPES))):
+        if value not in accepted:
+            raise UsageError(f"{name} is {value!r}; expected {', '.join(accepted)}")
     if dtype and to != "canonical":
         raise UsageError(f"--dtype is for canonical; {to} is written in float32", hint="leave --dtype out")
 
@@ -159,10 +159,10 @@ def _described(base: Path | None, base_gguf: Path | None) -> Base | None:
         raise
 
 
-def _base_model(found: AdapterFile, base: Path | None) -> str:
+def _base_model(adapter_file: AdapterFile, base: Path | None) -> str:
     """What PEFT's settings should name as the base: what was given, or what the source names."""
-    known = inspection.settings_of(found)
-    return str(base or known.get("base_model_name_or_path") or known.get("model") or "")
+    source_settings = inspection.settings_of(adapter_file)
+    return str(base or source_settings.get("base_model_name_or_path") or source_settings.get("model") or "")
 
 
 @contextmanager

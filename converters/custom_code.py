@@ -88,7 +88,7 @@ def _keys(values: Any) -> Iterator[tuple[str, Any]]:
 
 def _chosen(value: Any) -> set[str]:
     """Implementations that are asked for: one, or one for each part."""
-    return {str(each) for each in (value.values() if isinstance(value, dict) else [value]) if each is not None}
+    return {str(name) for name in (value.values() if isinstance(value, dict) else [value]) if name is not None}
 
 
 def _are_bare(names: Any) -> bool:

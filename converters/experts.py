@@ -73,12 +73,12 @@ def stacks(update: Adapter, base: Base) -> Iterator[Stack]:
     Raises:
         LayoutMismatch: the base has no such layer or expert, or the experts of a layer are not of one shape.
     """
-    found: dict[tuple[str, str], dict[int, str]] = {}
+    groups: dict[tuple[str, str], dict[int, str]] = {}
     for name in update.modules:
         if (match := _EXPERT.fullmatch(name)) is not None:
-            found.setdefault((match["layer"], match["projection"]), {})[int(match["number"])] = name
-    count = _count(base) if found else 0
-    for (layer, projection), names in found.items():
+            groups.setdefault((match["layer"], match["projection"]), {})[int(match["number"])] = name
+    count = _count(base) if groups else 0
+    for (layer, projection), names in groups.items():
         block = re.match(rf"{re.escape(base.family.blocks)}\.(\d{{1,5}})\.", layer)
         if block is None or int(block[1]) >= base.n_layers:
             raise LayoutMismatch(f"the base has no layer {layer}")
@@ -111,14 +111,14 @@ def from_gguf(base: Base) -> dict[str, list[str]]:
     kind = base.config.get("model_type")
     if kind not in _SPARSE | _PLAIN or not any(base.config.get(key) for key in _COUNTS):
         return {}
-    found = {}
+    modules_by_tensor = {}
     for number in range(base.n_layers):
         layer = f"{base.family.blocks}.{number}.{'block_sparse_moe' if kind in _SPARSE else 'mlp'}"
         for plain, mixtral in _MIXTRAL.items():
             stack = Stack(layer, mixtral if kind in _SPARSE else plain, Shape(0, 0), [])
             modules = of_switch(f"{layer}.switch_mlp.{plain}", _count(base))
-            found[in_gguf(base, stack)] = modules or []
-    return found
+            modules_by_tensor[in_gguf(base, stack)] = modules or []
+    return modules_by_tensor
 
 
 def _count(base: Base) -> int:
@@ -127,10 +127,10 @@ def _count(base: Base) -> int:
     Raises:
         LayoutMismatch: none, by its config.
     """
-    found = next((base.config[key] for key in _COUNTS if base.config.get(key)), 0)
-    if not isinstance(found, int) or not 1 <= found <= 1 << 16:
+    count = next((base.config[key] for key in _COUNTS if base.config.get(key)), 0)
+    if not isinstance(count, int) or not 1 <= count <= 1 << 16:
         raise LayoutMismatch("the adapter is for experts, and the base has none")
-    return found
+    return count
 
 
 def _filled(factor: Factor | None, shape: tuple[int, int]) -> Factor:

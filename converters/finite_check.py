@@ -21,12 +21,12 @@ def watched(update: Adapter, dtype: str, on_factor: Callable[[], None]) -> Adapt
     """
     largest = _LARGEST[dtype]
 
-    def look(factor: Factor, what: str) -> None:
+    def look(factor: Factor, factor_name: str) -> None:
         if not np.isfinite(factor).all():
-            raise BadAdapter(f"{what} holds NaN or Inf; such an adapter is of no use")
+            raise BadAdapter(f"{factor_name} holds NaN or Inf; such an adapter is of no use")
         if (most := float(np.abs(factor).max())) > largest:
             raise BadAdapter(
-                f"{what} holds {most:.4g}, and {dtype} nothing beyond {largest:.4g}", hint="--dtype bfloat16"
+                f"{factor_name} holds {most:.4g}, and {dtype} nothing beyond {largest:.4g}", hint="--dtype bfloat16"
             )
         on_factor()
 

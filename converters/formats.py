@@ -38,18 +38,18 @@ def recognise(path: Path) -> AdapterFile:
     if not path.exists():
         raise BadData(f"{path} is not there")
     folder = path if path.is_dir() else path.parent
-    there = {name: [file for file in files if (folder / file).is_file()] for name, files in _FOLDERS.items()}
-    for name, files in there.items():
+    present = {name: [file for file in files if (folder / file).is_file()] for name, files in _FOLDERS.items()}
+    for name, files in present.items():
         if path.is_file() and path.name in files:
             return AdapterFile(name, folder)
     if path.is_dir() or path.name == _SETTINGS:
-        match [name for name, files in there.items() if files]:
+        match [name for name, files in present.items() if files]:
             case [name]:
                 return AdapterFile(name, folder)
             case [_, *_]:
                 raise BadData(
                     f"{folder} holds a PEFT adapter and an mlx-lm adapter, and one {_SETTINGS} for both",
-                    hint=f"give one file: {' or '.join(str(folder / files[0]) for files in there.values())}",
+                    hint=f"give one file: {' or '.join(str(folder / files[0]) for files in present.values())}",
                 )
     elif (kind := _kind(path)) is not None:
         return AdapterFile(kind, path)
@@ -79,22 +79,24 @@ def check_place(path: Path, to: str, *, force: bool) -> None:
     """
     is_folder = to in _FOLDERS
     if path.suffix in _FILES.values() and path.suffix != _FILES.get(to):
-        raise UsageError(f"{path} is the name of a {path.suffix} file; {to} is {_what(to)}", hint="give another DST")
+        raise UsageError(
+            f"{path} is the name of a {path.suffix} file; {to} is {_file_or_folder(to)}", hint="give another DST"
+        )
     if not path.exists():
         return
     if path.is_dir() != is_folder:
-        raise UsageError(f"{path} is a {'folder' if path.is_dir() else 'file'}; {to} is {_what(to)}")
+        raise UsageError(f"{path} is a {'folder' if path.is_dir() else 'file'}; {to} is {_file_or_folder(to)}")
     if not force:
         raise UsageError(f"{path} is there already", hint="--force replaces it")
     if is_folder and (others := sorted(file.name for file in path.iterdir() if file.name not in _WRITTEN)):
         raise UsageError(f"{path} holds more than an adapter, {others[0]} for one, and is not replaced")
 
 
-def _what(to: str) -> str:
+def _file_or_folder(to: str) -> str:
     return "a folder" if to in _FOLDERS else f"one file, {_FILES[to]}"
 
 
-def read(found: AdapterFile, base: Base | None) -> Adapter:
+def read(adapter_file: AdapterFile, base: Base | None) -> Adapter:
     """Read an adapter of a recognised format.
 
     Raises:
@@ -102,12 +104,12 @@ def read(found: AdapterFile, base: Base | None) -> Adapter:
         BadData: it is not sound, or cannot be converted.
     """
     readers: dict[str, Callable[[], Adapter]] = {
-        "canonical": lambda: adapter.read(found.path),
-        "peft": lambda: peft.read(found.path),
-        "mlx": lambda: mlx.read(found.path),
-        "gguf": lambda: gguf_adapter.read(found.path, _needed(base, "read", "gguf")),
+        "canonical": lambda: adapter.read(adapter_file.path),
+        "peft": lambda: peft.read(adapter_file.path),
+        "mlx": lambda: mlx.read(adapter_file.path),
+        "gguf": lambda: gguf_adapter.read(adapter_file.path, _needed(base, "read", "gguf")),
     }
-    return readers[found.format]()
+    return readers[adapter_file.format]()
 
 
 def write(update: Adapter, path: Path, to: str, base: Base | None, *, base_model: str, dtype: str) -> None:

@@ -63,30 +63,32 @@ class Inspection:
 
     def as_json(self) -> dict[str, Any]:
         """As JSON has it, which knows no NaN: it is null there."""
-        known = {**vars(self), "modules": [module._asdict() for module in self.modules]}
-        plain: dict[str, Any] = json.loads(json.dumps(known), parse_constant=lambda name: None)
+        fields = {**vars(self), "modules": [module._asdict() for module in self.modules]}
+        plain: dict[str, Any] = json.loads(json.dumps(fields), parse_constant=lambda name: None)
         return plain
 
 
-def inspect(found: AdapterFile, base: Base | None, on_module: OnProgress) -> Inspection:
+def inspect(adapter_file: AdapterFile, base: Base | None, on_module: OnProgress) -> Inspection:
     """Look at an adapter; `on_module` hears how many modules of how many are done. Never raises for what it finds."""
-    said = Inspection(found.format, str(found.path), size(found.path))
-    said.settings = settings_of(found)
+    inspection = Inspection(adapter_file.format, str(adapter_file.path), size(adapter_file.path))
+    inspection.settings = settings_of(adapter_file)
     try:
-        update = _read(found, base)
+        update = _read(adapter_file, base)
         if base is not None:
             check_fits(base, {name: shape for name, shape in update.shapes.items() if not experts.is_expert(name)})
-        said.metadata, known = dict(update.metadata), update.modules
+        inspection.metadata, updates = dict(update.metadata), update.modules
     except BadData as error:
-        said.problems.append(f"{error}" + (f" ({error.hint})" if error.hint else ""))
-        known, said.tensors = lenient_reader.pairs(found)
-    for n, (name, factors) in enumerate(known.items(), 1):
-        said.modules.append(_module(name, factors, scaled=not said.problems))
+        inspection.problems.append(f"{error}" + (f" ({error.hint})" if error.hint else ""))
+        updates, inspection.tensors = lenient_reader.pairs(adapter_file)
+    for n, (name, factors) in enumerate(updates.items(), 1):
+        inspection.modules.append(_module(name, factors, scaled=not inspection.problems))
         factors.forget()
-        on_module(n, len(known))
-    said.problems += [f"{module.name} holds NaN or Inf" for module in said.modules if not np.isfinite(module.norm)]
-    said.remarks += _remarks(said.modules)
-    return said
+        on_module(n, len(updates))
+    inspection.problems += [
+        f"{module.name} holds NaN or Inf" for module in inspection.modules if not np.isfinite(module.norm)
+    ]
+    inspection.remarks += _remarks(inspection.modules)
+    return inspection
 
 
 def norm(update: LowRank) -> float:
@@ -97,11 +99,11 @@ def norm(update: LowRank) -> float:
     return float(np.sqrt(max(squared, 0.0))) if np.isfinite(squared) else float("nan")
 
 
-def _read(found: AdapterFile, base: Base | None) -> Adapter:
+def _read(adapter_file: AdapterFile, base: Base | None) -> Adapter:
     """By the names that the file has, where there is no base to translate them."""
-    if found.format == "gguf" and base is None:
-        return gguf_adapter.read_as_named(found.path)[1]
-    return formats.read(found, base)
+    if adapter_file.format == "gguf" and base is None:
+        return gguf_adapter.read_as_named(adapter_file.path)[1]
+    return formats.read(adapter_file, base)
 
 
 def _module(name: str, update: LowRank, *, scaled: bool) -> Module:
@@ -139,15 +141,15 @@ def _remarks(modules: Iterable[Module]) -> Iterable[str]:
                 yield f"{module.name} stands out: ‖ΔW‖ is {module.norm:.3g}, others of its kind {np.exp(middle):.3g}"
 
 
-def settings_of(found: AdapterFile) -> dict[str, Any]:
+def settings_of(adapter_file: AdapterFile) -> dict[str, Any]:
     """What a file says of how the adapter was made: adapter_config.json, or a GGUF's keys."""
     try:
-        if found.format == "gguf":
-            source = gguf_file.read(found.path)
+        if adapter_file.format == "gguf":
+            source = gguf_file.read(adapter_file.path)
             return {key: value for key in _SHOWN["gguf"] if (value := source.value(key)) is not None}
-        if found.format in _SHOWN:
-            values = settings.read(found.path / "adapter_config.json", BadAdapter).values
-            return {key: values[key] for key in _SHOWN[found.format] if values.get(key) not in (None, {}, [])}
+        if adapter_file.format in _SHOWN:
+            values = settings.read(adapter_file.path / "adapter_config.json", BadAdapter).values
+            return {key: values[key] for key in _SHOWN[adapter_file.format] if values.get(key) not in (None, {}, [])}
     except BadData:
         pass  # reading the adapter says why
     return {}

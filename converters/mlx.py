@@ -47,10 +47,10 @@ def read(folder: Path) -> Adapter:
         raise config.bad(f"fine_tune_type is {kind}; only lora can be converted")
     parameters = config.table("lora_parameters")
     scale = parameters.number("scale", _SCALE, positive=False)
-    found, _ = tensors.read(folder / _WEIGHTS)
+    stored, _ = tensors.read(folder / _WEIGHTS)
     a: dict[str, tensors.Array] = {}
     b: dict[str, tensors.Array] = {}
-    for name, tensor in found.items():
+    for name, tensor in stored.items():
         suffix = _A if name.endswith(_A) else _B if name.endswith(_B) else ""
         views = _views(name.removesuffix(suffix), tensor) if suffix else None
         if views is None:
@@ -86,24 +86,24 @@ def write(adapter: Adapter, folder: Path, base: Base) -> None:
     check_fits(base, linears)
     rank = max(adapter.ranks.values())
     keys = {within_block(base, name)[1] for name in linears}
-    found: dict[str, tensors.Later] = {}
+    factors: dict[str, tensors.Later] = {}
     for name, (out, into) in base.linears.items():
         if within_block(base, name)[1] in keys:
             update = adapter.modules.get(name)
-            found[name + _A] = tensors.Later(_FLOAT32, (into, rank), partial(_lora_a, update, into, rank))
-            found[name + _B] = tensors.Later(_FLOAT32, (rank, out), partial(_lora_b, update, out, rank))
+            factors[name + _A] = tensors.Later(_FLOAT32, (into, rank), partial(_lora_a, update, into, rank))
+            factors[name + _B] = tensors.Later(_FLOAT32, (rank, out), partial(_lora_b, update, out, rank))
     for stack in experts.stacks(adapter, base):
         switch, count, (out, into) = experts.in_mlx(base, stack), len(stack.updates), stack.shape
         keys.add(within_block(base, switch)[1])
-        found[switch + _A] = tensors.Later(_FLOAT32, (count, rank, into), partial(stack.a, rank))
-        found[switch + _B] = tensors.Later(_FLOAT32, (count, out, rank), partial(stack.b, rank))
+        factors[switch + _A] = tensors.Later(_FLOAT32, (count, rank, into), partial(stack.a, rank))
+        factors[switch + _B] = tensors.Later(_FLOAT32, (count, out, rank), partial(stack.b, rank))
     config = {
         "fine_tune_type": "lora",
         "num_layers": -1,
         "lora_parameters": {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": sorted(keys)},
     }
     folder.mkdir(parents=True, exist_ok=True)
-    tensors.write(folder / _WEIGHTS, found, {"format": "mlx"})
+    tensors.write(folder / _WEIGHTS, factors, {"format": "mlx"})
     files.replace(folder / _CONFIG, [json.dumps(config, indent=2).encode()])
 
 

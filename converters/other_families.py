@@ -84,12 +84,12 @@ def convert(folder: Path, path: Path, dtype: str | None = None) -> None:
         command = [script, str(folder.resolve()), "--outfile", str(Path(file.name).resolve()), "--outtype", dtype]
         try:
             offline = {**os.environ, "HF_HUB_OFFLINE": "1"}  # all that it needs is in the folder
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=offline)
+            child = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, env=offline)
         except OSError as error:
             raise BadModel(f"{script} cannot be run: {error}") from error
-        if done.returncode != 0:
-            said = done.stderr.decode("utf-8", errors="replace").strip().splitlines() or ["no word of why"]
-            raise BadModel(f"{SCRIPT} does not convert {folder}: {said[-1].strip()[:500]}")
+        if child.returncode != 0:
+            complaints = child.stderr.decode("utf-8", errors="replace").strip().splitlines() or ["no word of why"]
+            raise BadModel(f"{SCRIPT} does not convert {folder}: {complaints[-1].strip()[:500]}")
         gguf_file.read(Path(file.name))
 
 
@@ -159,21 +159,21 @@ def _numbers(source: File, arch: str) -> dict[str, Any]:
 
 def _names(arch: str, n_layers: int, weights: Mapping[str, Array]) -> dict[str, str]:
     """Names in GGUF by the checkpoint's, of those that have one."""
-    known = names_in_gguf(arch, n_layers)
-    found = {name: known.get_name(key=name, try_suffixes=(".weight",)) for name in weights}
-    return {old: new for old, new in found.items() if new is not None}
+    name_map = names_in_gguf(arch, n_layers)
+    names = {name: name_map.get_name(key=name, try_suffixes=(".weight",)) for name in weights}
+    return {old: new for old, new in names.items() if new is not None}
 
 
 def _linears(names: Mapping[str, str], weights: Mapping[str, Array], source: File) -> dict[str, Shape]:
     """The linear layers of the blocks, in the order of the blocks."""
-    found = {}
+    linears = {}
     for old, new in names.items():
         match, tensor = _BLOCK.fullmatch(old), source.tensors.get(new)
         if match is None or tensor is None or weights[old].ndim != 2 or _NO_LINEAR.search(new):
             continue
         if new.startswith(f"blk.{match['number']}.") and weights[old].shape == tensor.info.shape:
-            found[old.removesuffix(".weight")] = Shape(*weights[old].shape)
-    return dict(sorted(found.items(), key=lambda item: int(_part(item[0], "number"))))
+            linears[old.removesuffix(".weight")] = Shape(*weights[old].shape)
+    return dict(sorted(linears.items(), key=lambda item: int(_part(item[0], "number"))))
 
 
 def _part(module: str, part: str) -> str:
@@ -191,7 +191,7 @@ def _heads(module: str, weight: Array, stored: Tensor, heads: Mapping[str, int])
         size = float(np.square(ours).sum()) or 1.0
         distances = {name: float(np.square(ours[order] - theirs).sum()) / size for name, order in orders.items()}
     nearest = min(distances, key=lambda name: distances[name])
-    same = _SAME_FLOATS if stored.info.type in {known.type for known in FLOATS.values()} else _SAME_QUANTISED
+    same = _SAME_FLOATS if stored.info.type in {float_type.type for float_type in FLOATS.values()} else _SAME_QUANTISED
     if not distances[nearest] < same:  # NaN is not
         raise BadModel(
             f"{stored.info.name} in the GGUF is neither {module} of the folder nor that with its heads interleaved",

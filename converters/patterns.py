@@ -41,17 +41,17 @@ def first_keys(patterns: Settings, names: Iterable[str], seconds: float = SECOND
     expressions = [rf"(.*\.)?({key})$" for key in keys]
     if all(_PLAIN.fullmatch(key) for key in keys):
         compiled = [re.compile(expression) for expression in expressions]
-        found = [next((n for n, known in enumerate(compiled) if known.match(name)), None) for name in names]
+        matches = [next((n for n, pattern in enumerate(compiled) if pattern.match(name)), None) for name in names]
     else:
-        found = _in_a_child(patterns, expressions, names, seconds)
-    return {name: keys[n] for name, n in zip(names, found, strict=True) if n is not None}
+        matches = _in_a_child(patterns, expressions, names, seconds)
+    return {name: keys[n] for name, n in zip(names, matches, strict=True) if n is not None}
 
 
 def _in_a_child(
     patterns: Settings, expressions: Sequence[str], names: Sequence[str], seconds: float
 ) -> list[int | None]:
     try:
-        done = subprocess.run(
+        child = subprocess.run(
             [sys.executable, "-I", "-S", "-c", _CHILD],
             input=json.dumps([expressions, names]),
             capture_output=True,
@@ -60,8 +60,8 @@ def _in_a_child(
         )
     except subprocess.TimeoutExpired:
         raise patterns.bad(f"its regular expressions take more than {seconds:g} s to match") from None
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or ["it cannot be used"]
-        raise patterns.bad(f"one of its keys is not a regular expression: {said[-1]}")
-    found: list[int | None] = json.loads(done.stdout)
-    return found
+    if child.returncode != 0:
+        complaints = child.stderr.strip().splitlines() or ["it cannot be used"]
+        raise patterns.bad(f"one of its keys is not a regular expression: {complaints[-1]}")
+    matches: list[int | None] = json.loads(child.stdout)
+    return matches

@@ -135,9 +135,9 @@ def write(adapter: Adapter, folder: Path, *, base_model: str) -> None:
             hint="convert to mlx, which has",
         )
     folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, tensors.Later] = {}
+    factors: dict[str, tensors.Later] = {}
     for name, update in adapter.modules.items():
-        found[f"{_PREFIX}{name}{_A}"], found[f"{_PREFIX}{name}{_B}"] = update.later()
+        factors[f"{_PREFIX}{name}{_A}"], factors[f"{_PREFIX}{name}{_B}"] = update.later()
     ranks = adapter.ranks
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {name: other for name, other in sorted(ranks.items()) if other != rank}
@@ -155,7 +155,7 @@ def write(adapter: Adapter, folder: Path, *, base_model: str) -> None:
         "alpha_pattern": others,
         "target_modules": sorted(ranks),
     }
-    tensors.write(folder / _WEIGHTS, found, {"format": "pt"})  # transformers and PEFT look for this `format`
+    tensors.write(folder / _WEIGHTS, factors, {"format": "pt"})  # transformers and PEFT look for this `format`
     files.replace(folder / _CONFIG, [json.dumps(config, indent=2).encode()])
 
 
@@ -194,7 +194,7 @@ def _refuse(config: Settings) -> None:
             f"init_lora_weights is {init!r}, which rewrites the base model; that cannot be converted",
             hint="PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...) makes it a plain LoRA",
         )
-    known = _HARMLESS | _REFUSED.keys() | {"bias", "init_lora_weights"}
+    checked = _HARMLESS | _REFUSED.keys() | {"bias", "init_lora_weights"}
     for key, value in config.values.items():
-        if value and key not in known:
+        if value and key not in checked:
             raise config.bad(f"the setting {key} is not known here, and may change what the adapter computes")

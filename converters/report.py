@@ -18,45 +18,46 @@ _MOST_LINES = 12
 _MOST_ITEMS = 4
 
 
-def converted(said: Mapping[str, Any]) -> Text:
+def converted(summary: Mapping[str, Any]) -> Text:
     """What was written, and what to type next."""
-    padded = f"\nmlx-lm has one rank: lower ones were filled up with zeros to {said['padded_to']}, which changes no ΔW."
+    padded_to = summary["padded_to"]
+    padded = f"\nmlx-lm has one rank: lower ones were filled up with zeros to {padded_to}, which changes no ΔW."
     return _text(
-        f"Wrote {said['path']}: {_count(said['modules'], 'module')} of rank {_spread(said['ranks'])},"
-        f" {human_size(said['bytes'])}, from {said['from']} to {said['to']}."
-        f"{padded if said['padded_to'] else ''}\nNext:  {said['next']}"
+        f"Wrote {summary['path']}: {_count(summary['modules'], 'module')} of rank {_spread(summary['ranks'])},"
+        f" {human_size(summary['bytes'])}, from {summary['from']} to {summary['to']}."
+        f"{padded if padded_to else ''}\nNext:  {summary['next']}"
     )
 
 
-def inspected(said: Inspection) -> RenderableType:
+def inspected(inspection: Inspection) -> RenderableType:
     """An adapter at a glance: what it is, norms by kind of module and by block, and what is wrong."""
-    parts: list[RenderableType] = [_text(_headline(said), "bold")]
-    facts = {**{key: _value(value) for key, value in said.settings.items()}, **said.metadata}
-    if said.modules:
-        scalings = sorted({module.scaling for module in said.modules if module.scaling is not None})
+    parts: list[RenderableType] = [_text(_headline(inspection), "bold")]
+    facts = {**{key: _value(value) for key, value in inspection.settings.items()}, **inspection.metadata}
+    if inspection.modules:
+        scalings = sorted({module.scaling for module in inspection.modules if module.scaling is not None})
         facts["scaling"] = _some([f"{scaling:.4g}" for scaling in scalings]) or "not known; norms are without it"
-        facts["factors"] = ", ".join(sorted({module.dtype for module in said.modules}))
+        facts["factors"] = ", ".join(sorted({module.dtype for module in inspection.modules}))
     width = max((len(key) for key in facts), default=0)
     parts += [_text(f"  {key:<{width}}  {value}") for key, value in facts.items()]
-    if said.modules:
-        parts += [_kinds(said.modules), _blocks(said.modules)]
-    if said.tensors:
+    if inspection.modules:
+        parts += [_kinds(inspection.modules), _blocks(inspection.modules)]
+    if inspection.tensors:
         parts.append(Text("Not part of a pair of LoRA factors:"))
-        parts += [_text(f"  {line}") for line in _first(said.tensors)]
-    parts += [Text.assemble(("Wrong: ", "red"), _text(problem)) for problem in _first(said.problems)]
-    parts += [Text.assemble(("Look at: ", "yellow"), _text(remark)) for remark in _first(said.remarks)]
-    if not said.problems and not said.remarks:
+        parts += [_text(f"  {line}") for line in _first(inspection.tensors)]
+    parts += [Text.assemble(("Wrong: ", "red"), _text(problem)) for problem in _first(inspection.problems)]
+    parts += [Text.assemble(("Look at: ", "yellow"), _text(remark)) for remark in _first(inspection.remarks)]
+    if not inspection.problems and not inspection.remarks:
         parts.append(Text("Nothing is wrong with it.", style="green"))
     return Group(*parts)
 
 
-def _headline(said: Inspection) -> str:
+def _headline(inspection: Inspection) -> str:
     names = {"canonical": "the common layout", "peft": "PEFT", "mlx": "mlx-lm", "gguf": "GGUF"}
-    known = ""
-    if said.modules:
-        ranks = _spread({module.rank for module in said.modules})
-        known = f"{_count(len(said.modules), 'module')} of rank {ranks}, "
-    return f"{said.path}: an adapter in {names[said.format]}, {known}{human_size(said.size)}"
+    modules = ""
+    if inspection.modules:
+        ranks = _spread({module.rank for module in inspection.modules})
+        modules = f"{_count(len(inspection.modules), 'module')} of rank {ranks}, "
+    return f"{inspection.path}: an adapter in {names[inspection.format]}, {modules}{human_size(inspection.size)}"
 
 
 def _kinds(modules: Iterable[Module]) -> Table:
@@ -91,8 +92,8 @@ def _blocks(modules: Iterable[Module]) -> Table:
 
 
 def _spread(ranks: Iterable[int]) -> str:
-    found = sorted(set(ranks))
-    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+    distinct = sorted(set(ranks))
+    return str(distinct[0]) if len(distinct) == 1 else f"{distinct[0]} to {distinct[-1]}"
 
 
 def _value(value: Any) -> str:
@@ -118,5 +119,5 @@ def _text(text: str, style: str = "") -> Text:
     return Text(printable(text), style=style)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -32,12 +32,12 @@ async def advertise(
     `host` and `port` are what the server is bound to, `fingerprint` is its key's, `name` is this machine's if empty. A
     network that takes no multicast is logged, and tried again: a coordinator does not need to be found to work.
     """
-    said: list[str] = []
+    advertised: list[str] = []
     responder: AsyncZeroconf | None = None
     try:
         while True:
             addresses = lan.listening(host, interfaces())
-            if addresses != said:
+            if addresses != advertised:
                 if responder is not None:
                     await _end(responder)
                     responder = None
@@ -47,7 +47,7 @@ async def advertise(
                         log.info("advertised", addresses=addresses, port=port)
                 except (OSError, Error) as error:
                     log.warning("not_advertised", addresses=addresses, reason=str(error) or type(error).__name__)
-                said = addresses if responder is not None else []
+                advertised = addresses if responder is not None else []
             await asyncio.sleep(every)
     finally:
         if responder is not None:

@@ -19,8 +19,8 @@ CALLS = Histogram(
     ["method", "status"],
     buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 60, 600),
 )
-TAKEN = Counter("oneround_uploaded_bytes", "Bytes of contributions taken from clients")
-GIVEN = Counter("oneround_downloaded_bytes", "Bytes of artifacts sent to clients")
+UPLOADED = Counter("oneround_uploaded_bytes", "Bytes of contributions taken from clients")
+DOWNLOADED = Counter("oneround_downloaded_bytes", "Bytes of artifacts sent to clients")
 
 
 class Call:

@@ -148,7 +148,7 @@ class Operator:
             Refused: several clients have this name, or the contribution cannot take part.
         """
         if request.decision not in _DECISIONS:
-            raise UsageError("no decision is given")
+            raise UsageError("the request holds no decision")
         client = _named(request.client, await offload(self._store.clients, request.job))
         request.why = label(request.why, 500)
         decided = await offload(self._store.decide, request.job, client.client_id, request, self._clock())
@@ -161,14 +161,14 @@ class Operator:
         return await self.status(request.job)
 
 
-def _named(wanted: str, clients: Sequence[Client]) -> Client:
+def _named(name_or_id: str, clients: Sequence[Client]) -> Client:
     """A client by its id, or by its name where only one has it. Who takes another's id for a name is found by its own
     id alone."""
-    matching = [client for client in clients if wanted == public_id(client.client_id)]
-    matching = matching or [client for client in clients if wanted == client.name]
+    matching = [client for client in clients if name_or_id == public_id(client.client_id)]
+    matching = matching or [client for client in clients if name_or_id == client.name]
     if len(matching) == 1:
         return matching[0]
     if not matching:
-        raise NotFound(f"no client {wanted!r} has joined this job", hint="coordinator show JOB lists them")
+        raise NotFound(f"no client {name_or_id!r} has joined this job", hint="coordinator show JOB lists them")
     ids = ", ".join(public_id(client.client_id) for client in matching)
-    raise Refused(f"{len(matching)} clients are called {wanted!r}", hint=f"name one by its id: {ids}")
+    raise Refused(f"{len(matching)} clients are called {name_or_id!r}", hint=f"name one by its id: {ids}")

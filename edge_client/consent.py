@@ -115,13 +115,13 @@ def requirements(job: pb.Job, machine: pb.Machine, state: Path, model: Path | No
     )
 
 
-def agreed_before(boxes: Iterable[Outbox], *wanted: Terms) -> bool:
+def agreed_before(boxes: Iterable[Outbox], *any_of: Terms) -> bool:
     """Whether the person has agreed to any of these terms before."""
-    return not {box.consent() for box in boxes}.isdisjoint(terms.digest for terms in wanted)
+    return not {box.consent() for box in boxes}.isdisjoint(terms.digest for terms in any_of)
 
 
 async def ask(
-    screen: Screen, terms: Terms, asked: Requirements, *, server: str, deadline: float, data: Path, yes: bool
+    screen: Screen, terms: Terms, requirements: Requirements, *, server: str, deadline: float, data: Path, yes: bool
 ) -> bool:
     """Show what is asked for and what will be sent, and ask; with `yes` only show.
 
@@ -134,9 +134,9 @@ async def ask(
             to_join=terms.to_join,
             meanwhile=terms.meanwhile,
             at_last=terms.at_last,
-            base=asked.base,
-            trains=asked.trains,
-            takes=asked.takes,
+            base=requirements.base,
+            trains=requirements.trains,
+            takes=requirements.takes,
             server=server,
             key=f"{tls.grouped(terms.key[:16])} …" if terms.key else "none, without TLS",
             until=time.strftime("%a %d %b %Y, %H:%M", time.localtime(deadline)),
@@ -175,7 +175,7 @@ async def _agreed(screen: Screen, question: str, yes: bool) -> bool:
         return True
     if not screen.can_ask:
         raise UsageError(
-            "before anything is sent somebody has to agree, and without a terminal nobody can be asked",
+            "you have to agree before anything is sent, and there is no terminal to ask you on",
             hint="add --yes, to agree to what is said above",
         )
     return await screen.ask(f"{question} \\[y/N]") in ("y", "yes")

@@ -144,8 +144,8 @@ class Outbox:
     def begin_again(self, sent: str) -> None:
         """Set aside what was sent (its digest), so that another training can take its place. What was trained since and
         has not been sent yet stays."""
-        done = self.trained()
-        if done is not None and done.digest == sent:
+        trained = self.trained()
+        if trained is not None and trained.digest == sent:
             for file in (self.record, self.adapter, self.receipt_file):
                 file.unlink(missing_ok=True)
 

@@ -26,7 +26,12 @@ from oneround.errors import BadAdapter
 
 _A, _B = ".lora_a", ".lora_b"
 _ARCHITECTURE = gguf.Keys.General.ARCHITECTURE
-_KNOWN = {gguf.Keys.Adapter.TYPE, gguf.Keys.Adapter.LORA_ALPHA, "adapter.lora.task_name", "adapter.lora.prompt_prefix"}
+_CONVERTED_KEYS = {
+    gguf.Keys.Adapter.TYPE,
+    gguf.Keys.Adapter.LORA_ALPHA,
+    "adapter.lora.task_name",
+    "adapter.lora.prompt_prefix",
+}
 _VOCABULARY = ("token_embd.", "output.")
 _EXPERTS = "_exps.weight"
 
@@ -69,10 +74,10 @@ def read_as_named(path: Path) -> tuple[str, Adapter]:
     """
     source = gguf_file.read(path)
     for key, expected in (("general.type", "adapter"), (gguf.Keys.Adapter.TYPE, "lora")):
-        if (found := source.value(key)) != expected:
-            raise BadAdapter(f"{path} has {key} = {found!r}; expected {expected!r}")
+        if (value := source.value(key)) != expected:
+            raise BadAdapter(f"{path} has {key} = {value!r}; expected {expected!r}")
     for key in source.keys:
-        if key.startswith("adapter.") and key not in _KNOWN:
+        if key.startswith("adapter.") and key not in _CONVERTED_KEYS:
             raise BadAdapter(f"{path} has {key}, which may change what the adapter computes, and cannot be converted")
     alpha = source.value(gguf.Keys.Adapter.LORA_ALPHA)
     if alpha is not None and not (isinstance(alpha, float) and math.isfinite(alpha)):

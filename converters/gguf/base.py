@@ -99,7 +99,7 @@ def _named(base: Base, weights: dict[str, Array]) -> dict[str, tuple[str, Array]
         if old.endswith(_LEFT_OUT) or (base.tied and old == f"{base.family.output}.weight"):
             continue
         if (
-            tensor.dtype not in [known.dtype for known in FLOATS.values()]
+            tensor.dtype not in [float_type.dtype for float_type in FLOATS.values()]
             or tensor.ndim not in (1, 2)
             or 0 in tensor.shape
         ):

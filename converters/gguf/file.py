@@ -119,15 +119,15 @@ def read(path: Path) -> File:
     """
     if len(together := parts(path)) == 1:
         return _part(path)
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     keys: Mapping[str, bytes] = {}
     for part in together:
         file = _part(part)
         keys = keys or {key: value for key, value in file.keys.items() if not key.startswith("split.")}
-        if double := found.keys() & file.tensors.keys():
+        if double := tensors.keys() & file.tensors.keys():
             raise BadModel(f"{part}: the tensor {min(double)} is in another part too")
-        found.update(file.tensors)
-    return File(keys, found)
+        tensors.update(file.tensors)
+    return File(keys, tensors)
 
 
 def parts(path: Path) -> list[Path]:
@@ -237,7 +237,7 @@ class _Walk:
         if 0 in shape:
             raise _Unsound(f"the tensor {name} {shape} is empty")
         number, offset = self._unpack("I"), self._unpack("Q")
-        if number not in {known.value for known in GGML_QUANT_SIZES}:
+        if number not in {kind.value for kind in GGML_QUANT_SIZES}:
             raise _Unsound(f"the tensor {name} has the unknown type {number}")
         info = Info(name, shape, GGMLQuantizationType(number))
         if shape[-1] % GGML_QUANT_SIZES[info.type][0]:

@@ -160,10 +160,10 @@ def _windows(base: Base, config: Settings, every: int) -> set[str]:
     """The kinds of the layers, which have to be all full, or sliding with a full one `every` so many."""
     pattern = config.integer("sliding_window_pattern", every, high=1 << 12)
     regular = [_kind(n, every) for n in range(base.n_layers)]
-    found = config.items("layer_types") or [_kind(n, pattern) for n in range(base.n_layers)]
-    if found not in (regular, ["full_attention"] * base.n_layers):
+    kinds = config.items("layer_types") or [_kind(n, pattern) for n in range(base.n_layers)]
+    if kinds not in (regular, ["full_attention"] * base.n_layers):
         raise config.bad(f"llama.cpp has a full layer after {every - 1} sliding ones")
-    return set(found)
+    return set(kinds)
 
 
 def _kind(layer: int, every: int) -> str:
@@ -184,12 +184,12 @@ def _theta(rope: Settings, config: Settings, default: float = 10000.0) -> float:
 
 
 def _rope_keys(
-    writer: GGUFWriter, rope: Settings, config: Settings, known: tuple[str, ...], theta: float = 10000.0
+    writer: GGUFWriter, rope: Settings, config: Settings, supported: tuple[str, ...], theta: float = 10000.0
 ) -> None:
     """Base frequency, and scaling of a kind that needs no tensor."""
     writer.add_rope_freq_base(_theta(rope, config, theta))
     kind = _rope_type(rope)
-    if kind not in known:
+    if kind not in supported:
         raise config.bad(f"llama.cpp has no rope scaling of type {kind!r} for this model")
     if kind == "default":
         return

@@ -155,9 +155,9 @@ def _check_model(path: Path, source: File, base: Base) -> None:
         f"{base.arch}.attention.head_count_kv": base.n_kv_heads,
     }
     for key, value in expected.items():
-        found = source.value(key)
-        if found is not None and found != value:
-            raise LayoutMismatch(f"{path} has {key} = {found}, the base model has {value}")
+        actual = source.value(key)
+        if actual is not None and actual != value:
+            raise LayoutMismatch(f"{path} has {key} = {actual}, the base model has {value}")
     if source.value("general.architecture") is None:
         raise BadModel(f"{path} does not say what architecture it is")
 
@@ -186,5 +186,5 @@ def _check_targets(path: Path, source: File, targets: Mapping[str, Shape]) -> No
         if tensor is None:
             raise LayoutMismatch(f"{path} has no tensor {weight}, which the adapter adapts")
         if tensor.info.shape != shape or tensor.info.type in _WHOLE_NUMBERS:
-            found = f"{tensor.info.type.name} {tensor.info.shape}"
-            raise LayoutMismatch(f"{path}: {weight} is {found}, the adapter is for floats {tuple(shape)}")
+            actual = f"{tensor.info.type.name} {tensor.info.shape}"
+            raise LayoutMismatch(f"{path}: {weight} is {actual}, the adapter is for floats {tuple(shape)}")

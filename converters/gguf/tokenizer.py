@@ -130,12 +130,12 @@ def add(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
 
 
 def _byte_level(source: Settings, vocab_size: int) -> _Vocabulary:
-    found = _Vocabulary.unused(vocab_size)
+    vocabulary = _Vocabulary.unused(vocab_size)
     for token, number in _pieces(source):
-        found.put(_checked(source, token, number, vocab_size), token, _NORMAL)
+        vocabulary.put(_checked(source, token, number, vocab_size), token, _NORMAL)
     for token, number, special in _added(source):
-        found.put_added(_checked(source, token, number, vocab_size), token, special)
-    return found
+        vocabulary.put_added(_checked(source, token, number, vocab_size), token, special)
+    return vocabulary
 
 
 def _checked(source: Settings, token: str, number: int, vocab_size: int) -> int:
@@ -156,40 +156,40 @@ def _with_byte_fallback(source: Settings, vocab_size: int) -> _Vocabulary:
             raise source.bad(f"merge {rank} is not a pair of tokens")
         ranks.setdefault("".join(parts), rank)
     unknown = model.get("unk_token")
-    found = _Vocabulary.unused(vocab_size)
+    vocabulary = _Vocabulary.unused(vocab_size)
     for token, number in _pieces(source):
         if number < vocab_size:  # Gemma 3's has one that only its models for images have
             is_byte = re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token)
-            found.put(number, token, _BYTE if is_byte else _NORMAL, -float(ranks.get(token, len(ranks))))
+            vocabulary.put(number, token, _BYTE if is_byte else _NORMAL, -float(ranks.get(token, len(ranks))))
     for token, number, special in _added(source):
         if number < vocab_size:
-            found.put_added(number, token, special)
+            vocabulary.put_added(number, token, special)
             if token == unknown:
-                found.put(number, token, _UNKNOWN)
-    return found
+                vocabulary.put(number, token, _UNKNOWN)
+    return vocabulary
 
 
 def _sentencepiece(folder: Path, config: Settings, vocab_size: int) -> _Vocabulary:
     """tokenizer.model, and the tokens that added_tokens.json and tokenizer_config.json add to it."""
-    found = _Vocabulary.unused(vocab_size)
+    vocabulary = _Vocabulary.unused(vocab_size)
     for number, (token, score, kind) in enumerate(sentencepiece.pieces(folder / "tokenizer.model")):
         if number < vocab_size:
             # A user-defined piece of the model is an ordinary one, as in llama.cpp's converter.
-            found.put(number, token, _NORMAL if kind == _USER_DEFINED else kind, score)
+            vocabulary.put(number, token, _NORMAL if kind == _USER_DEFINED else kind, score)
     if (folder / "added_tokens.json").is_file():
         for token, number in settings.read(folder / "added_tokens.json", BadModel).values.items():
             if not isinstance(number, int) or number < 0:
                 raise BadModel(f"{folder / 'added_tokens.json'}: the token {token!r} has no number")
             if number < vocab_size:
-                found.put(number, token, _USER_DEFINED, -1000.0)
+                vocabulary.put(number, token, _USER_DEFINED, -1000.0)
     decoder = config.table("added_tokens_decoder")
     for key in decoder.values:
         if not key.isdecimal():
             raise decoder.bad(f"{key!r} is not a token's number")
         entry = decoder.table(key)
         if int(key) < vocab_size:
-            found.put_added(int(key), entry.text("content"), entry.flag("special"))
-    return found
+            vocabulary.put_added(int(key), entry.text("content"), entry.flag("special"))
+    return vocabulary
 
 
 def _pieces(source: Settings) -> Iterator[tuple[str, int]]:

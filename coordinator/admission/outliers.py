@@ -100,15 +100,15 @@ class Comparison:
         """Whether there are enough to have a median to speak of, and a majority."""
         return self.size >= COHORT
 
-    def after(self, seen: Observation) -> Comparison:
+    def after(self, observation: Observation) -> Comparison:
         """With what one more check has seen. The first reason stands."""
-        reasons = [reason or seen.reasons.get(i, "") for i, reason in enumerate(self.reasons)]
+        reasons = [reason or observation.reasons.get(i, "") for i, reason in enumerate(self.reasons)]
         return replace(
             self,
             reasons=reasons,
-            size=self.size - (len(seen.reasons) if seen.empty else 0),
-            scale=self.scale if seen.scale is None else seen.scale,
-            cosines=self.cosines if seen.cosines is None else seen.cosines,
+            size=self.size - (len(observation.reasons) if observation.empty else 0),
+            scale=self.scale if observation.scale is None else observation.scale,
+            cosines=self.cosines if observation.cosines is None else observation.cosines,
         )
 
 
@@ -196,13 +196,13 @@ CHECKS: dict[str, Check] = {"repeats": _repeats, "norms": _norms, "clip": _clip,
 
 
 def _same(
-    one: Update[ModuleUpdate], other: Update[ModuleUpdate], modules: Sequence[str], norms: Floats, others: Floats
+    first: Update[ModuleUpdate], second: Update[ModuleUpdate], modules: Sequence[str], norms: Floats, others: Floats
 ) -> bool:
     """Whether the cosine of two updates is nearly 1; the largest module tells most, and mostly alone."""
     least = _SAME * float(np.linalg.norm(norms) * np.linalg.norm(others))
     most = float(norms @ others)
     for k in np.argsort(-norms).tolist():
-        product = inner([one.modules[modules[k]]], [other.modules[modules[k]]])[0, 0]
+        product = inner([first.modules[modules[k]]], [second.modules[modules[k]]])[0, 0]
         most -= float(norms[k] * others[k] - product)
         if most < least:
             return False

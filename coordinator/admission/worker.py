@@ -34,8 +34,8 @@ offload = asyncio.to_thread
 class AdmissionWorker:
     """Takes pending contributions from the store, and notes there how each stands."""
 
-    def __init__(self, known: Store, blobs: Blobs, clock: Callable[[], float]) -> None:
-        self._store = known
+    def __init__(self, store: Store, blobs: Blobs, clock: Callable[[], float]) -> None:
+        self._store = store
         self._blobs = blobs
         self._clock = clock
         self._pool: ProcessPoolExecutor | None = None

@@ -56,7 +56,7 @@ def changes_up_to(certificate: bytes, key_pem: bytes) -> tuple[tls.Change, ...]:
         changes = tls.changes(certificate)
     except ValueError:
         return ()
-    keys = [each.key for each in changes]
+    keys = [change.key for change in changes]
     own = signing.spki(signing.private(key_pem))
     return changes[: keys.index(own)] if own in keys else changes if tls.public_key(certificate) == own else ()
 
@@ -85,7 +85,7 @@ def operators(certificate: Path, key: Path) -> tuple[bytes, bytes]:
     if public != signing.spki(private):
         raise UsageError(f"the first certificate in {certificate} is not that of the key in {key}", hint=_HINT)
     if not name:
-        raise UsageError(f"the certificate in {certificate} is for no name", hint="give it a DNS name or an address")
+        raise UsageError(f"the certificate in {certificate} names no host", hint="give it a DNS name or an address")
     if ends < datetime.datetime.now(datetime.UTC):
         raise UsageError(f"the certificate in {certificate} ended on {ends:%Y-%m-%d}", hint="have it renewed")
     return key_pem, certificate_pem
@@ -98,13 +98,13 @@ def authority(file: Path) -> bytes:
         UsageError: there are none in this file.
     """
     try:
-        found = file.read_bytes()
-        x509.load_pem_x509_certificates(found)
+        certificates = file.read_bytes()
+        x509.load_pem_x509_certificates(certificates)
     except OSError as error:
         raise UsageError(f"cannot read {file}: {error.strerror}", hint="--client-ca FILE") from error
     except ValueError as error:
         raise UsageError(f"{file} holds no certificate in PEM form", hint="--client-ca FILE") from error
-    return found
+    return certificates
 
 
 _HINT = "--tls-certificate FILE --tls-key FILE, both PEM, the key without a password"

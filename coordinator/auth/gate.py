@@ -150,10 +150,10 @@ class Gate:
 
     def _access(self, caller: Caller, job: str, passes: set[str]) -> policy.Access:
         try:
-            who = self._access_of(job)
+            job_access = self._access_of(job)
         except NotFound:
             raise self._hidden(job) from None  # in the same words as for one that is hidden
-        return policy.access(who, local=caller.local, passed=caller.operator or EVERY in passes or job in passes)
+        return policy.access(job_access, local=caller.local, passed=caller.operator or EVERY in passes or job in passes)
 
     def _hidden(self, job: str) -> NotFound:
         return NotFound(
@@ -214,7 +214,7 @@ class Gate:
             Refused: several clients have this name.
         """
         if request.settlement not in pb.Settlement.values() or not request.settlement:
-            raise UsageError("no decision is given")
+            raise UsageError("the request holds no decision")
         if request.job:
             self._access_of(request.job)
         person = _named(request.client, [person for person, _ in await offload(self._people.everybody)])
@@ -227,16 +227,16 @@ class Gate:
         return next(client for client in listed.clients if client.id == public_id(person.client_id))
 
 
-def _named(wanted: str, people: Sequence[Person]) -> Person:
+def _named(name_or_id: str, people: Sequence[Person]) -> Person:
     """Somebody by id, or by a name that only one has. Who takes another's id for a name is found by its own id."""
-    matching = [person for person in people if wanted == public_id(person.client_id)]
-    matching = matching or [person for person in people if wanted == person.name]
+    matching = [person for person in people if name_or_id == public_id(person.client_id)]
+    matching = matching or [person for person in people if name_or_id == person.name]
     if len(matching) == 1:
         return matching[0]
     if not matching:
-        raise NotFound(f"no client {wanted!r} is known here", hint="coordinator clients")
+        raise NotFound(f"no client {name_or_id!r} is known here", hint="coordinator clients")
     ids = ", ".join(public_id(person.client_id) for person in matching)
-    raise Refused(f"{len(matching)} clients are called {wanted!r}", hint=f"name one by its id: {ids}")
+    raise Refused(f"{len(matching)} clients are called {name_or_id!r}", hint=f"name one by its id: {ids}")
 
 
 def _token(row: Token) -> pb.Token:

@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 from oneround import lan
 
-WHO = ("open", "token", "approved")
+JOB_ACCESS = ("open", "token", "approved")
 Access = Literal["in", "may ask", "out"]
 
 
@@ -39,13 +39,13 @@ class Caller:
     operator: bool = False
 
 
-def access(who: str, *, local: bool, passed: bool) -> Access:
+def access(job_access: str, *, local: bool, passed: bool) -> Access:
     """What somebody may do with a job whose access is `who`. With a pass they are in, wherever they are. From the local
     network they are in an open job, and may ask to be let into one that takes approval. Anybody else may not know that
     there is such a job."""
-    if passed or (who == "open" and local):
+    if passed or (job_access == "open" and local):
         return "in"
-    return "may ask" if who == "approved" and local else "out"
+    return "may ask" if job_access == "approved" and local else "out"
 
 
 def is_local(peer: str, interfaces: Iterable[lan.Interface]) -> bool:

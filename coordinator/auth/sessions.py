@@ -61,7 +61,7 @@ class Sessions:
         except ValueError as error:
             raise UsageError(f"the client's key cannot be read: {error}") from error
         if not isinstance(key, ed25519.Ed25519PublicKey):
-            raise UsageError("a client's key is an Ed25519 key")
+            raise UsageError("a client's key must be an Ed25519 key")
         statement = signing.sign_in(self._fingerprint, request.challenge, request.token)
         if not signing.signed(request.key, statement, request.signature):
             raise NotSignedIn("the signature is not this key's, or not for this coordinator")

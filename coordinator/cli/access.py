@@ -81,15 +81,15 @@ def list_tokens(state: State = DEFAULT_STATE, as_json: Json = False) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("token", "job", "for", "used", "holds until", ""):
         table.add_column(heading)
-    for each in reply.tokens:
-        over = "revoked" if each.revoked else "expired" if each.expires_unix < time.time() else ""
+    for token in reply.tokens:
+        over = "revoked" if token.revoked else "expired" if token.expires_unix < time.time() else ""
         table.add_row(
-            each.id,
-            escape(each.job or "every job"),
-            escape(each.note),
-            f"{each.used} of {each.uses}" if each.uses else str(each.used),
-            time.strftime("%d %b %Y, %H:%M", time.localtime(each.expires_unix)),
-            over or ("used up" if each.uses and each.used >= each.uses else ""),
+            token.id,
+            escape(token.job or "every job"),
+            escape(token.note),
+            f"{token.used} of {token.uses}" if token.uses else str(token.used),
+            time.strftime("%d %b %Y, %H:%M", time.localtime(token.expires_unix)),
+            over or ("used up" if token.uses and token.used >= token.uses else ""),
         )
     out.print(table)
 
@@ -119,23 +119,26 @@ def listed(context: typer.Context, job: OneJob = "", state: State = DEFAULT_STAT
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("client", "name", "last seen", "may take part in"):
         table.add_column(heading)
-    for each in reply.clients:
+    for client in reply.clients:
         table.add_row(
-            each.id,
-            escape(each.name),
-            time.strftime("%d %b %Y, %H:%M", time.localtime(each.last_seen_unix)),
-            escape(f"nothing: banned{f' ({each.why})' if each.why else ''}" if each.banned else _passes(each)),
+            client.id,
+            escape(client.name),
+            time.strftime("%d %b %Y, %H:%M", time.localtime(client.last_seen_unix)),
+            escape(f"nothing: banned{f' ({client.why})' if client.why else ''}" if client.banned else _passes(client)),
         )
     out.print(table)
-    for each in reply.clients:
-        for asked in each.passes:
-            if not asked.granted and not each.banned:
-                out.print(f"Let {each.id} in:  coordinator clients approve {each.id} --job {asked.job}", markup=False)
+    for client in reply.clients:
+        for passing in client.passes:
+            if not passing.granted and not client.banned:
+                out.print(
+                    f"Let {client.id} in:  coordinator clients approve {client.id} --job {passing.job}", markup=False
+                )
 
 
 def _passes(client: pb.KnownClient) -> str:
     return ", ".join(
-        (each.job or "every job") + (f" ({each.how})" if each.granted else " (has asked)") for each in client.passes
+        (passing.job or "every job") + (f" ({passing.how})" if passing.granted else " (has asked)")
+        for passing in client.passes
     )
 
 

@@ -80,9 +80,9 @@ def _stopped(state: Path) -> Iterator[None]:
     """
     if not (state / "key.pem").exists():
         raise UsageError(f"no coordinator has run over {state}", hint=f"coordinator serve --state {state}")
-    with ExitStack() as held:
+    with ExitStack() as locks:
         try:
-            held.enter_context(command.only_one(state, "coordinator"))
+            locks.enter_context(command.only_one(state, "coordinator"))
         except UsageError as error:
             error.hint = "stop the daemon first"
             raise

@@ -88,15 +88,15 @@ def serve(
     if metrics:
         _check_address(metrics, "--metrics HOST:PORT, as 127.0.0.1:9464")
     specs = [jobs.read(file) for file in job or []]
-    who = _identity(state, own)
+    own_identity = _identity(state, own)
     state = state.resolve()
-    shown = transport.Certificates(who, partial(identity.load_or_create, state, own), authority)
-    served = Served(state, listen, who, shown, insecure, reflection, advertise=not (insecure or no_advertise))
+    shown = transport.Certificates(own_identity, partial(identity.load_or_create, state, own), authority)
+    served = Served(state, listen, own_identity, shown, insecure, reflection, advertise=not (insecure or no_advertise))
     _log_to_stderr()
     _open_many_files()
     sys.setswitchinterval(SWITCH_SECONDS)
     with command.only_one(state, "coordinator"):
-        daemon = Daemon(state, database, blobs=blobs, key=who.key)
+        daemon = Daemon(state, database, blobs=blobs, key=own_identity.key)
         with _metrics(daemon, metrics):
             asyncio.run(_serve(daemon, served, specs))
 
@@ -114,8 +114,8 @@ async def _serve(daemon: Daemon, served: Served, specs: Sequence[pb.JobSpec]) ->
     )
     statuses = [await daemon.submit(spec) for spec in specs]  # can take minutes; an interrupt just ends it
     stop = asyncio.Event()
-    for wanted in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(wanted, stop.set)
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
     await grpc_server.start()
     fingerprint = served.identity.fingerprint
     control.announce(served.state, address, insecure=served.insecure, fingerprint=fingerprint)
@@ -171,10 +171,10 @@ def _metrics(daemon: Daemon, address: str) -> Iterator[None]:
 def _open_many_files() -> None:
     """As many as the system lets us: every client is a socket, and macOS begins with 256."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-    if soft < wanted:
+    limit = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft < limit:
         with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def _own_files(

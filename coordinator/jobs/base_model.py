@@ -74,9 +74,9 @@ def gguf(spec: pb.ModelSpec, prepared: PreparedBase, cache: Path) -> Path:
         BadModel: the operator's own is not there, is quantised, or is of another model.
     """
     if spec.gguf:
-        given = Path(spec.gguf)
-        _same_model(given, prepared, spec.accept_quantised_gguf)
-        return given
+        file = Path(spec.gguf)
+        _same_model(file, prepared, spec.accept_quantised_gguf)
+        return file
     return _built(prepared.folder, prepared.fingerprint, cache)
 
 
@@ -88,20 +88,20 @@ def _built(folder: Path, fingerprint: str, cache: Path) -> Path:
     return built
 
 
-def _same_model(given: Path, prepared: PreparedBase, accept_quantised: bool) -> None:
+def _same_model(file: Path, prepared: PreparedBase, accept_quantised: bool) -> None:
     """Everybody would train for nothing if this came out at publication: sizes, and the last norm, which is small and
     which no two trainings share, have to agree now."""
     base = prepared.base
-    source = gguf_merge.check_base(given, base, base.linears, accept_quantised=accept_quantised)
+    source = gguf_merge.check_base(file, base, base.linears, accept_quantised=accept_quantised)
     norm, name = source.tensors.get("output_norm.weight"), f"{base.family.norm}.weight"
     expected = architectures.weights(prepared.folder).get(name)
     if norm is None or expected is None:
         if architectures.is_known(prepared.folder):
-            raise BadModel(f"{given} or {prepared.folder} has no final norm to compare them by")
+            raise BadModel(f"{file} or {prepared.folder} has no final norm to compare them by")
         return  # some families have none; then the first block's matrices were compared
     stored, ours = gguf_file.to_float32(norm), architectures.as_in_gguf(base, name, expected).astype(np.float32)
     if stored.shape != ours.shape or not np.allclose(stored, ours, rtol=1e-2, atol=1e-3):
-        raise BadModel(f"{given} holds other weights than {prepared.folder}", hint="leave model.gguf out: it is built")
+        raise BadModel(f"{file} holds other weights than {prepared.folder}", hint="leave model.gguf out: it is built")
 
 
 def _find(spec: pb.ModelSpec) -> tuple[Path, str]:
@@ -122,16 +122,16 @@ def _find(spec: pb.ModelSpec) -> tuple[Path, str]:
     )
 
     try:
-        found = Path(snapshot_download(spec.base, revision=spec.revision, allow_patterns=list(_WANTED)))
+        folder = Path(snapshot_download(spec.base, revision=spec.revision, allow_patterns=list(_WANTED)))
     except RepositoryNotFoundError as error:
         raise BadModel(
             f"the Hugging Face hub has no model {spec.base}", hint="hf auth login, if it is gated"
         ) from error
     except HFValidationError as error:
-        raise BadModel(f"{spec.base} is neither a folder here nor a Hugging Face hub id") from error
+        raise BadModel(f"{spec.base} is neither a folder on this machine nor a Hugging Face hub id") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise BadModel(
-            f"the base model {spec.base} is neither a folder here nor to be had from the hub: {error}",
+            f"the base model {spec.base} is no folder here, and cannot be downloaded from the hub: {error}",
             hint=f"hf download {spec.base}, on a machine with a network, and give the folder as model.base",
         ) from error
-    return found, found.name
+    return folder, folder.name

@@ -17,14 +17,14 @@ from coordinator.storage.store import Store
 from oneround.v1 import federation_pb2 as pb
 
 
-def open_round(spec: pb.JobSpec, state: Path, blobs: Blobs, known: Store, now: float) -> None:
+def open_round(spec: pb.JobSpec, state: Path, blobs: Blobs, store: Store, now: float) -> None:
     """Prepare a job and write it down. Takes minutes for a large base, which is read, and turned into a GGUF once.
 
     Raises:
         BadModel: the base is not there, or of a family for which there is no way to a GGUF.
         UsageError, BadData: what it is to start from is not there, or does not fit; see warm_start.py.
     """
-    source = warm_start.find(spec, state, known)
+    source = warm_start.find(spec, state, store)
     prepared = base_model.prepare(spec.model, state / "bases")
     if prepared.revision:
         spec.model.revision = prepared.revision
@@ -48,7 +48,7 @@ def open_round(spec: pb.JobSpec, state: Path, blobs: Blobs, known: Store, now: f
         )
         if source:
             announced.started_from.CopyFrom(warm_start.taken(source, announced.initial.digest))
-        known.add_job(
+        store.add_job(
             Job(
                 name=spec.name,
                 job=announced,

@@ -82,7 +82,7 @@ def check(spec: pb.JobSpec, clients: int | None = None) -> pb.JobSpec:
             ("admission.clip", spec.admission.clip == 0 or 1 <= spec.admission.clip <= 1e6, "0, or 1 or more"),
             ("admission.outlier", 0 <= spec.admission.outlier <= 1e6, "0 or more"),
             ("admission.min_cosine", -1 <= spec.admission.min_cosine <= 1, "-1 to 1"),
-            ("access.who", spec.access.who in policy.WHO, rules.one_of(policy.WHO)),
+            ("access.who", spec.access.who in policy.JOB_ACCESS, rules.one_of(policy.JOB_ACCESS)),
             ("publish.adapter_rank", spec.publish.adapter_rank <= 65536, "0 to 65536"),
         ],
     )

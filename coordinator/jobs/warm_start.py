@@ -26,7 +26,7 @@ class WarmStart:
     base_fingerprint: str = ""
 
 
-def find(spec: pb.JobSpec, state: Path, known: Store) -> WarmStart | None:
+def find(spec: pb.JobSpec, state: Path, store: Store) -> WarmStart | None:
     """Where a job's start lies, found before anything large is read; None where it is a fresh adapter.
 
     Raises:
@@ -45,7 +45,7 @@ def find(spec: pb.JobSpec, state: Path, known: Store) -> WarmStart | None:
             )
         return WarmStart(path, pb.Start())
     try:
-        earlier, publications = known.announced(where).job, known.publications(where)
+        earlier, publications = store.announced(where).job, store.publications(where)
     except NotFound:
         raise UsageError(
             f"lora.start_from is {where!r}, and there is no such job here",
@@ -73,7 +73,7 @@ def read(source: WarmStart, spec: pb.JobSpec, prepared: PreparedBase, shapes: Ma
     where = kinds.settings(spec).start_from
     if source.base_fingerprint and source.base_fingerprint != prepared.fingerprint:
         raise UsageError(
-            f"job {where!r} has another base model than this one, and its adapter means nothing over it",
+            f"job {where!r} has another base model than this one, so its adapter does not fit",
             hint=f"coordinator show {where} has its base; give this job the same model.base and model.revision",
         )
     try:
@@ -106,7 +106,7 @@ def _check_rank(earlier: pb.Start, spec: pb.JobSpec, start: Adapter) -> None:
     if rank == wanted:
         return
     ranks = set(start.ranks.values())
-    what = f"version {earlier.version} of job {where!r}" if earlier.job else where
+    origin = f"version {earlier.version} of job {where!r}" if earlier.job else where
     hint = f"lora.rank = {rank} in this job" if len(ranks) == 1 and rank <= lora.MOST_RANK else ""
     if earlier.job and rank > wanted:
         hint = (
@@ -114,6 +114,6 @@ def _check_rank(earlier: pb.Start, spec: pb.JobSpec, start: Adapter) -> None:
             f' publish.adapter_rank = {wanted} in the job, or a method that keeps the rank, such as "fedavg"'
         )
     raise UsageError(
-        f"{what} has rank {rank} in {module}, and this job's lora.rank is {wanted}",
+        f"{origin} has rank {rank} in {module}, and this job's lora.rank is {wanted}",
         hint=hint or "an adapter of one rank in all modules",
     )

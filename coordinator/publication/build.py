@@ -90,7 +90,10 @@ def _aggregate(order: BuildOrder, scratch: Path, report: Report) -> tuple[Aggreg
         again = f"coordinator publish {order.spec.name} --method exact"
         raise LayoutMismatch(str(error), hint=f"`{again}` takes any") from error
     weights = dict(zip((candidate.id for candidate in taking), aggregated.weights, strict=True))
-    entries = [cohort.entry(each, assessments[each.id], weights.get(each.id, 0.0)) for each in order.contributions]
+    entries = [
+        cohort.entry(candidate, assessments[candidate.id], weights.get(candidate.id, 0.0))
+        for candidate in order.contributions
+    ]
     return aggregated, [*entries, *order.set_aside]
 
 

@@ -48,7 +48,14 @@ def assess(order: BuildOrder, sent: Mapping[str, Adapter], start: Adapter | None
     """What the cohort makes of each candidate, by its id; with a `start`, of what each changed of it."""
     arrived = sorted(order.contributions, key=lambda candidate: (candidate.received, candidate.id))
     members = [
-        Member(each.id, each.client, changes(sent[each.id], start), each.num_examples, each.by_hand) for each in arrived
+        Member(
+            candidate.id,
+            candidate.client,
+            changes(sent[candidate.id], start),
+            candidate.num_examples,
+            candidate.by_hand,
+        )
+        for candidate in arrived
     ]
     assessments = outliers.judge(members, order.spec.admission)
     if len(members) < outliers.COHORT:
@@ -69,11 +76,13 @@ def taking_part(order: BuildOrder, assessments: Mapping[str, Assessment]) -> lis
     Raises:
         BadModel: fewer are left than the version needs.
     """
-    taking = [each for each in order.contributions if assessments[each.id].verdict != "quarantined"]
+    taking = [candidate for candidate in order.contributions if assessments[candidate.id].verdict != "quarantined"]
     if len(taking) < order.at_least:
-        left_out = [each for each in order.contributions if each not in taking]
-        reasons = "; ".join(f"{each.client}: {assessments[each.id].reason}" for each in left_out)
-        raise BadModel(f"{len(taking)} contributions are left of at least {order.at_least}: {reasons}")
+        left_out = [candidate for candidate in order.contributions if candidate not in taking]
+        reasons = "; ".join(f"{candidate.client}: {assessments[candidate.id].reason}" for candidate in left_out)
+        raise BadModel(
+            f"only {len(taking)} contributions are left, and at least {order.at_least} are needed: {reasons}"
+        )
     return taking
 
 
@@ -88,8 +97,11 @@ def updates(
     kind, method = kinds.kind_of(order.spec), aggregate.METHODS[order.spec.aggregate.method]
     by_factor = kind.is_partial(order.spec) or method.needs_one_rank
     return [
-        ClientUpdate(clipped(sent[each.id], assessments[each.id].scale, start, by_factor=by_factor), each.num_examples)
-        for each in taking
+        ClientUpdate(
+            clipped(sent[candidate.id], assessments[candidate.id].scale, start, by_factor=by_factor),
+            candidate.num_examples,
+        )
+        for candidate in taking
     ]
 
 

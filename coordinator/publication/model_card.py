@@ -126,7 +126,7 @@ def _commands(name: str, base: str, smallest: str) -> str:
         ("transformers", f"python -c 'from transformers import pipeline; print({pipeline})'"),
     ]
     where = "\n\n`BASE` is the folder of the base model on your machine." if base == _LOCAL else ""
-    shown = "\n".join(f"# {what}\n{line}" for what, line in lines)
+    shown = "\n".join(f"# {program}\n{line}" for program, line in lines)
     return f"## Run it, from this folder\n\n```sh\n{shown}\n```{where}"
 
 

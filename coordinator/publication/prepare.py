@@ -39,8 +39,8 @@ def order(state: Path, store: Store, blobs: Blobs, name: str) -> tuple[BuildOrde
         base_folder=base.folder,
         base_gguf=base_model.gguf(spec.model, base, state / "bases"),
         base_fingerprint=base.fingerprint,
-        contributions=[_candidate(each, names, blobs) for each in candidates],
-        set_aside=_set_aside(store, name, publication.version, {each.client_id for each in candidates}, names),
+        contributions=[_candidate(contribution, names, blobs) for contribution in candidates],
+        set_aside=_set_aside(store, name, publication.version, {sent.client_id for sent in candidates}, names),
         folder=version_folder(state, name, publication.version),
         initial=blobs.path(record.job.initial.digest) if starts_from_file else None,
         started_from=StartedFrom(

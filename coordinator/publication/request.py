@@ -37,7 +37,11 @@ def check(spec: pb.JobSpec, store: Store, blobs: Blobs) -> pb.JobSpec:
     Raises:
         UsageError: the method or a parameter is invalid, or the method cannot take these contributions.
     """
-    taking = [each for each in store.contributions(spec.name) if each.verdict in ("admitted", "clipped")]
+    taking = [
+        contribution
+        for contribution in store.contributions(spec.name)
+        if contribution.verdict in ("admitted", "clipped")
+    ]
     spec = jobs.check(spec, clients=len(taking) or None)
     kind = kinds.kind_of(spec)
     if aggregate.METHODS[spec.aggregate.method].needs_one_rank and not kind.is_partial(spec):

@@ -65,29 +65,29 @@ def alone(file: Path, kind: str, ids: list[int]) -> ModelOutput:
     return ModelOutput(kind, ids, scores)
 
 
-def verdict(said: ModelOutput, against: ModelOutput, adapter_effect: float = 0.0) -> FileCheck:
+def verdict(output: ModelOutput, against: ModelOutput, adapter_effect: float = 0.0) -> FileCheck:
     """Hold a file against base + adapter (a float file) or against the float file that it was made from.
 
     The coarser type of the two has the bound. Where the adapter moves the base by more than the bound, a float file has
     to be clearly nearer than the base is, so that one without the adapter never passes.
     """
-    quantised = [kind for kind in (said.kind, against.kind) if kind in QUANTISED]
+    quantised = [kind for kind in (output.kind, against.kind) if kind in QUANTISED]
     if quantised:
-        expected, actual = llama.log_softmax(against.logits), llama.log_softmax(said.logits)
+        expected, actual = llama.log_softmax(against.logits), llama.log_softmax(output.logits)
         value = float((np.exp(expected) * (expected - actual)).sum(-1).mean())
         measure, bound = "mean_divergence", QUANTISED[quantised[0]].divergence_bound
     else:
-        value = difference(said.logits, against.logits)
+        value = difference(output.logits, against.logits)
         measure = "relative_logit_difference"
-        bound = max(FLOATS[said.kind].logit_bound, FLOATS[against.kind].logit_bound)
+        bound = max(FLOATS[output.kind].logit_bound, FLOATS[against.kind].logit_bound)
         bound = min(bound, 0.8 * adapter_effect) if adapter_effect > bound else bound
     return FileCheck(
         measure=measure,
         value=value,
         bound=bound,
-        against=against.kind if said.kind in QUANTISED else "base + adapter",
-        top1_agreement=float((said.logits.argmax(-1) == against.logits.argmax(-1)).mean()),
-        perplexity=said.perplexity,
+        against=against.kind if output.kind in QUANTISED else "base + adapter",
+        top1_agreement=float((output.logits.argmax(-1) == against.logits.argmax(-1)).mean()),
+        perplexity=output.perplexity,
         perplexity_against=against.perplexity,
         passed=value <= bound,
     )

@@ -79,7 +79,7 @@ class Federation(rpc.FederationServicer):
             try:
                 async for data in stream.chunks(file, request.offset, self._threads, self._chunk_bytes):
                     yield pb.Chunk(data=data)
-                    metrics.GIVEN.inc(len(data))
+                    metrics.DOWNLOADED.inc(len(data))
             finally:
                 self._downloads -= 1
 

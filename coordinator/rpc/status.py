@@ -28,7 +28,7 @@ async def answered(context: Context, method: str, request: object) -> AsyncItera
     with metrics.timed(method) as call:
         try:
             if request is None:
-                raise UsageError("these bytes are no message of this protocol")
+                raise UsageError("these bytes are not a message of this protocol")
             yield
         except OneroundError as error:
             call.status, message = error.status, _short(str(error))

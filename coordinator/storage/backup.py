@@ -71,7 +71,9 @@ def backup(state: Path, folder: Path, database: str = "", blobs: str = "") -> Ba
             if name != _SECRET or (state / name).exists():
                 _copy(state / name, folder / name, done)
     except FileNotFoundError as error:
-        raise BadData(f"{error.filename} went while it was copied", hint="run the backup again") from error
+        raise BadData(
+            f"{error.filename} disappeared while the backup copied it", hint="run the backup again"
+        ) from error
     finally:
         store.close()
     for leftover in folder.glob(f".{_ROWS}.partial-*"):  # SQLite's own, empty once it is closed
@@ -93,7 +95,7 @@ def restore(folder: Path, state: Path, database: str = "", blobs: str = "") -> B
     if not (folder / _ROWS).exists():
         raise UsageError(f"{folder} is not a whole backup: it has no {_ROWS}", hint="coordinator backup FOLDER")
     if (state / _ROWS).exists():
-        raise UsageError(f"there is a coordinator's state in {state} already", hint="--state NEW-FOLDER")
+        raise UsageError(f"{state} already holds a coordinator's state", hint="--state NEW-FOLDER")
     state.mkdir(parents=True, exist_ok=True)
     with command.only_one(state, "coordinator"):
         done, stored = BackupSummary(), Blobs(state, blobs)

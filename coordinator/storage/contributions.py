@@ -86,7 +86,7 @@ def decide(row: Contribution | None, decision: pb.Decision.ValueType, why: str) 
     if row is None:
         raise Refused("this client has not contributed yet")
     if decision == pb.DECISION_ADMIT and row.standing in ("pending", "unsound"):
-        raise Refused(f"this contribution cannot take part: {row.reason or 'it is still being looked at'}")
+        raise Refused(f"this contribution cannot take part: {row.reason or 'its check is not finished'}")
     if decision == pb.DECISION_LET_REPLACE:
         row.may_replace = True
     else:

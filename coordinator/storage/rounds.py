@@ -76,12 +76,12 @@ def begin_version(
 ) -> None:
     """The row of the next version, and a note on each contribution that it is made of."""
     spec, version = announced.job.spec, round.version + 1
-    asked = pb.PublishRequest(
+    merged = pb.PublishRequest(
         job=spec.name, aggregate=spec.aggregate, adapter_rank=spec.publish.adapter_rank, reason=round.reason
     )
     if request is not None:
-        asked.MergeFrom(request)
-    session.add(Publication(job=spec.name, version=version, request=asked, at_least=at_least))
+        merged.MergeFrom(request)
+    session.add(Publication(job=spec.name, version=version, request=merged, at_least=at_least))
     session.execute(
         update(Contribution)
         .where(Contribution.job == spec.name, Contribution.standing != "pending", not_(Contribution.replaced))

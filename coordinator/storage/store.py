@@ -214,10 +214,10 @@ class Store:
         """
         with self.database.writes() as session:
             round_rows.job(session, contribution.job)
-            kept = contributions.add(session, contribution)
-            if kept is contribution:
+            stored = contributions.add(session, contribution)
+            if stored is contribution:
                 events.record(session, contribution.job, *before, contributions.received(contribution))
-            return kept
+            return stored
 
     def contribution(self, job: str, client_id: str) -> Contribution | None:
         """The one of a client that stands."""
@@ -320,7 +320,11 @@ class Store:
         """Those that are made, oldest first."""
         with self.database.reads() as session:
             query = select(Publication.publication).where(Publication.job == job, Publication.publication.is_not(None))
-            return [made for made in session.scalars(query.order_by(Publication.version)) if made is not None]
+            return [
+                publication
+                for publication in session.scalars(query.order_by(Publication.version))
+                if publication is not None
+            ]
 
     def versions(self, job: str) -> Collection[int]:
         """Of all publications, the one in the making too."""

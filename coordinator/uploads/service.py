@@ -96,7 +96,7 @@ class UploadService:
         if stored is not None and not stored.may_replace:
             return stored
         if declared is None:
-            raise Refused("nothing is declared; call OpenUpload first")
+            raise Refused("no upload was declared; call OpenUpload first")
         self._only_stream(lease)
         if self._streams >= MAX_STREAMS:
             raise NotEnough(f"{MAX_STREAMS} uploads are open already; try again")
@@ -106,10 +106,10 @@ class UploadService:
             partial = self._blobs.partial(client.job, client.client_id, declared.digest)
             await self._receive(declared, partial, first, messages)
             before = lease.unrecorded
-            kept = await offload(self._commit, partial, Contribution.sent(client, declared, self._clock()), before)
+            stored = await offload(self._commit, partial, Contribution.sent(client, declared, self._clock()), before)
             lease.recorded(before)
             lease.contributed = True
-            return kept
+            return stored
         finally:
             lease.uploading = False
             self._streams -= 1
@@ -160,12 +160,12 @@ class UploadService:
                 raise NotFound(f"job {contribution.job!r} was deleted, or this client has withdrawn")
             self._blobs.put(partial, contribution.digest)
             try:
-                kept = self._store.contribute(contribution, before)
+                stored = self._store.contribute(contribution, before)
             except NotFound:
                 self._blobs.drop({contribution.digest} - self._store.digests())
                 raise
             self._blobs.discard(contribution.job, contribution.client_id)
-            return kept
+            return stored
 
     def _only_stream(self, lease: Lease) -> None:
         """A stream that broke is noticed within a minute; until then another try has to wait."""
@@ -189,7 +189,7 @@ class UploadService:
         if digest != declared.digest:
             self._blobs.discard(*partial.name.rsplit(".", 2)[:2])
             raise BadData(
-                f"the upload's SHA-256 is {digest}, and {declared.digest} was declared; what came in was dropped",
+                f"the upload's SHA-256 is {digest}, but {declared.digest} was declared; what came was discarded",
                 hint="edge-client join again, which sends it from the start",
             )
 
@@ -208,7 +208,7 @@ class UploadService:
             offset += len(message.data)
             if count > SMALL_MESSAGES + (offset - start) // 1024:
                 raise UsageError("the upload comes in too many small pieces")
-            metrics.TAKEN.inc(len(message.data))
+            metrics.UPLOADED.inc(len(message.data))
             data, message = message.data, None
             yield data
             del data  # what waits for its turn holds nothing

@@ -51,10 +51,10 @@ def checkpoint_layers(model: Any) -> None:
         forward = type(layer).__call__
 
         def again(self: Any, *args: Any, forward: Any = forward, **kwargs: Any) -> Any:
-            here, after = (int(seed) for seed in np.array(mx.random.randint(0, 1 << 30, (2,))))
+            seed_here, after = (int(seed) for seed in np.array(mx.random.randint(0, 1 << 30, (2,))))
 
             def run(weights: Any, *args: Any, **kwargs: Any) -> Any:
-                mx.random.seed(here)  # both times the same units drop out
+                mx.random.seed(seed_here)  # both times the same units drop out
                 self.update(weights)
                 return forward(self, *args, **kwargs)
 

@@ -102,12 +102,12 @@ def arrays(layers: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str
 def resume(layers: dict[str, Any], optimizer: torch.optim.Optimizer, snapshot: Snapshot) -> None:
     """Put weights and moments back as a snapshot has them."""
     for name, weight in weights(layers):
-        kept, first, second = (
+        value, first, second = (
             torch.tensor(snapshot.arrays[key], device=weight.device)
             for key in (name, f"{name}.first", f"{name}.second")
         )
         with torch.no_grad():
-            weight.copy_(kept)
+            weight.copy_(value)
         optimizer.state[weight] = {
             "step": torch.tensor(float(snapshot.step)),
             "exp_avg": first,

@@ -75,10 +75,10 @@ def _quantisation(bits: int, dtype: torch.dtype) -> Any:
     )
 
 
-def set_checkpointing(body: torch.nn.Module, wanted: bool) -> None:
+def set_checkpointing(body: torch.nn.Module, checkpointing: bool) -> None:
     """Whether decoder layers keep their activations or compute them again. A layer asks for it in training mode only;
     what is in it stays in evaluation mode."""
     for module in body.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.training = module.gradient_checkpointing = wanted
+            module.training = module.gradient_checkpointing = checkpointing
             module._gradient_checkpointing_func = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)

@@ -32,7 +32,10 @@ def discover(
         coordinators = asyncio.run(discovery.look(seconds))
     pinned = set(Pins(state).all().values())
     heard = [
-        HeardCoordinator(one.name, one.addresses, one.fingerprint, one.fingerprint in pinned) for one in coordinators
+        HeardCoordinator(
+            coordinator.name, coordinator.addresses, coordinator.fingerprint, coordinator.fingerprint in pinned
+        )
+        for coordinator in coordinators
     ]
     if as_json:
         rows.print_list(heard)
@@ -51,7 +54,7 @@ def _show(heard: Sequence[HeardCoordinator]) -> None:
     for heading in ("name", "address", "known here", "key fingerprint"):
         table.add_column(heading)
     for row in heard:
-        known = "yes" if row.known else "no"
-        table.add_row(escape(row.name), "\n".join(row.addresses), known, tls.grouped(row.fingerprint))
+        is_known = "yes" if row.known else "no"
+        table.add_row(escape(row.name), "\n".join(row.addresses), is_known, tls.grouped(row.fingerprint))
     out.print(table)
     out.print("Compare the fingerprint with the one that `coordinator serve` printed; anybody can use a name.")

@@ -44,9 +44,9 @@ def pull(
     async def fetch() -> None:
         async with connect.connected(target, state, screen, job) as remote:
             publication = pulling.publication(await remote.job(job), version)
-            wanted = pulling.wanted(publication, artifact, screen)
+            artifacts = pulling.wanted(publication, artifact, screen)
             await pulling.check(remote, job, publication, folder, Pins(state), screen, unsigned=unsigned)
-            await pulling.fetch(remote, job, wanted, folder, screen)
+            await pulling.fetch(remote, job, artifacts, folder, screen)
 
     asyncio.run(fetch())
     screen.say(events.PulledInto(str(folder)))

@@ -41,10 +41,10 @@ def show(
     """The receipts that this machine has, and their files. They hold no secret, and can be given to anybody."""
     screen = Screen(as_json)
     boxes = [outbox.find(state, job)] if job else outbox.all_outboxes(state)
-    kept = [(box, receipt) for box in boxes if (receipt := box.receipt()) is not None]
-    for box, receipt in kept:
+    receipts_kept = [(box, receipt) for box in boxes if (receipt := box.receipt()) is not None]
+    for box, receipt in receipts_kept:
         screen.say(events.ReceiptKept(**_described(receipt), by=_signer(receipt, state), file=str(box.receipt_file)))
-    if not kept:
+    if not receipts_kept:
         screen.say(events.NoReceipt(f" for {job}" if job else ""))
 
 
@@ -73,7 +73,7 @@ def verify(
     trusted = signers.trusted(Pins(state), fingerprint)
     checked = receipts.read(_file(receipt, state))
     key = receipts.signer(checked)
-    signed_by = signers.whose(key, trusted, "this receipt")
+    signed_by = signers.owners(key, trusted, "this receipt")
     screen.say(events.ReceiptHolds(**_described(checked), by=" and ".join(signed_by), fingerprint=tls.grouped(key)))
     if adapter is not None:
         _require_adapter(checked, adapter)
@@ -100,7 +100,7 @@ def _part(
         BadData: the manifest is not signed by the coordinator that signed the receipt.
     """
     signed = manifests.open_signed(file)
-    if not set(signed_by) & set(signers.whose(signed.signer, trusted, str(file))):
+    if not set(signed_by) & set(signers.owners(signed.signer, trusted, str(file))):
         raise BadData(f"{file} is signed by another coordinator than the receipt: {tls.grouped(signed.signer)}")
     part = manifests.part(signed.manifest, receipt)
     answer = events.TakesPart if part.weight > 0 else events.TakesNoPart
@@ -142,6 +142,6 @@ def _described(receipt: pb.Receipt) -> _Described:
 def _signer(receipt: pb.Receipt, state: Path) -> str:
     """Who signed a receipt that is kept here, for a person to read."""
     try:
-        return " and ".join(signers.whose(receipts.signer(receipt), signers.trusted(Pins(state), ""), "it"))
+        return " and ".join(signers.owners(receipts.signer(receipt), signers.trusted(Pins(state), ""), "it"))
     except BadData as error:
         return f"nobody known: {error}"

@@ -84,5 +84,5 @@ def _arguments(flags: tuple[str, ...], value: object) -> list[str]:
     if isinstance(value, bool):
         return [flags[0]] if value else list(flags[1:])
     if isinstance(value, list):
-        return [argument for one in value for argument in (flags[0], str(one))]
+        return [argument for item in value for argument in (flags[0], str(item))]
     return [flags[0], str(value)]

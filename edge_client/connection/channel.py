@@ -54,9 +54,9 @@ class Connection:
     async def sign_in(self, me: ClientKey, token: str) -> pb.SignInReply:
         """Begin a session as the client with this key. A `token` to come in by goes along."""
         self.session = ""
-        asked: pb.ChallengeReply = await self.stub.Challenge(pb.ChallengeRequest(), timeout=CALL_SECONDS)
-        signature = signing.sign(me.key, signing.sign_in(self.fingerprint, asked.challenge, token))
-        request = pb.SignInRequest(key=me.public_key, challenge=asked.challenge, signature=signature, token=token)
+        challenge: pb.ChallengeReply = await self.stub.Challenge(pb.ChallengeRequest(), timeout=CALL_SECONDS)
+        signature = signing.sign(me.key, signing.sign_in(self.fingerprint, challenge.challenge, token))
+        request = pb.SignInRequest(key=me.public_key, challenge=challenge.challenge, signature=signature, token=token)
         reply: pb.SignInReply = await self.stub.SignIn(request, timeout=CALL_SECONDS)
         self.session, self._renew_at = reply.session, time.monotonic() + reply.holds_seconds / 2
         return reply
@@ -97,7 +97,7 @@ async def opened(
     shown = await tls_probe.look(server, own)
     if key and not shown.has(key):
         raise tls_probe.unreachable(server, "another one answers there")
-    pinned = pins.known()
+    pinned = pins.by_address()
     standing = trust.standing(shown, pinned)
     if trusted:
         trust.require_named(shown, trusted)

@@ -122,7 +122,8 @@ async def _discovered(screen: Screen, trusted: str) -> DiscoveredCoordinator:
     with screen.busy("looking for a coordinator on this network"):
         coordinators = await discovery.look()
     if trusted:
-        coordinators = [each for each in coordinators if each.fingerprint == trusted][:1] or coordinators
+        matching = [coordinator for coordinator in coordinators if coordinator.fingerprint == trusted]
+        coordinators = matching[:1] or coordinators
     ask = len(coordinators) > 1 and screen.can_ask
     chosen = await _ask_which(coordinators, screen) if ask else discovery.only(coordinators)
     screen.say(events.CoordinatorFound(chosen.name, chosen.addresses[0]))
@@ -165,8 +166,9 @@ def _joined_at(state: Path, job: str) -> str:
 
 async def _ask_which(coordinators: Sequence[DiscoveredCoordinator], screen: Screen) -> DiscoveredCoordinator:
     rows = [
-        f"  {number}  {each.name} at {each.addresses[0]}, key {tls.grouped(each.fingerprint[:16])} …"
-        for number, each in enumerate(coordinators, 1)
+        f"  {number}  {coordinator.name} at {coordinator.addresses[0]},"
+        f" key {tls.grouped(coordinator.fingerprint[:16])} …"
+        for number, coordinator in enumerate(coordinators, 1)
     ]
     screen.say(events.SeveralCoordinators("\n".join(rows)))
     while True:

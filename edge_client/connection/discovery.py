@@ -29,7 +29,7 @@ class DiscoveredCoordinator:
 
 async def look(
     seconds: float = LOOK_SECONDS,
-    enough: Callable[[DiscoveredCoordinator], bool] = lambda found: False,
+    enough: Callable[[DiscoveredCoordinator], bool] = lambda coordinator: False,
     *,
     interfaces: Callable[[], Sequence[lan.Interface]] = lan.interfaces,
 ) -> list[DiscoveredCoordinator]:
@@ -50,9 +50,9 @@ async def look(
 
     async def ask(zeroconf: Zeroconf, name: str) -> None:
         info = AsyncServiceInfo(lan.SERVICE, name)
-        if await info.async_request(zeroconf, seconds * 1000) and (found := read(info)) and len(heard) < _MOST:
-            heard[name] = found
-            if enough(found):
+        if await info.async_request(zeroconf, seconds * 1000) and (coordinator := read(info)) and len(heard) < _MOST:
+            heard[name] = coordinator
+            if enough(coordinator):
                 done.set()
 
     def changed(zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
@@ -74,7 +74,7 @@ async def look(
         await asyncio.gather(*asking, return_exceptions=True)
     finally:
         await listener.async_close()
-    return sorted(heard.values(), key=lambda found: (found.name, found.addresses))
+    return sorted(heard.values(), key=lambda coordinator: (coordinator.name, coordinator.addresses))
 
 
 def read(info: AsyncServiceInfo) -> DiscoveredCoordinator | None:
@@ -89,19 +89,19 @@ def read(info: AsyncServiceInfo) -> DiscoveredCoordinator | None:
     return DiscoveredCoordinator(label(name), addresses, fingerprint)
 
 
-def only(found: Sequence[DiscoveredCoordinator]) -> DiscoveredCoordinator:
+def only(coordinators: Sequence[DiscoveredCoordinator]) -> DiscoveredCoordinator:
     """The one that there is.
 
     Raises:
         Unreachable: there is none.
         UsageError: there are several.
     """
-    if not found:
+    if not coordinators:
         raise Unreachable(
             "no coordinator makes itself known on this network",
             hint="edge-client join --server HOST:PORT, as `coordinator serve` prints it",
         )
-    if len(found) > 1:
-        there = ", ".join(f"{each.name} at {each.addresses[0]}" for each in found)
-        raise UsageError(f"several coordinators make themselves known on this network: {there}", hint="add --server")
-    return found[0]
+    if len(coordinators) > 1:
+        listed = ", ".join(f"{coordinator.name} at {coordinator.addresses[0]}" for coordinator in coordinators)
+        raise UsageError(f"several coordinators make themselves known on this network: {listed}", hint="add --server")
+    return coordinators[0]

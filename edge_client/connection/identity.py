@@ -81,8 +81,8 @@ class Pins:
         self.state, self.keep = state, keep
         self._file = state / "known-coordinators.json"
 
-    def known(self) -> dict[str, Pin]:
-        """What is pinned, by address.
+    def by_address(self) -> dict[str, Pin]:
+        """The pins by address.
 
         Raises:
             BadData: the file is damaged.
@@ -97,27 +97,27 @@ class Pins:
 
     def all(self) -> dict[str, str]:
         """The pinned fingerprints, by address."""
-        return {address: pin.fingerprint for address, pin in self.known().items()}
+        return {address: pin.fingerprint for address, pin in self.by_address().items()}
 
     def earlier(self, fingerprint: str) -> frozenset[str]:
         """The keys that the coordinator with this key had before."""
-        pins = self.known().values()
+        pins = self.by_address().values()
         return frozenset(key for pin in pins if pin.fingerprint == fingerprint for key in pin.earlier)
 
     def pin(self, address: str, fingerprint: str, follows: Sequence[str] = ()) -> None:
         """Pin the key at an address, and wherever one is pinned that it `follows`, which is kept as an earlier one."""
-        known = self.known()
-        made = dict(known)
-        for place, pin in known.items():
+        pins = self.by_address()
+        changed = dict(pins)
+        for place, pin in pins.items():
             if pin.fingerprint in follows:
                 before = (*(key for key in pin.earlier if key not in follows), *follows)
-                made[place] = Pin(fingerprint, before)
-        if address not in made or made[address].fingerprint != fingerprint:
-            same = (pin for pin in made.values() if pin.fingerprint == fingerprint)
-            made[address] = next(same, Pin(fingerprint))
-        if self.keep and made != known:
+                changed[place] = Pin(fingerprint, before)
+        if address not in changed or changed[address].fingerprint != fingerprint:
+            same = (pin for pin in changed.values() if pin.fingerprint == fingerprint)
+            changed[address] = next(same, Pin(fingerprint))
+        if self.keep and changed != pins:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            rows = {place: asdict(pin) for place, pin in made.items()}
+            rows = {place: asdict(pin) for place, pin in changed.items()}
             files.replace(self._file, [json.dumps(rows, indent=2).encode()])
 
 

@@ -174,9 +174,9 @@ class Remote:
 
     async def _pieces(self, job: str, artifact: pb.Artifact, offset: int, on_bytes: OnBytes) -> AsyncIterator[bytes]:
         """An artifact's bytes as they come, and not one more than were announced."""
-        wanted = pb.DownloadRequest(job=job, digest=artifact.digest, offset=offset)
+        request = pb.DownloadRequest(job=job, digest=artifact.digest, offset=offset)
         connection = await self._signed_in()
-        async for chunk in connection.stub.Download(wanted, metadata=connection.metadata):
+        async for chunk in connection.stub.Download(request, metadata=connection.metadata):
             offset += len(chunk.data)
             if offset > artifact.size:
                 return

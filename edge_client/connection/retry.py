@@ -42,7 +42,7 @@ async def through(
         Unreachable: the deadline has passed.
     """
     waits, failures = pauses(), 0
-    told, told_at = "", 0.0
+    last_error, last_error_at = "", 0.0
 
     def across(done: int) -> None:
         nonlocal waits, failures
@@ -61,7 +61,7 @@ async def through(
             if failures >= LOST_AFTER and await remote.find_again(place):
                 continue
             wait = next(waits)
-            if str(error) != told or time.monotonic() - told_at > SAY_AGAIN:
-                told, told_at = str(error), time.monotonic()
-                screen.say(events.Retry(told, wait))
+            if str(error) != last_error or time.monotonic() - last_error_at > SAY_AGAIN:
+                last_error, last_error_at = str(error), time.monotonic()
+                screen.say(events.Retry(last_error, wait))
             await asyncio.sleep(wait)

@@ -74,7 +74,7 @@ async def _look(server: str, own: ClientCertificate | None) -> ShownCertificate:
     try:
         async with asyncio.timeout(SECONDS):
             reader, writer = await asyncio.open_connection(host, port, ssl=context)
-            seen = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+            certificate = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
             try:
                 if not await reader.read(1):  # a server of HTTP/2 speaks first
                     raise _HungUp
@@ -90,11 +90,11 @@ async def _look(server: str, own: ClientCertificate | None) -> ShownCertificate:
         number = getattr(error, "errno", None) or 0
         why = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or str(error)
         raise unreachable(server, why) from error
-    shown = ShownCertificate(server, ssl.DER_cert_to_PEM_cert(seen).encode())
+    shown = ShownCertificate(server, ssl.DER_cert_to_PEM_cert(certificate).encode())
     try:
         shown.fingerprint, shown.earlier  # noqa: B018  # whoever answers may show anything
     except ValueError as error:
-        raise BadData(f"the one at {server} shows a certificate that cannot be read: {error}") from error
+        raise BadData(f"the server at {server} presents a certificate that cannot be read: {error}") from error
     return shown
 
 
@@ -130,8 +130,10 @@ def unreachable(server: str, why: str) -> Unreachable:
 
 def _turned_away(server: str, own: ClientCertificate | None) -> Refused:
     if own is None:
-        said = f"the coordinator at {server} lets in only clients with a certificate that its operator's CA has signed"
-        return Refused(said, hint="ask the operator for one; then add --certificate FILE --certificate-key FILE")
+        reason = (
+            f"the coordinator at {server} lets in only clients with a certificate that its operator's CA has signed"
+        )
+        return Refused(reason, hint="ask the operator for one; then add --certificate FILE --certificate-key FILE")
     return Refused(
         f"the coordinator at {server} does not take the certificate in {own.certificate}: another CA has signed it, or "
         "it has ended",

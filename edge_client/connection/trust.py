@@ -54,14 +54,14 @@ class KeyStanding(Enum):
 
 def standing(shown: ShownCertificate, pins: Mapping[str, Pin]) -> KeyStanding:
     """What the key that is shown is, by what is pinned."""
-    here = pins.get(shown.address)
-    if here is not None and here.fingerprint == shown.fingerprint:
+    pinned = pins.get(shown.address)
+    if pinned is not None and pinned.fingerprint == shown.fingerprint:
         return KeyStanding.PINNED
-    if here is not None and here.fingerprint in shown.earlier:
+    if pinned is not None and pinned.fingerprint in shown.earlier:
         return KeyStanding.FOLLOWS
     if any(shown.fingerprint in pin.earlier for pin in pins.values()):
         return KeyStanding.GIVEN_UP
-    if here is not None:
+    if pinned is not None:
         return KeyStanding.CHANGED
     keys = {pin.fingerprint for pin in pins.values()}
     if shown.fingerprint in keys:
@@ -69,13 +69,13 @@ def standing(shown: ShownCertificate, pins: Mapping[str, Pin]) -> KeyStanding:
     return KeyStanding.FOLLOWS if keys.intersection(shown.earlier) else KeyStanding.NEW
 
 
-def require(shown: ShownCertificate, found: KeyStanding, pins: Mapping[str, Pin], state: Path) -> None:
+def require(shown: ShownCertificate, standing: KeyStanding, pins: Mapping[str, Pin], state: Path) -> None:
     """Raises:
     Refused: by this standing nobody may go on without a person's word.
     """
     accept = shlex.join(["edge-client", "trust", shown.address, shown.fingerprint, *_state(state)])
     hint = f"compare with what `coordinator serve` prints over there; only if it is the same:\n  {accept}"
-    if found is KeyStanding.CHANGED:
+    if standing is KeyStanding.CHANGED:
         raise Refused(
             f"the coordinator at {shown.address} has another key than the last time, and the old one has not signed "
             "it. It was set up anew, or somebody else answers in its place.\n"
@@ -83,7 +83,7 @@ def require(shown: ShownCertificate, found: KeyStanding, pins: Mapping[str, Pin]
             f"  now     {tls.grouped(shown.fingerprint)}",
             hint=hint,
         )
-    if found is KeyStanding.GIVEN_UP:
+    if standing is KeyStanding.GIVEN_UP:
         raise Refused(
             f"the one at {shown.address} has a key that its coordinator gave up for another. It was brought back from "
             f"an old backup, or somebody else answers in its place.\n  now     {tls.grouped(shown.fingerprint)}",
@@ -131,17 +131,17 @@ def left_behind(shown: ShownCertificate, pins: Mapping[str, Pin]) -> str:
     return next((pin.fingerprint for pin in pins.values() if pin.fingerprint in shown.earlier), "")
 
 
-async def first_time(screen: Screen, shown: ShownCertificate, said: str) -> None:
+async def first_time(screen: Screen, shown: ShownCertificate, advertised: str) -> None:
     """Meet a coordinator whose key nobody here knows. Where nobody can be asked, an address that a person named is
     taken, and one that only the network has said (`said`, with this fingerprint) is not.
 
     Raises:
         Refused: it is not to be trusted.
     """
-    if said and not shown.has(said):
+    if advertised and not shown.has(advertised):
         raise Refused(
             f"on this network a coordinator with one key makes itself known at {shown.address}, and one with another "
-            f"answers there.\n  said   {tls.grouped(said)}\n  shown  {tls.grouped(shown.fingerprint)}",
+            f"answers there.\n  said   {tls.grouped(advertised)}\n  shown  {tls.grouped(shown.fingerprint)}",
             hint="add --server HOST:PORT, as `coordinator serve` prints it",
         )
     if screen.can_ask:
@@ -152,7 +152,7 @@ async def first_time(screen: Screen, shown: ShownCertificate, said: str) -> None
                 f"the key of the coordinator at {shown.address} was not accepted: it is not pinned, nothing is sent",
                 hint=f"add --trust {shown.fingerprint}  once somebody has compared it",
             )
-    elif said:
+    elif advertised:
         raise Refused(
             f"the coordinator at {shown.address} was only heard of on this network, where anybody can say anything, "
             f"and its key is not known here.\n  fingerprint  {tls.grouped(shown.fingerprint)}",

@@ -22,14 +22,14 @@ def hold_out(rows: tuple[Row, ...]) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
         return _cut(rows[0])
     shares = [_share(row) for row in rows]
     lowest, highest = min(shares), max(shares)
-    held = [share < _HELD_OUT or share == lowest for share in shares]
-    if all(held):
-        held = [share < highest for share in shares]
-    if not any(held):  # all rows are equal
-        held[0] = True
+    held_out = [share < _HELD_OUT or share == lowest for share in shares]
+    if all(held_out):
+        held_out = [share < highest for share in shares]
+    if not any(held_out):  # all rows are equal
+        held_out[0] = True
     return (
-        tuple(row for row, out in zip(rows, held, strict=True) if not out),
-        tuple(row for row, out in zip(rows, held, strict=True) if out),
+        tuple(row for row, out in zip(rows, held_out, strict=True) if not out),
+        tuple(row for row, out in zip(rows, held_out, strict=True) if out),
     )
 
 

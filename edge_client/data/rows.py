@@ -86,9 +86,9 @@ def _rows(file: Path) -> Iterator[Row | BadData]:
             yield BadData(f"{where}: expected a JSON object, found {name_of(value)}", hint=SKIP)
             continue
         kind = keys or next((fields for fields in KINDS if value.keys() >= set(fields)), ())
-        wanted = f"{' and '.join(kind)}, as in the rows before" if kind else ACCEPTED
+        accepted = f"{' and '.join(kind)}, as in the rows before" if kind else ACCEPTED
         if not kind or not value.keys() >= set(kind):
-            yield BadData(f"{where}: found the keys {', '.join(value) or '(none)'}; expected {wanted}", hint=SKIP)
+            yield BadData(f"{where}: found the keys {', '.join(value) or '(none)'}; expected {accepted}", hint=SKIP)
             continue
         keys = kind
         try:

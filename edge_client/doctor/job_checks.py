@@ -65,9 +65,9 @@ async def coordinator(case: Case) -> Finding | None:
     try:
         case.remote = await case.open_now.enter_async_context(connecting)
         case.first_use = recorder.last(events.Pinned) is not None
-        asked = time.time()
+        asked_at = time.time()
         case.jobs = await case.remote.jobs()
-        case.skew = (asked + time.time()) / 2 - case.jobs.now_unix
+        case.skew = (asked_at + time.time()) / 2 - case.jobs.now_unix
     except Refused as error:
         case.key_changed = error  # which is for the certificate's line
         return None
@@ -128,7 +128,7 @@ def skew(seconds: float) -> Finding:
     if abs(seconds) < SKEW_STOPS:
         return note("clock", f"this machine's clock is {apart} the coordinator's", _set_clock())
     raise UsageError(
-        f"this machine's clock is {apart} the coordinator's, so that deadlines are missed",
+        f"this machine's clock is {apart} the coordinator's, so it would miss deadlines",
         hint=f"{_set_clock()}; or tell the operator, if the other one is wrong",
     )
 

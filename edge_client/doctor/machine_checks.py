@@ -26,7 +26,7 @@ async def python(_: Case) -> Finding:
     version = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
     if PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
         return ok("python", version)
-    tried = " to ".join(".".join(map(str, each)) for each in PYTHONS)
+    tried = " to ".join(".".join(map(str, numbers)) for numbers in PYTHONS)
     return note("python", f"{version}; oneround is tried with {tried}", "install one of these, and oneround into it")
 
 

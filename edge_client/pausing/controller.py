@@ -25,14 +25,14 @@ class PauseController:
 
     def __init__(
         self,
-        asked: PausePolicy = PausePolicy(),  # noqa: B008  frozen
+        pause_policy: PausePolicy = PausePolicy(),  # noqa: B008  frozen
         *,
         read: Callable[[], Readings] | None = None,
         keep_awake: Callable[[], Release] = sensors.keep_awake,
         look_seconds: float = LOOK_SECONDS,
     ) -> None:
-        self._asked = asked
-        self._read = read or partial(sensors.read, idle=asked.idle)
+        self._policy = pause_policy
+        self._read = read or partial(sensors.read, idle=pause_policy.idle)
         self._keep_awake = keep_awake
         self._look_seconds = look_seconds
         self._screen = Screen()
@@ -103,7 +103,7 @@ class PauseController:
 
     async def _look(self) -> None:
         readings = await asyncio.to_thread(self._read)
-        before, self._pause = self._pause, policy.decide(readings, self._asked, self._pause, time.monotonic())
+        before, self._pause = self._pause, policy.decide(readings, self._policy, self._pause, time.monotonic())
         if self._pause is not None:
             self._let_sleep()
             if self._waited[1] is not None and before and before.reason.kind != self._pause.reason.kind:

@@ -107,10 +107,10 @@ def _battery(readings: Readings, manners: PausePolicy, paused_for: str) -> Reaso
 def _person(readings: Readings, manners: PausePolicy, paused_for: str) -> Reason | None:
     if not manners.idle or (readings.idle is not None and readings.idle >= IDLE_SECONDS):
         return None
-    told = (
+    explanation = (
         "somebody uses this machine" if readings.idle is not None else "it cannot be told whether this machine is idle"
     )
-    return Reason("in_use", told, f"when nobody has used it for {IDLE_SECONDS / 60:.0f} minutes")
+    return Reason("in_use", explanation, f"when nobody has used it for {IDLE_SECONDS / 60:.0f} minutes")
 
 
 def _heat(readings: Readings, manners: PausePolicy, paused_for: str) -> Reason | None:

@@ -47,7 +47,7 @@ def read(*, idle: bool) -> Readings:
         on_battery=on_battery,
         heat=_heat(),
         memory=100.0 * memory.available / memory.total,
-        memory_short=_MAC and _said("sysctl", "-n", "kern.memorystatus_vm_pressure_level").strip() == "4",
+        memory_short=_MAC and _output("sysctl", "-n", "kern.memorystatus_vm_pressure_level").strip() == "4",
         idle=idle_seconds() if idle else None,
     )
 
@@ -65,8 +65,8 @@ def require_idle() -> None:
 def power(supplies: Path = SUPPLIES) -> tuple[bool, float | None]:
     """Whether the machine runs on its battery, and what is left in percent; of several, of all together."""
     if not sys.platform.startswith("linux"):
-        found = psutil.sensors_battery()
-        return (found is not None and not found.power_plugged), (found.percent if found else None)
+        battery = psutil.sensors_battery()
+        return (battery is not None and not battery.power_plugged), (battery.percent if battery else None)
     levels, draining, online = [], False, False
     for supply in sorted(supplies.glob("*")):
         kind, scope = _line(supply / "type"), _line(supply / "scope")
@@ -82,11 +82,13 @@ def power(supplies: Path = SUPPLIES) -> tuple[bool, float | None]:
 def idle_seconds() -> float | None:
     """Seconds since somebody last used this machine; None: it cannot be told."""
     if _MAC:
-        return hid_idle(_said("ioreg", "-r", "-c", "IOHIDSystem", "-d", "1"))
+        return hid_idle(_output("ioreg", "-r", "-c", "IOHIDSystem", "-d", "1"))
     manager = ("org.freedesktop.login1", "/org/freedesktop/login1", "org.freedesktop.login1.Manager")
-    told = re.match(r"b (true|false)\nt (\d+)", _said("busctl", "get-property", *manager, "IdleHint", "IdleSinceHint"))
-    if told:
-        return max(time.time() - int(told[2]) / 1e6, 0.0) if told[1] == "true" else 0.0
+    match = re.match(
+        r"b (true|false)\nt (\d+)", _output("busctl", "get-property", *manager, "IdleHint", "IdleSinceHint")
+    )
+    if match:
+        return max(time.time() - int(match[2]) / 1e6, 0.0) if match[1] == "true" else 0.0
     on_windows = "microsoft" in platform.release().lower()  # WSL sees its own terminals, not the person's
     if on_windows or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
         return None
@@ -104,16 +106,16 @@ def _since_last_key(devices: Path = DEVICES) -> float | None:
     return max(time.time() - max(typed), 0.0) if typed else None
 
 
-def hid_idle(said: str) -> float | None:
+def hid_idle(listing: str) -> float | None:
     """Seconds of idleness, from what ioreg says of IOHIDSystem."""
-    found = re.search(r'"HIDIdleTime"\s*=\s*(\d+)', said)
-    return int(found[1]) / 1e9 if found else None
+    match = re.search(r'"HIDIdleTime"\s*=\s*(\d+)', listing)
+    return int(match[1]) / 1e9 if match else None
 
 
 def _heat() -> Heat:
     if _MAC:
-        pressure = _said("notifyutil", "-g", "com.apple.system.thermalpressurelevel")
-        return heat_of_a_mac(pressure, _said("pmset", "-g", "therm"))
+        pressure = _output("notifyutil", "-g", "com.apple.system.thermalpressurelevel")
+        return heat_of_a_mac(pressure, _output("pmset", "-g", "therm"))
     groups = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
     return heat((sensor.current, sensor.critical) for group in groups.values() for sensor in group)
 
@@ -174,15 +176,15 @@ def awake_command(mac: bool, pid: int) -> list[str]:
     return ["systemd-inhibit", *why, "tail", f"--pid={pid}", "-f", "/dev/null"]
 
 
-def _said(*command: str) -> str:
+def _output(*command: str) -> str:
     """What a program of the system prints; empty if it is not there, fails or does not answer."""
     try:
-        done = subprocess.run(
+        child = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=True
         )
     except (OSError, ValueError, subprocess.SubprocessError):
         return ""
-    return done.stdout
+    return child.stdout
 
 
 def _line(file: Path) -> str:

@@ -107,18 +107,18 @@ def memory_needed(
     adapters = spec.lora.rank * len(job.modules)
     if spec.lora.dropout:
         adapters += sum(module.in_features for module in job.modules) * 5 // 4
-    kept = (
+    activation_width = (
         base.hidden * base.layers + per_layer + adapters // base.layers
         if setup.checkpointing
         else base.layers * per_layer + adapters
     )
-    activations = width * tokens * kept
+    activations = width * tokens * activation_width
     chunk = max(1, figures.logits_at_once // base.vocabulary) if figures.logits_at_once else tokens
     logits = 3 * _FLOAT * base.vocabulary * min(chunk, tokens)
     rounded = sum(module.out_features * module.in_features for module in job.modules) if setup.bits else 0
     weights = (base.parameters - rounded) * width + rounded * (setup.bits + _SCALES) / 8
-    held = weights + 7 * _FLOAT * sizes.elements(job)
-    return int(_RUNTIME_BYTES + held + figures.overhead * (activations + logits))
+    resident = weights + 7 * _FLOAT * sizes.elements(job)
+    return int(_RUNTIME_BYTES + resident + figures.overhead * (activations + logits))
 
 
 @dataclass(frozen=True)

@@ -34,16 +34,16 @@ class Inclusion:
     why: str
 
 
-def read(text: bytes, signature: bytes, what: str) -> SignedManifest:
+def read(text: bytes, signature: bytes, subject: str) -> SignedManifest:
     """A manifest that is signed; whether its signer is to be believed, is for the caller to judge.
 
     Raises:
         BadData: the signature does not fit it, or it is no manifest.
     """
     record = pb.Signature()
-    signers.parse(signature, record, f"the signature of {what}")
-    signer = signers.signer(record, statements.manifest(hashlib.sha256(text).hexdigest()), what)
-    return SignedManifest(manifests.read(text, what), signer)
+    signers.parse(signature, record, f"the signature of {subject}")
+    signer = signers.signer(record, statements.manifest(hashlib.sha256(text).hexdigest()), subject)
+    return SignedManifest(manifests.read(text, subject), signer)
 
 
 def open_signed(file: Path) -> SignedManifest:

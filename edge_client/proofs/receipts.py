@@ -32,8 +32,8 @@ def accept(receipt: pb.Receipt, job: pb.Job, client_id: str, digest: str, certif
         "it is for another client": receipt.client_id != client_id,
         "it is for another adapter than the one here": digest and receipt.digest != digest,
     }
-    for fault, found in faults.items():
-        if found:
+    for fault, applies in faults.items():
+        if applies:
             raise BadData(
                 f"what the coordinator gave is no receipt: {fault}. The adapter stays here",
                 hint="tell the person who runs the coordinator, and run the same command again",
@@ -70,7 +70,7 @@ def signer(receipt: pb.Receipt) -> str:
     """
     if not receipt.HasField("signature"):
         raise BadData(
-            "this receipt is not signed: it is from before receipts were",
+            "this receipt is not signed: it was made before receipts were signed",
             hint="edge-client join again, which fetches a signed one",
         )
     return signers.signer(receipt.signature, statements.receipt(receipt), "this receipt")

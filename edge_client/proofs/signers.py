@@ -16,9 +16,9 @@ from oneround.v1 import federation_pb2 as pb
 Keys = Mapping[str, Collection[str]]  # fingerprints, by whose they are
 
 
-def known(pins: Pins) -> Keys:
+def pinned_keys(pins: Pins) -> Keys:
     """The keys that this machine has pinned, by the address of their coordinator, with those that they followed."""
-    return {address: {pin.fingerprint, *pin.earlier} for address, pin in pins.known().items()}
+    return {address: {pin.fingerprint, *pin.earlier} for address, pin in pins.by_address().items()}
 
 
 def connected(pins: Pins, certificate: bytes) -> Collection[str]:
@@ -34,47 +34,47 @@ def trusted(pins: Pins, fingerprint: str) -> Keys:
         UsageError: this is no fingerprint.
     """
     if not fingerprint:
-        return {f"the coordinator at {address}": prints for address, prints in known(pins).items()}
+        return {f"the coordinator at {address}": prints for address, prints in pinned_keys(pins).items()}
     digits = tls.ungrouped(fingerprint)
     if not digits:
         raise UsageError(
-            f"{fingerprint!r} is no key's fingerprint, which has 64 hex digits",
+            f"{fingerprint!r} is not a key fingerprint: a fingerprint has 64 hex digits",
             hint="copy it from what `coordinator serve` prints, and put it in quotation marks",
         )
     return {"the given key": {digits}}
 
 
-def whose(fingerprint: str, keys: Keys, what: str) -> list[str]:
-    """Whose a key is.
+def owners(fingerprint: str, keys: Keys, subject: str) -> list[str]:
+    """The names of those who hold a key.
 
     Raises:
-        BadData: it is none of these.
+        BadData: the key belongs to none of them.
     """
-    found = [name for name, prints in keys.items() if fingerprint in prints]
-    if not found:
-        which = (
+    names = [name for name, prints in keys.items() if fingerprint in prints]
+    if not names:
+        another = (
             "another key than the given one" if "the given key" in keys else "a key that this machine has not pinned"
         )
         raise BadData(
-            f"{what} is signed by {which}: {tls.grouped(fingerprint)}",
+            f"{subject} is signed by {another}: {tls.grouped(fingerprint)}",
             hint="ask who runs the coordinator for its fingerprint, and give that with --fingerprint",
         )
-    return found
+    return names
 
 
-def signer(signature: pb.Signature, said: bytes, what: str) -> str:
+def signer(signature: pb.Signature, statement: bytes, subject: str) -> str:
     """The fingerprint of the key that signed a statement.
 
     Raises:
         BadData: none did.
     """
-    fingerprint = statements.signer(signature, said)
+    fingerprint = statements.signer(signature, statement)
     if not fingerprint:
-        raise BadData(f"the signature does not fit {what}: one of the two was changed, or is of something else")
+        raise BadData(f"the signature does not fit {subject}: one of the two was changed, or is of something else")
     return fingerprint
 
 
-def parse(text: bytes, record: Message, what: str) -> None:
+def parse(text: bytes, record: Message, subject: str) -> None:
     """Read a record of ours from a stranger's JSON.
 
     Raises:
@@ -83,7 +83,7 @@ def parse(text: bytes, record: Message, what: str) -> None:
     try:
         json_format.Parse(text, record)
     except (json_format.ParseError, ValueError, RecursionError) as error:
-        raise BadData(f"{what} is none: {str(error).splitlines()[0][:200]}") from error
+        raise BadData(f"{subject} cannot be read: {str(error).splitlines()[0][:200]}") from error
 
 
 def bytes_of(file: Path, at_most: int) -> bytes:
@@ -94,9 +94,9 @@ def bytes_of(file: Path, at_most: int) -> bytes:
     """
     try:
         with file.open("rb") as opened:
-            found = opened.read(at_most + 1)
+            content = opened.read(at_most + 1)
     except OSError as error:
         raise BadData(f"{file} cannot be read: {error.strerror}") from error
-    if len(found) > at_most:
+    if len(content) > at_most:
         raise BadData(f"{file} has more than {at_most:,} bytes, and is no such file")
-    return found
+    return content

@@ -61,8 +61,8 @@ class Choice:
 
 def this_machine() -> Memory:
     """Its memory now."""
-    found = psutil.virtual_memory()
-    return Memory(found.total, found.available)
+    memory = psutil.virtual_memory()
+    return Memory(memory.total, memory.available)
 
 
 def needed(size: int) -> int:
@@ -85,7 +85,9 @@ def choose(merged: Sequence[pb.Artifact], memory: Memory) -> Choice:
     Of two of one size, f16 comes before bf16, which fewer processors calculate with.
     """
     by_size = sorted(merged, key=lambda artifact: (artifact.size, artifact.name))
-    comfortable = [one for one in by_size if fit(needed(one.size), memory) in (Fit.COMFORTABLE, Fit.FULL)]
+    comfortable = [
+        artifact for artifact in by_size if fit(needed(artifact.size), memory) in (Fit.COMFORTABLE, Fit.FULL)
+    ]
     chosen = comfortable[-1] if comfortable else by_size[0]
     needs = needed(chosen.size)
     return Choice(chosen, needs, memory, fit(needs, memory), others=len(by_size) - 1)
@@ -93,4 +95,4 @@ def choose(merged: Sequence[pb.Artifact], memory: Memory) -> Choice:
 
 def merged(artifacts: Sequence[pb.Artifact]) -> list[pb.Artifact]:
     """Those artifacts that are whole models."""
-    return [one for one in artifacts if one.name.endswith(".gguf") and one.name != "adapter.gguf"]
+    return [artifact for artifact in artifacts if artifact.name.endswith(".gguf") and artifact.name != "adapter.gguf"]

@@ -111,12 +111,12 @@ def _difference(scores: Scores, other: str) -> events.LossDifference:
     return events.LossDifference(difference.mean, difference.error if math.isfinite(difference.error) else None)
 
 
-def _base_gguf(job: pb.Job, base: Path, state: Path, given: Path | None, screen: Screen) -> Path:
+def _base_gguf(job: pb.Job, base: Path, state: Path, own: Path | None, screen: Screen) -> Path:
     """The base as a GGUF: the person's own, or one that is made once and kept."""
-    kept = outbox.base_gguf(state, job)
-    if given is None and not kept.exists():
-        screen.say(events.BaseConverted(str(kept)))
-    return as_gguf(base, kept, given)
+    built = outbox.base_gguf(state, job)
+    if own is None and not built.exists():
+        screen.say(events.BaseConverted(str(built)))
+    return as_gguf(base, built, own)
 
 
 def held_out(source: DataSource, base: Path, max_seq_len: int, most_tokens: int) -> list[Example]:
@@ -141,29 +141,29 @@ def drawn(tokens: Sequence[int], most: int) -> list[int]:
     candidates = [index for index, count in enumerate(tokens) if count]
     if not most or sum(tokens) <= most:
         return candidates
-    taken, total = [], 0
+    indices, total = [], 0
     for index in np.random.default_rng(0).permutation(candidates).tolist():
         if total >= most:
             break
-        taken.append(index)
+        indices.append(index)
         total += tokens[index]
-    return sorted(taken)
+    return sorted(indices)
 
 
-def as_gguf(base: Path, kept: Path, given: Path | None) -> Path:
+def as_gguf(base: Path, built: Path, own: Path | None) -> Path:
     """The base as a GGUF: the given one, or one that is built from the base's folder, once.
 
     Raises:
         BadModel: it cannot be built, since the model's family is not known here.
     """
-    if given is not None:
-        return given
-    if not kept.exists():
+    if own is not None:
+        return own
+    if not built.exists():
         try:
-            gguf_base.build(base, kept)
+            gguf_base.build(base, built)
         except NotKnownHere as error:
             raise BadModel(str(error), hint="--base-gguf FILE, with a GGUF of the base") from error
-    return kept
+    return built
 
 
 def own_adapter(trained: Path, base: Path, base_gguf: Path, to: Path, initial: Path | None = None) -> Path:

@@ -66,10 +66,10 @@ def nats(model: Llama, example: Example) -> float:
     total = 0.0
     for start in range(0, len(targets), _ROWS):  # all logits of a long example would be gigabytes
         some = targets[start : start + _ROWS]
-        said = llama.log_softmax(np.array(model.scores[some], np.float32))  # (≤ _ROWS, V)
-        total -= float(said[np.arange(len(some)), example.ids[some + 1]].sum(dtype=np.float64))
+        log_probabilities = llama.log_softmax(np.array(model.scores[some], np.float32))  # (≤ _ROWS, V)
+        total -= float(log_probabilities[np.arange(len(some)), example.ids[some + 1]].sum(dtype=np.float64))
     if not math.isfinite(total):
-        raise BadModel("the model's logits are no numbers")
+        raise BadModel("the model's logits are not finite numbers")
     return total
 
 

@@ -88,10 +88,10 @@ class Child:
         code = self._process.wait()
         how = signal.Signals(-code).name if code < 0 else f"exit {code}"
         self._complaints.seek(0)
-        said = self._complaints.read().decode(errors="replace").strip().splitlines()
+        complaints = self._complaints.read().decode(errors="replace").strip().splitlines()
         return BadModel(
-            f"llama.cpp ended over {self._file.name} ({how})" + (f": {said[-1][:300]}" if said else ""),
-            hint="if it happens again with other words, the file is not sound: pull it anew, or another version",
+            f"llama.cpp ended over {self._file.name} ({how})" + (f": {complaints[-1][:300]}" if complaints else ""),
+            hint="if it fails on other text too, the file is damaged: pull it again, or pull another version",
         )
 
 
@@ -105,18 +105,18 @@ def losses(
     Raises:
         BadModel: llama.cpp does not take the files, or ends over them.
     """
-    found: list[float] = []
-    done = 0
+    nats: list[float] = []
+    tokens_done = 0
     with Child("edge_client.results.llama_process", model) as child:
         longest = max(len(example.ids) for example in examples)
-        given = str(adapter) if adapter else None
-        list(child.ask(do="measure", model=str(model), adapter=given, context=longest))
+        adapter_path = str(adapter) if adapter else None
+        list(child.ask(do="measure", model=str(model), adapter=adapter_path, context=longest))
         for example in examples:
-            asked = child.ask(do="nats", ids=example.ids.tolist(), targets=np.flatnonzero(example.is_target).tolist())
-            found += [reply["nats"] for reply in asked]
-            done += example.num_targets
-            on_tokens(done)
-    return found
+            replies = child.ask(do="nats", ids=example.ids.tolist(), targets=np.flatnonzero(example.is_target).tolist())
+            nats += [reply["nats"] for reply in replies]
+            tokens_done += example.num_targets
+            on_tokens(tokens_done)
+    return nats
 
 
 class Conversation:
@@ -129,13 +129,13 @@ class Conversation:
 
     def complete(self, prompt: str, *, max_tokens: int, temperature: float) -> Iterator[str]:
         """The continuation of a text, in pieces."""
-        asked = self._child.ask(do="complete", prompt=prompt, max_tokens=max_tokens, temperature=temperature)
-        return (reply["piece"] for reply in asked)
+        replies = self._child.ask(do="complete", prompt=prompt, max_tokens=max_tokens, temperature=temperature)
+        return (reply["piece"] for reply in replies)
 
     def reply(self, messages: list[dict[str, str]], *, max_tokens: int, temperature: float) -> Iterator[str]:
         """The next turn of a conversation, in pieces."""
-        asked = self._child.ask(do="reply", messages=messages, max_tokens=max_tokens, temperature=temperature)
-        return (reply["piece"] for reply in asked)
+        replies = self._child.ask(do="reply", messages=messages, max_tokens=max_tokens, temperature=temperature)
+        return (reply["piece"] for reply in replies)
 
 
 # ---- in the child ----
@@ -144,23 +144,23 @@ class Conversation:
 def answer(requests: Iterator[Reply], tell: Callable[[Reply], None]) -> None:
     """Do what is asked, one request after the other, with the model that the last `measure` or `talk` loaded."""
     model: Llama | None = None
-    for asked in requests:
-        do = asked.pop("do")
+    for request in requests:
+        do = request.pop("do")
         try:
             if do == "measure":
-                adapter = Path(asked["adapter"]) if asked["adapter"] else None
-                model = llama.load(Path(asked["model"]), adapter=adapter, context=max(asked["context"], 8))
+                adapter = Path(request["adapter"]) if request["adapter"] else None
+                model = llama.load(Path(request["model"]), adapter=adapter, context=max(request["context"], 8))
             elif do == "talk":
-                model = llama.load_to_talk(Path(asked["model"]), seed=asked["seed"])
+                model = llama.load_to_talk(Path(request["model"]), seed=request["seed"])
                 tell({"has_chat_template": llama_model.has_chat_template(model)})
             elif do == "nats":
                 assert model is not None
-                is_target = np.zeros(len(asked["ids"]), np.bool_)
-                is_target[asked["targets"]] = True
-                tell({"nats": llama_model.nats(model, Example(np.array(asked["ids"], np.int32), is_target))})
+                is_target = np.zeros(len(request["ids"]), np.bool_)
+                is_target[request["targets"]] = True
+                tell({"nats": llama_model.nats(model, Example(np.array(request["ids"], np.int32), is_target))})
             else:
                 assert model is not None
-                says = llama_model.reply(model, **asked) if do == "reply" else llama_model.complete(model, **asked)
+                says = llama_model.reply(model, **request) if do == "reply" else llama_model.complete(model, **request)
                 for piece in says:
                     tell({"piece": piece})
             tell({"end": True})

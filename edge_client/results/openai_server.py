@@ -75,27 +75,29 @@ def application(model: Llama, name: str, host: str) -> Any:
     # Its settings would else be read from the environment. Nobody's answer is cut off by another one's question.
     server.set_server_settings(ServerSettings(host=host, api_key=None, interrupt_requests=False, root_path=""))
     server._llama_proxy = SingleModel(name, model)
-    made = FastAPI(title=name)
-    made.include_router(server.router)
+    app = FastAPI(title=name)
+    app.include_router(server.router)
     if host in LOOPBACK:  # a page whose name was made to mean this machine still says its own
-        made.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
-    return made
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
+    return app
 
 
-def serve(asked: llama_process.Reply, tell: Callable[[llama_process.Reply], None]) -> None:
+def serve(request: llama_process.Reply, tell: Callable[[llama_process.Reply], None]) -> None:
     """Load, listen, say so, and serve until standard input ends."""
     import uvicorn
 
-    file, host = Path(asked["model"]), asked["host"]
+    file, host = Path(request["model"]), request["host"]
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.create_server((host, asked["port"]), family=family)
+        listening = socket.create_server((host, request["port"]), family=family)
     except (OSError, OverflowError) as error:
         why = str(getattr(error, "strerror", None) or error).partition(" (")[0]
-        raise UsageError(f"cannot listen on {host}:{asked['port']}: {why}", hint="--port 0 takes a free one") from error
+        raise UsageError(
+            f"cannot listen on {host}:{request['port']}: {why}", hint="--port 0 takes a free one"
+        ) from error
     loaded = llama.load_to_talk(file)
-    made = application(loaded, file.stem, host)
-    server = uvicorn.Server(uvicorn.Config(made, log_level="warning", access_log=False, timeout_graceful_shutdown=2))
+    app = application(loaded, file.stem, host)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2))
 
     def end_with_input() -> None:
         sys.stdin.read()

@@ -148,10 +148,10 @@ async def fetch_model(
     published = publication(await remote.job(job), version)
     folder = outbox.published_folder(state, job) / f"v{published.version}"
     await check(remote, job, published, folder, Pins(state), screen)
-    kept = outbox.published_here(state, job, published.version)
+    local = outbox.published_here(state, job, published.version)
     for artifact in choose.merged(published.artifacts):
-        if kept is not None and artifact.name == kept.name and await asyncio.to_thread(_is_here, kept, artifact):
-            return kept, published
+        if local is not None and artifact.name == local.name and await asyncio.to_thread(_is_here, local, artifact):
+            return local, published
     (file,) = await fetch(remote, job, wanted(published, "", screen), folder, screen)
     return file, published
 
@@ -175,9 +175,9 @@ def model_file(model: str, version: int, target: Target, state: Path, screen: Sc
     """A GGUF file that is here, or a job's published model, fetched if it is not."""
     if Path(model).is_file():
         return Path(model)
-    here = outbox.published_here(state, model, version)
-    if here is not None:
-        return here
+    local = outbox.published_here(state, model, version)
+    if local is not None:
+        return local
 
     async def run() -> Path:
         async with connect.connected(target, state, screen, model) as remote:
@@ -205,9 +205,9 @@ async def to_measure(
             return await fetch_base(remote, job, state, model, screen), file, published.version
     except (Unreachable, NotEnough) as error:
         base = model or outbox.model_folder(state, job)
-        here = outbox.published_here(state, name, version)
-        if must or here is None or not all(local_path(base, file).is_file() for file in job.base_files):
+        local = outbox.published_here(state, name, version)
+        if must or local is None or not all(local_path(base, file).is_file() for file in job.base_files):
             raise
-        number = int(here.parent.name.removeprefix("v"))
+        number = int(local.parent.name.removeprefix("v"))
         screen.say(events.MeasuredOffline(str(error).splitlines()[0], number))
-        return base, here, number
+        return base, local, number

@@ -28,8 +28,8 @@ async def fetch_base(remote: Remote, job: pb.Job, state: Path, model: Path | Non
         await _require_same(model, job)
         return model
     folder = outbox.model_folder(state, job)
-    wanted = [(local_path(folder, artifact), artifact) for artifact in job.base_files]
-    missing = [(file, artifact) for file, artifact in wanted if not file.is_file()]
+    base_files = [(local_path(folder, artifact), artifact) for artifact in job.base_files]
+    missing = [(file, artifact) for file, artifact in base_files if not file.is_file()]
     if missing:
         with screen.bar("base", sum(artifact.size for _, artifact in missing)) as advance:
             before = 0

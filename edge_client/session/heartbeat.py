@@ -25,8 +25,8 @@ _UNDECIDED = (pb.VERDICT_UNSPECIFIED, pb.VERDICT_PENDING)
 def pause_after(reply: pb.HeartbeatReply, chance: Callable[[], float] = random.random) -> float:
     """Seconds until the next heartbeat: what the coordinator asks for or a little more, within bounds. `chance` gives
     numbers in [0, 1)."""
-    asked = min(max(HEARTBEAT_SECONDS, reply.next_seconds), retry.LONGEST_PAUSE)
-    return asked * (1 + _JITTER * chance())
+    pause = min(max(HEARTBEAT_SECONDS, reply.next_seconds), retry.LONGEST_PAUSE)
+    return pause * (1 + _JITTER * chance())
 
 
 class Heartbeat:

@@ -92,7 +92,7 @@ def _require_same_job(job: pb.Job, name: str, participant: Participant) -> None:
     job_check.check(job)
     if job.spec.name != name or (participant.agreed is not None and job != participant.agreed):
         raise Refused(
-            f"{name} is not the job any more that it was: the coordinator announces another one now",
+            f"{name} has changed: the coordinator now announces another job under this name",
             hint="run it again, to see what it asks for now; nothing was sent but what joining takes",
         )
 

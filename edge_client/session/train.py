@@ -97,17 +97,17 @@ async def _run(
     plan, backend, pausing = prepared.plan, participant.backend, participant.pausing
     recipe = Recipe.from_spec(job.spec, plan.total_steps)
     run = snapshot.run_digest(backend.name, job.initial.digest, recipe, plan, participant.setup.rounding)
-    kept = await asyncio.to_thread(snapshot.read, box.snapshot, run)
-    _tell_resumption(kept, box, plan, screen)
-    setup = _choose_setup(job, base, prepared.longest, kept, participant, screen)
+    resumed = await asyncio.to_thread(snapshot.read, box.snapshot, run)
+    _tell_resumption(resumed, box, plan, screen)
+    setup = _choose_setup(job, base, prepared.longest, resumed, participant, screen)
     schedule = SnapshotSchedule(box, run, participant.save_every, screen)
-    losses = list(kept.losses) if kept else []
+    losses = list(resumed.losses) if resumed else []
     heartbeat.now.total_steps = plan.total_steps
     began = pausing.clock()
     with screen.bar("training", plan.total_steps, pausing.clock) as advance:
         between_steps = BetweenSteps(heartbeat, pausing, schedule, screen, advance, setup, losses)
         try:
-            trained = await asyncio.to_thread(backend.train, base, initial, recipe, plan, between_steps, kept, setup)
+            trained = await asyncio.to_thread(backend.train, base, initial, recipe, plan, between_steps, resumed, setup)
         except asyncio.CancelledError:
             heartbeat.stop = "interrupted"  # training runs in a thread, which only ends by itself
             raise
@@ -116,24 +116,24 @@ async def _run(
     return trained, losses
 
 
-def _tell_resumption(kept: Snapshot | None, box: Outbox, plan: TrainingPlan, screen: Screen) -> None:
-    if kept is not None:
-        screen.say(events.TrainingResumed(step=kept.step, steps=plan.total_steps))
+def _tell_resumption(resumed: Snapshot | None, box: Outbox, plan: TrainingPlan, screen: Screen) -> None:
+    if resumed is not None:
+        screen.say(events.TrainingResumed(step=resumed.step, steps=plan.total_steps))
     elif box.snapshot.exists():
         screen.say(events.TrainingRestarted())
 
 
 def _choose_setup(
-    job: pb.Job, base: Path, longest: int, kept: Snapshot | None, participant: Participant, screen: Screen
+    job: pb.Job, base: Path, longest: int, resumed: Snapshot | None, participant: Participant, screen: Screen
 ) -> Setup:
     """The first setup that fits into memory, from the one that was asked for on; that of the snapshot if there is one,
     since in other parts a batch's sum would be rounded otherwise."""
-    asked = kept.setup if kept else participant.setup
-    estimate = estimate_memory(base, job, participant.backend, longest, asked)
+    requested = resumed.setup if resumed else participant.setup
+    estimate = estimate_memory(base, job, participant.backend, longest, requested)
     if estimate is None:
-        return asked
-    setup = asked if kept else estimate.setup
-    if setup != asked:
+        return requested
+    setup = requested if resumed else estimate.setup
+    if setup != requested:
         screen.say(events.BatchSplit(parts=setup.parts, checkpointing=setup.checkpointing))
     if estimate.short:
         screen.say(

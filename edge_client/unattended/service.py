@@ -50,7 +50,7 @@ def of_this_user() -> Service:
     if shutil.which("systemctl") is None:
         raise UsageError(
             "this machine has neither systemd nor launchd to run a service",
-            hint="start `edge-client stay …` with whatever starts programs here",
+            hint="start `edge-client stay …` with the program that starts services on this machine",
         )
     config = os.environ.get("XDG_CONFIG_HOME", "")
     return systemd(Path(config) if Path(config).is_absolute() else Path.home() / ".config")
@@ -173,12 +173,12 @@ def uninstall(service: Service) -> bool:
 def _run(command: Command) -> str:
     """Why a command failed, by the last line of its output; empty if it did not."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False)
+        child = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False)
     except (OSError, subprocess.SubprocessError) as error:
         return f"{command[0]}: {error}"
-    if done.returncode == 0:
+    if child.returncode == 0:
         return ""
-    lines = (done.stderr or done.stdout).strip().splitlines()
+    lines = (child.stderr or child.stdout).strip().splitlines()
     return (lines[-1] if lines else f"{command[0]} failed").rstrip(".")
 
 

@@ -60,7 +60,7 @@ def fail(error: OneroundError) -> NoReturn:
 
 
 @contextmanager
-def only_one(folder: Path, what: str) -> Iterator[None]:
+def only_one(folder: Path, program: str) -> Iterator[None]:
     """Hold a folder for this process alone; the lock goes with the process, however it ends.
 
     Raises:
@@ -70,5 +70,7 @@ def only_one(folder: Path, what: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(f"another {what} is at work over {folder}", hint="wait for it, or give --state") from None
+            raise UsageError(
+                f"another {program} is at work over {folder}", hint="wait for it, or give --state"
+            ) from None
         yield

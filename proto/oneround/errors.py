@@ -99,12 +99,12 @@ class NotEnough(OneroundError):
 def tree(kind: type[OneroundError] = OneroundError) -> Iterator[type[OneroundError]]:
     """A class and all that derive from it, each before those that derive from it."""
     yield kind
-    for each in kind.__subclasses__():
-        yield from tree(each)
+    for subclass in kind.__subclasses__():
+        yield from tree(subclass)
 
 
 def from_status(status: str, message: str, hint: str = "") -> OneroundError:
     """The error that a gRPC status stands for: of the classes that share a status, the one nearest the root. A status
     that none of ours has is a refusal, but for UNKNOWN, which stands for a fault like INTERNAL."""
-    kinds = {each.status: each for each in reversed(list(tree()))}
+    kinds = {kind.status: kind for kind in reversed(list(tree()))}
     return kinds.get("INTERNAL" if status == "UNKNOWN" else status, Refused)(message, hint=hint)

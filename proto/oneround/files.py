@@ -36,11 +36,11 @@ def placed(path: Path) -> Iterator[BinaryIO]:
     """
     temporary, room = partial(path), reserved(path)
     with _whole_or_gone(path, temporary):
-        if given := room.exists():
+        if is_reserved := room.exists():
             room.replace(temporary)
-        with temporary.open("r+b" if given else "wb") as file:
+        with temporary.open("r+b" if is_reserved else "wb") as file:
             yield file
-            if given:
+            if is_reserved:
                 file.truncate()
             sync(file)
         temporary.replace(path)

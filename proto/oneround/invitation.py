@@ -32,10 +32,10 @@ class Invitation:
 
 def read(link: str) -> Invitation:
     """Raises ValueError when it is none."""
-    found = _LINK.fullmatch(link.strip())
-    if not found:
+    match = _LINK.fullmatch(link.strip())
+    if not match:
         raise ValueError("an invitation reads oneround://HOST:PORT/#TOKEN+FINGERPRINT")
-    server, token, key = found.groups()
+    server, token, key = match.groups()
     try:
         return Invitation(server, token, base64.urlsafe_b64decode(f"{key}=").hex() if key else "")
     except binascii.Error as error:

@@ -52,11 +52,11 @@ def reachable(interfaces: Iterable[Interface]) -> list[str]:
 
     IPv6 addresses that hold on one link alone are left out: they mean nothing without the interface's name over there.
     """
-    found: list[ipaddress.IPv4Address | ipaddress.IPv6Address] = []
+    addresses: list[ipaddress.IPv4Address | ipaddress.IPv6Address] = []
     for interface in interfaces:
         if not passed_over(interface):
-            found += _addresses(interface)
-    return [str(address) for address in sorted(found, key=lambda a: (a.version, a.is_link_local))]
+            addresses += _addresses(interface)
+    return [str(address) for address in sorted(addresses, key=lambda a: (a.version, a.is_link_local))]
 
 
 def passed_over(interface: Interface) -> str:
@@ -97,8 +97,8 @@ def join_host(host: str, port: int) -> str:
 
 def fingerprint(properties: Mapping[bytes, bytes | None]) -> str:
     """The key's fingerprint in a record from the network; empty when there is none, or it cannot be one."""
-    said = (properties.get(KEY) or b"").decode("ascii", "replace")
-    return said if re.fullmatch(r"[0-9a-f]{64}", said) else ""
+    text = (properties.get(KEY) or b"").decode("ascii", "replace")
+    return text if re.fullmatch(r"[0-9a-f]{64}", text) else ""
 
 
 def is_loopback(address: str) -> bool:

@@ -75,25 +75,25 @@ def fingerprint(der: bytes) -> str:
     return hashlib.sha256(der).hexdigest()
 
 
-def sign(key: PrivateKey, said: bytes) -> bytes:
+def sign(key: PrivateKey, statement: bytes) -> bytes:
     """A signature; the same key signs the same statement with the same bytes."""
     if isinstance(key, ed25519.Ed25519PrivateKey):
-        return key.sign(said)
+        return key.sign(statement)
     if isinstance(key, ec.EllipticCurvePrivateKey):
-        return key.sign(said, ec.ECDSA(hashes.SHA256(), deterministic_signing=True))
-    return key.sign(said, padding.PKCS1v15(), hashes.SHA256())
+        return key.sign(statement, ec.ECDSA(hashes.SHA256(), deterministic_signing=True))
+    return key.sign(statement, padding.PKCS1v15(), hashes.SHA256())
 
 
-def signed(der: bytes, said: bytes, signature: bytes) -> bool:
+def signed(der: bytes, statement: bytes, signature: bytes) -> bool:
     """Whether the holder of a public key (SubjectPublicKeyInfo) signed a statement; False also for what is no key."""
     try:
         key = public(der)
         if isinstance(key, ed25519.Ed25519PublicKey):
-            key.verify(signature, said)
+            key.verify(signature, statement)
         elif isinstance(key, ec.EllipticCurvePublicKey):
-            key.verify(signature, said, ec.ECDSA(hashes.SHA256()))
+            key.verify(signature, statement, ec.ECDSA(hashes.SHA256()))
         else:
-            key.verify(signature, said, padding.PKCS1v15(), hashes.SHA256())
+            key.verify(signature, statement, padding.PKCS1v15(), hashes.SHA256())
     except (ValueError, InvalidSignature):
         return False
     return True

@@ -18,10 +18,10 @@ MANIFEST = "manifest.json"
 SIGNATURE = "manifest.json.signature"  # beside it: a pb.Signature as JSON
 
 
-def receipt(said: pb.Receipt) -> bytes:
+def receipt(record: pb.Receipt) -> bytes:
     """What is signed of a receipt: all of it."""
-    size, time = str(said.size), repr(said.received_unix)
-    return signing.statement("receipt", said.job_id, said.job, said.client_id, said.digest, size, time)
+    size, time = str(record.size), repr(record.received_unix)
+    return signing.statement("receipt", record.job_id, record.job, record.client_id, record.digest, size, time)
 
 
 def manifest(digest: str) -> bytes:
@@ -29,11 +29,11 @@ def manifest(digest: str) -> bytes:
     return signing.statement("manifest", digest)
 
 
-def sign(key: PrivateKey, said: bytes) -> pb.Signature:
+def sign(key: PrivateKey, statement: bytes) -> pb.Signature:
     """A coordinator's signature over a statement: always the same bytes."""
-    return pb.Signature(key=signing.spki(key), value=signing.sign(key, said))
+    return pb.Signature(key=signing.spki(key), value=signing.sign(key, statement))
 
 
-def signer(signature: pb.Signature, said: bytes) -> str:
+def signer(signature: pb.Signature, statement: bytes) -> str:
     """The fingerprint of the key that signed a statement; empty if none did. Whose it is, is for others to know."""
-    return signing.fingerprint(signature.key) if signing.signed(signature.key, said, signature.value) else ""
+    return signing.fingerprint(signature.key) if signing.signed(signature.key, statement, signature.value) else ""

@@ -89,13 +89,13 @@ async def pour(
     `written` is called with how many pieces have been. What came before an error of the source is in the sink when the
     error is raised.
     """
-    held: list[bytes] = []
+    waiting: list[bytes] = []
     writing: asyncio.Task[None] | None = None
 
     async def write() -> None:
-        while held:
-            pieces = held[:]
-            held.clear()
+        while waiting:
+            pieces = waiting[:]
+            waiting.clear()
             try:
                 await asyncio.get_running_loop().run_in_executor(threads, sink.write, pieces)
             finally:
@@ -105,13 +105,13 @@ async def pour(
 
     try:
         async for data in source:
-            held.append(data)
+            waiting.append(data)
             del data
             if writing is None or writing.done():
                 if writing is not None:
                     writing.result()
                 writing = asyncio.create_task(write())
-            elif len(held) >= _HELD_PIECES:
+            elif len(waiting) >= _HELD_PIECES:
                 await writing
     finally:
         if writing is not None:

@@ -79,27 +79,30 @@ def changes(certificate: bytes) -> tuple[Change, ...]:
         value = parsed.extensions.get_extension_for_oid(CHANGES).value
         assert isinstance(value, x509.UnrecognizedExtension), "it is ours"
         rows = json.loads(value.value)
-        said = [Change(*(base64.b64decode(text, validate=True) for text in (key, by))) for key, by in rows]
+        claimed = [Change(*(base64.b64decode(text, validate=True) for text in (key, by))) for key, by in rows]
     except (x509.ExtensionNotFound, ValueError, TypeError, RecursionError):
         return ()
-    held: list[Change] = []
+    proven: list[Change] = []
     new = public_key(certificate)
-    for each in reversed(said[-MOST_CHANGES:]):
-        if not signing.signed(each.key, _follows(each.key, new), each.signature):
+    for change in reversed(claimed[-MOST_CHANGES:]):
+        if not signing.signed(change.key, _follows(change.key, new), change.signature):
             break
-        held.insert(0, each)
-        new = each.key
-    return tuple(held)
+        proven.insert(0, change)
+        new = change.key
+    return tuple(proven)
 
 
 def earlier(certificate: bytes) -> tuple[str, ...]:
     """The fingerprints of the keys, oldest first, that a PEM certificate's key follows by their own signatures."""
-    return tuple(signing.fingerprint(each.key) for each in changes(certificate))
+    return tuple(signing.fingerprint(change.key) for change in changes(certificate))
 
 
-def extension(made: Sequence[Change]) -> x509.UnrecognizedExtension:
+def extension(key_changes: Sequence[Change]) -> x509.UnrecognizedExtension:
     """What a certificate says of the keys before its own."""
-    rows = [[base64.b64encode(part).decode() for part in (each.key, each.signature)] for each in made[-MOST_CHANGES:]]
+    rows = [
+        [base64.b64encode(part).decode() for part in (change.key, change.signature)]
+        for change in key_changes[-MOST_CHANGES:]
+    ]
     return x509.UnrecognizedExtension(CHANGES, json.dumps(rows).encode())
 
 

@@ -125,14 +125,14 @@ Place = tuple[str, Any]  # a key, and the place that it is in; of the document i
 Reader = Callable[[Any, Place], Any]
 
 
-def _wrong(place: Place, said: str) -> BadData:
+def _wrong(place: Place, fault: str) -> BadData:
     """`source: key: key is 3; expected a string`, from the innermost key and what is said of it."""
     key, outer = place
     path = []
     while outer is not None:
         name, outer = outer
         path.append(name)
-    return BadData(": ".join([*reversed(path), f"{key} {said}" if path else f"{key}: {said}"]))
+    return BadData(": ".join([*reversed(path), f"{key} {fault}" if path else f"{key}: {fault}"]))
 
 
 @cache
@@ -159,7 +159,7 @@ def _inner(arguments: tuple[Any, ...]) -> Any:
 
 
 def _record_reader(kind: Any) -> Reader:
-    readers = [(each.name, _reader(hint), _is_required(each)) for each, hint in _typed_fields(kind)]
+    readers = [(field.name, _reader(hint), _is_required(field)) for field, hint in _typed_fields(kind)]
 
     def read_record(values: Any, place: Place) -> Any:
         arguments = {}
@@ -200,19 +200,19 @@ def _within(limits: Limits, read_value: Reader) -> Reader:
     return read_narrowed
 
 
-def _of_type(value: Any, kind: type, what: str, place: Place) -> Any:
+def _of_type(value: Any, kind: type, expected: str, place: Place) -> Any:
     if not isinstance(value, kind):
-        raise _wrong(place, f"is {shown(value)}; expected {what}")
+        raise _wrong(place, f"is {shown(value)}; expected {expected}")
     return value
 
 
 def _scalar_reader(kind: Any) -> Reader:
-    _, what = _SCALARS[kind]
+    _, expected = _SCALARS[kind]
     holds = _HOLDS[kind]
 
     def read_scalar(value: Any, place: Place) -> Any:
         if not holds(value):
-            raise _wrong(place, f"is {shown(value)}; expected {what}")
+            raise _wrong(place, f"is {shown(value)}; expected {expected}")
         return float(value) if kind is float else value
 
     return read_scalar
@@ -235,7 +235,7 @@ def _anything(value: Any, place: Place) -> Any:
 
 def _is_shallow(value: Any, left: int = _DEEPEST) -> bool:
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return left > 0 and all(_is_shallow(each, left - 1) for each in inner)
+    return left > 0 and all(_is_shallow(item, left - 1) for item in inner)
 
 
 # ---- the schema ----
@@ -243,19 +243,19 @@ def _is_shallow(value: Any, left: int = _DEEPEST) -> bool:
 
 def _typed_fields(kind: type) -> list[tuple[Field[Any], Any]]:
     hints = get_type_hints(kind, include_extras=True)
-    return [(each, hints[each.name]) for each in fields(kind)]
+    return [(field, hints[field.name]) for field in fields(kind)]
 
 
-def _is_required(each: Field[Any]) -> bool:
-    return each.default is MISSING and each.default_factory is MISSING
+def _is_required(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def _object_schema(kind: type, definitions: dict[str, Any]) -> dict[str, Any]:
     typed = _typed_fields(kind)
     return {
         "type": "object",
-        "properties": {each.name: _schema(hint, definitions) for each, hint in typed},
-        "required": [each.name for each, _ in typed if _is_required(each)],
+        "properties": {field.name: _schema(hint, definitions) for field, hint in typed},
+        "required": [field.name for field, _ in typed if _is_required(field)],
     }
 
 

@@ -121,7 +121,7 @@ async def test_a_client_follows_a_key_that_was_changed(tmp_path: Path) -> None:
         identity.rotate(state)
         async with running(state) as (_, wire.target):
             await again(remote, wire)
-            (middle,) = Pins(tmp_path / "at work").known().values()
+            (middle,) = Pins(tmp_path / "at work").by_address().values()
             assert middle == Pin(remote.fingerprint, (old,)) and old != remote.fingerprint
             said = dict(screen.said)["key_changed"]
             assert (said["before"], said["now"]) == (tls.grouped(old), tls.grouped(middle.fingerprint))
@@ -129,7 +129,7 @@ async def test_a_client_follows_a_key_that_was_changed(tmp_path: Path) -> None:
         async with running(state) as (_, wire.target):
             last = await met(wire.address, tmp_path / "away")
             assert last == identity.load_or_create(state).fingerprint
-            assert Pins(tmp_path / "away").known() == {wire.address: Pin(last, (old, middle.fingerprint))}
+            assert Pins(tmp_path / "away").by_address() == {wire.address: Pin(last, (old, middle.fingerprint))}
             assert await met(wire.target, tmp_path / "away") == last, "at an address that is new here"
         async with showing(tmp_path, stolen) as wire.target:
             for address in (wire.address, wire.target):  # nor where nothing is pinned
@@ -167,7 +167,7 @@ async def test_a_key_that_claims_to_follow_the_pinned_one(tmp_path: Path) -> Non
             async with showing(tmp_path, forged(authorities.pem(hostile), changes)) as wire.target:
                 with pytest.raises(Refused, match="another key than the last time"):
                     await met(wire.address, tmp_path)
-            assert Pins(tmp_path).known() == {wire.address: Pin(true.fingerprint)}, claim
+            assert Pins(tmp_path).by_address() == {wire.address: Pin(true.fingerprint)}, claim
         async with running(tmp_path / "true") as (_, wire.target):
             assert await met(wire.address, tmp_path) == next_fingerprint
 

@@ -62,12 +62,12 @@ def test_pins_follow_at_every_address_and_earlier_keys_stay_known(tmp_path: Path
     pins.pin(HERE, NAMES[1], [NAMES[0]])
     assert pins.all() == {HERE: NAMES[1], THERE: NAMES[1], "x:1": NAMES[3]}
     pins.pin(THERE, NAMES[2], [NAMES[0], NAMES[1]])
-    assert Pins(tmp_path).known()[HERE] == Pin(NAMES[2], (NAMES[0], NAMES[1]))
+    assert Pins(tmp_path).by_address()[HERE] == Pin(NAMES[2], (NAMES[0], NAMES[1]))
     assert pins.earlier(NAMES[2]) == {NAMES[0], NAMES[1]} and not pins.earlier(NAMES[3])
     pins.pin("new:1", NAMES[2])
-    assert pins.known()["new:1"].earlier == (NAMES[0], NAMES[1])
+    assert pins.by_address()["new:1"].earlier == (NAMES[0], NAMES[1])
     pins.pin(HERE, NAMES[3])  # accepted by hand
-    assert pins.known()[HERE] == Pin(NAMES[3]), "what is not signed is not its earlier key"
+    assert pins.by_address()[HERE] == Pin(NAMES[3]), "what is not signed is not its earlier key"
     Pins(tmp_path, keep=False).pin(HERE, NAMES[0])
     assert pins.all()[HERE] == NAMES[3]
 

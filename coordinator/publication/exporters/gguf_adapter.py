@@ -11,7 +11,7 @@ from coordinator.publication.parts import Exporter, Material, Part, Report
 NAME = "gguf-adapter"
 
 
-def _export(material: Material, folder: Path, made: Sequence[Part], report: Report) -> Sequence[Part]:
+def _export(material: Material, folder: Path, earlier: Sequence[Part], report: Report) -> Sequence[Part]:
     report("writing the adapter for llama.cpp")
     about = "the adapter for llama.cpp, to be loaded beside a GGUF of the base"
     part = Part(NAME, folder / "adapter.gguf", about)

@@ -13,14 +13,14 @@ NAME = "merged-gguf"
 ABOUT = "base + adapter in one file"
 
 
-def _export(material: Material, folder: Path, made: Sequence[Part], report: Report) -> Sequence[Part]:
+def _export(material: Material, folder: Path, earlier: Sequence[Part], report: Report) -> Sequence[Part]:
     """The float types that the job asks for, from fine to coarse. Where it asks for none, one of the checkpoint's own
     precision is made for quantised files to be made from and held against."""
     spec, base = material.spec, material.base
-    wanted = [kind for kind in FLOATS if kind in spec.publish.gguf]
+    kinds = [kind for kind in FLOATS if kind in spec.publish.gguf]
     parts = [
-        Part(NAME, folder / f"{spec.name}-{kind}.gguf", ABOUT, kind=kind, released=kind in wanted)
-        for kind in wanted or [base.dtype]
+        Part(NAME, folder / f"{spec.name}-{kind}.gguf", ABOUT, kind=kind, released=kind in kinds)
+        for kind in kinds or [base.dtype]
     ]
     for part in parts:
         report(f"merging into {part.kind}")

@@ -11,7 +11,7 @@ from coordinator.publication.parts import Exporter, Material, Part, Report
 NAME = "mlx"
 
 
-def _export(material: Material, folder: Path, made: Sequence[Part], report: Report) -> Sequence[Part]:
+def _export(material: Material, folder: Path, earlier: Sequence[Part], report: Report) -> Sequence[Part]:
     report("writing the adapter for mlx-lm")
     part = Part(NAME, folder / "mlx", "the adapter for mlx-lm")
     mlx.write(material.update, part.path, material.base)

@@ -11,7 +11,7 @@ from coordinator.publication.parts import Exporter, Material, Part, Report
 NAME = "peft"
 
 
-def _export(material: Material, folder: Path, made: Sequence[Part], report: Report) -> Sequence[Part]:
+def _export(material: Material, folder: Path, earlier: Sequence[Part], report: Report) -> Sequence[Part]:
     report("writing the adapter for PEFT")
     part = Part(NAME, folder / "peft", "the adapter for PEFT and transformers")
     peft.write(material.update, part.path, base_model=material.spec.model.base)

@@ -13,9 +13,9 @@ from coordinator.publication.parts import Exporter, Material, Part, Report
 NAME = "quantised-gguf"
 
 
-def _export(material: Material, folder: Path, made: Sequence[Part], report: Report) -> Sequence[Part]:
+def _export(material: Material, folder: Path, earlier: Sequence[Part], report: Report) -> Sequence[Part]:
     """The quantised types that the job asks for, in the job's order."""
-    finest = next(part for part in made if part.exporter == merged_gguf.NAME)
+    finest = next(part for part in earlier if part.exporter == merged_gguf.NAME)
     parts = []
     for kind in dict.fromkeys(material.spec.publish.gguf):
         if kind in QUANTISED:

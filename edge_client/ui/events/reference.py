@@ -78,7 +78,7 @@ def _words(hint: Any, *, left_out: bool = False) -> str:
         bare, *notes = get_args(hint)
         return f"{_words(bare)} ({', '.join(notes)})"
     if get_origin(hint) in (types.UnionType, Union):
-        return " or ".join(_words(one) for one in get_args(hint) if not (left_out and one is types.NoneType))
+        return " or ".join(_words(kind) for kind in get_args(hint) if not (left_out and kind is types.NoneType))
     if get_origin(hint) is Literal:
         return " or ".join(f'"{value}"' for value in get_args(hint))
     if get_origin(hint) is tuple:
