@@ -28,6 +28,7 @@ def doctor(
 
     Takes what join takes. The exit code is that of the first problem, 0 if there is none.
     """
+    training.pause_policy()  # what join refuses before anything else
     case = Case(
         state=state,
         target=options.invited(target, link),
@@ -36,5 +37,6 @@ def doctor(
         backend_name=training.backend,
         model=training.model,
         skip_bad_rows=training.skip_bad_rows,
+        setup=training.setup,
     )
     raise typer.Exit(asyncio.run(examination.report(case, Screen(as_json), as_json=as_json)))

@@ -39,6 +39,7 @@ def join(
     """Take part in a job, start to receipt. Run it again after any interruption, and it goes on."""
     screen = Screen(as_json)
     target = options.invited(target, link)
+    training.pause_policy()  # an error of usage comes before one of data
     options.make_folder(state)
     unsent = any(box.trained() and not box.receipt() for box in outbox.all_outboxes(state))
     if not unsent:  # what is trained needs no data any more

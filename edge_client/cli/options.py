@@ -14,6 +14,7 @@ from edge_client import backends, session
 from edge_client.backends import Backend
 from edge_client.connection import identity
 from edge_client.connection.target import Target
+from edge_client.data import files
 from edge_client.pausing import policy, sensors
 from edge_client.pausing.controller import PauseController
 from edge_client.pausing.policy import PausePolicy, When
@@ -21,7 +22,7 @@ from edge_client.session import Participant
 from edge_client.training.recipe import BITS, PRECISIONS, Setup
 from edge_client.ui.screen import Screen
 from edge_client.unattended import watch
-from oneround.errors import BadData, NotEnough, UsageError
+from oneround.errors import NotEnough, UsageError
 
 DEFAULT_STATE = identity.DEFAULT_STATE
 State = Annotated[Path, typer.Option("--state", help="Where jobs are kept.", show_default="the user's data folder")]
@@ -83,7 +84,7 @@ class TrainingOptions:
 
     def require_data(self) -> None:
         """Raises BadData when the files are not there."""
-        require_data(self.data)
+        files.require(self.data, "edge-client join")
 
     def pause_policy(self) -> PausePolicy:
         """When training pauses.
@@ -175,12 +176,6 @@ def invited(target: Target, link: str) -> Target:
     if link and target.server:
         raise UsageError("the invitation says where the coordinator is", hint="leave --server out")
     return replace(target, server=link) if link else target
-
-
-def require_data(data: Path, command: str = "edge-client join") -> None:
-    """Raises BadData when the files are not there."""
-    if not data.exists():
-        raise BadData(f"there is no file or folder {data}", hint=f"say where your files are: {command} --data PATH")
 
 
 def make_folder(folder: Path) -> None:

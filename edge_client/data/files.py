@@ -21,6 +21,12 @@ _JSON = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
+def require(path: Path, command: str) -> None:
+    """Raises BadData when a person's files are not there; `command` is to be run with others."""
+    if not path.exists():
+        raise BadData(f"there is no file or folder {path}", hint=f"say where your files are: {command} --data PATH")
+
+
 def chosen(path: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """Files to train on, and validation files, of a file or a folder.
 

@@ -12,6 +12,7 @@ from edge_client.backends import Backend
 from edge_client.connection.remote import Remote
 from edge_client.connection.target import ANY, Target
 from edge_client.session.prepare import Prepared
+from edge_client.training.recipe import Setup
 from oneround.errors import OneroundError
 from oneround.v1 import federation_pb2 as pb
 
@@ -38,6 +39,7 @@ class Case:
     backend_name: str = "auto"
     model: Path | None = None
     skip_bad_rows: bool = False
+    setup: Callable[[Backend], Setup] = lambda backend: Setup(backend.precision())  # how the person would train
 
     backend: Backend | None = None
     remote: Remote | None = None  # answers, or showed a certificate at least

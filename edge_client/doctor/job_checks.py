@@ -16,17 +16,17 @@ from converters import checkpoint
 from edge_client import outbox
 from edge_client.connection import connect, job_check, trust
 from edge_client.connection.remote import local_path
+from edge_client.data import files
 from edge_client.doctor.finding import Case, Finding, note, ok
 from edge_client.preflight import disk
 from edge_client.preflight.memory import MemoryEstimate
 from edge_client.session.fetch import fetch_base
 from edge_client.session.prepare import Prepared, estimate_memory, load_rows, prepare
-from edge_client.training.recipe import Setup
 from edge_client.ui import events
 from edge_client.ui.events import Event
 from edge_client.ui.screen import Screen
 from oneround import tls
-from oneround.errors import BadData, NotEnough, OneroundError, Refused, UsageError
+from oneround.errors import NotEnough, OneroundError, Refused, UsageError
 from oneround.text import human_size
 from oneround.v1 import federation_pb2 as pb
 
@@ -185,8 +185,7 @@ async def base(case: Case) -> Finding | None:
 async def data(case: Case) -> Finding | None:
     if case.done:
         return None
-    if not case.data.exists():
-        raise BadData(f"there is no data at {case.data}", hint="--data FILE_OR_FOLDER")
+    files.require(case.data, "edge-client doctor")
     spec = case.job.spec if case.job is not None else pb.JobSpec()
     rows = await asyncio.to_thread(load_rows, case.data, spec, skip_bad_rows=case.skip_bad_rows)
     says = f"{len(rows.train):,} rows to train on and {len(rows.held_out):,} held out, from {_files(len(rows.files))}"
@@ -246,7 +245,7 @@ async def room(case: Case) -> Finding:
 async def memory(case: Case) -> Finding | None:
     if case.job is None or case.base is None or case.backend is None:
         return None
-    setup = Setup(case.backend.precision())
+    setup = case.setup(case.backend)
     longest = case.prepared.longest if case.prepared is not None else None
     return outlook(estimate_memory(case.base, case.job, case.backend, longest, setup), case.job)
 

@@ -15,6 +15,7 @@ from converters.families import NotKnownHere
 from converters.gguf import adapter as gguf_adapter
 from converters.gguf import base as gguf_base
 from edge_client import outbox
+from edge_client.data import files as data_files
 from edge_client.data.tokenize import Example
 from edge_client.outbox import DataSource, Outbox
 from edge_client.results import llama_process
@@ -51,11 +52,7 @@ def own_training(state: Path, name: str, data: Path | None = None) -> OwnTrainin
     source = box.source() or DataSource("data")
     if data is not None:
         source = replace(source, data=str(data))
-    if not Path(source.data).exists():
-        raise BadData(
-            f"there is no file or folder {source.data}",
-            hint=f"say where your files are: edge-client evaluate {name} --data PATH",
-        )
+    data_files.require(Path(source.data), f"edge-client evaluate {name}")
     return OwnTraining(box, joined.job, joined.lease, source)
 
 

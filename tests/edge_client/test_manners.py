@@ -24,7 +24,9 @@ from edge_client.connection.identity import Pins
 from edge_client.pausing import sensors as machine
 from edge_client.pausing.controller import PauseController
 from edge_client.pausing.policy import IDLE_SECONDS, Heat, Pause, PausePolicy, Readings, decide, why_pause
+from edge_client.ui.events import Event
 from edge_client.ui.screen import Screen
+from oneround.errors import Refused
 from oneround.v1 import federation_pb2 as pb
 from tests import commands
 from tests.commands import script
@@ -299,9 +301,9 @@ class Timed(Screen):
         super().__init__(as_json=True)
         self.at: dict[str, float] = {}
 
-    def say(self, event: str, **fields: object) -> None:
-        self.at[event] = time.monotonic()
-        super().say(event, **fields)
+    def say(self, event: Event) -> None:
+        self.at[event.event] = time.monotonic()
+        super().say(event)
 
 
 async def take_part(address: str, who: session.Participant, screen: Screen | None = None) -> pb.Receipt:
@@ -373,7 +375,7 @@ async def test_a_coordinators_stop_ends_a_pause(tmp_path: Path) -> None:
             if status.joined:
                 break
         await daemon.close("notes")
-        with pytest.raises(session.Refused, match="stopped this job"):
+        with pytest.raises(Refused, match="stopped this job"):
             await asyncio.wait_for(taking, LONG)
 
 

@@ -285,7 +285,7 @@ async def test_pull_evaluate_report_and_chat(tmp_path: Path) -> None:
         assert {**sent, "tokens": int(sent["tokens"])} == {k: v for k, v in second["tells"].items() if k != "event"}
 
         _, said = await run(*evaluating, "--data", tmp_path / "nothing", code=5)
-        assert "there is no data at" in said and "--data" in said
+        assert "there is no file or folder" in said and "--data" in said
         _, said = await run(*evaluating, "--version", 9, code=2)
         assert "no version 9" in said
 
