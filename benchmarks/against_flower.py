@@ -50,15 +50,18 @@ RESTART = 5.0  # seconds
 ROUNDS = (1, 3)
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=ROOT / "benchmarks" / "base", help="a model's folder")
     parser.add_argument("--work", type=Path, default=ROOT / "build", help="a folder to work in")
     parser.add_argument("--quick", action="store_true", help="three clients, little data, one seed, fewer arms")
     parser.add_argument("--seeds", type=int, help="runs of each arm (default: 3, with --quick 1)")
     parser.add_argument("--json", type=Path, help="write the document there as well")
-    asked = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    asked = parsed()
     clients = CLIENTS[:3] if asked.quick else CLIENTS
     size, held_out = (50_000, 12_000) if asked.quick else (160_000, 25_000)  # bytes of source, per client
     work = asked.work.resolve() / "against-flower"

@@ -189,6 +189,35 @@ def versions() -> dict[str, str]:
 # ---- all of it ----
 
 
+def tried_once(tasks: dict[str, Task], arguments: argparse.Namespace) -> dict[str, dict[str, Found]]:
+    """Every setting of TRL on each data set; none with --quick."""
+    candidates: dict[str, dict[str, Found]] = {data: {} for data in DATASETS}
+    names = [name for name in TRL if name != "trl:compiled" or arguments.with_compile]
+    for name in names if not arguments.quick else ():
+        for data in DATASETS:
+            candidates[data][name] = trained(tasks[data], name)
+    return candidates
+
+
+def repeated(
+    tasks: dict[str, Task], names: dict[str, list[str]], inputs: Found, arguments: argparse.Namespace
+) -> dict[str, dict[str, list[Found]]]:
+    """Every contestant's runs on each data set, in turns. Ends where one learns another number of tokens."""
+    runs: dict[str, dict[str, list[Found]]] = {data: {name: [] for name in names[data]} for data in DATASETS}
+    for _ in range(arguments.repeats):
+        for data, task in tasks.items():
+            for name in names[data]:
+                one = needed(trained(task, name), name)
+                learnt = inputs["datasets"][data]["targets"]
+                if abs(one["targets"] / learnt - 1) > TOLERANCE:
+                    sys.exit(f"{name} learns {one['targets']} tokens of {data}, and not {learnt}: nothing to compare")
+                if arguments.cuda:
+                    work = flops(SHAPES[task.shape], task.rank, one["tokens"], one["targets"])
+                    one["mfu"] = round(work / one["seconds"] / arguments.peak_tflops / 1e12, 4)
+                runs[data][name].append(one)
+    return runs
+
+
 def run(arguments: argparse.Namespace) -> Found:
     task = Task(
         work=arguments.work,
@@ -207,30 +236,14 @@ def run(arguments: argparse.Namespace) -> Found:
     always = ["torch", *([] if arguments.cuda else ["torch-float32"]), *(["mlx", "mlx-lm"] if with_mlx else []), "trl"]
     tasks = {data: replace(task, data=data) for data in DATASETS}
 
-    candidates: dict[str, dict[str, Found]] = {data: {} for data in DATASETS}
-    if not arguments.quick:
-        for name in TRL:
-            if name != "trl:compiled" or arguments.with_compile:
-                for data in DATASETS:
-                    candidates[data][name] = trained(tasks[data], name)
+    candidates = tried_once(tasks, arguments)
     names = {
         data: always
         + (QUICK if arguments.quick else fastest({**candidates[data], "trl": {"failed": "always there"}}, 2))
         for data in DATASETS
     }
 
-    runs: dict[str, dict[str, list[Found]]] = {data: {name: [] for name in names[data]} for data in DATASETS}
-    for _ in range(arguments.repeats):
-        for data in DATASETS:
-            for name in names[data]:
-                one = needed(trained(tasks[data], name), name)
-                learnt = inputs["datasets"][data]["targets"]
-                if abs(one["targets"] / learnt - 1) > TOLERANCE:
-                    sys.exit(f"{name} learns {one['targets']} tokens of {data}, and not {learnt}: nothing to compare")
-                if arguments.cuda:
-                    work = flops(SHAPES[task.shape], task.rank, one["tokens"], one["targets"])
-                    one["mfu"] = round(work / one["seconds"] / arguments.peak_tflops / 1e12, 4)
-                runs[data][name].append(one)
+    runs = repeated(tasks, names, inputs, arguments)
     contestants = {data: {name: summary(found) for name, found in of.items()} for data, of in runs.items()}
     table = {data: ratios(of) for data, of in contestants.items()}
     smallest = {

@@ -86,26 +86,13 @@ def main() -> None:
     stages = Stages()
 
     with stages("data"):
-        for name in CLIENTS:
-            packages.split(name, OUT / "data" / name, train_bytes=TRAIN_BYTES, held_out_bytes=HELD_OUT_BYTES)
-        packages.pool([OUT / "data" / name for name in CLIENTS], OUT / "data" / "together")
+        make_data()
     used = {name: usable(backend) for name, backend in CLIENTS.items()}
 
     with coordinator(OUT) as server:
         with stages("submit"):
-            for name, clients in (("stdlib", len(CLIENTS)), ("together", 1)):
-                job = OUT / f"{name}.toml"
-                job.write_text(
-                    JOB.format(
-                        name=name,
-                        base=BASE,
-                        epochs=EPOCHS,
-                        learning_rate=LEARNING_RATE,
-                        sequence=SEQUENCE,
-                        clients=clients,
-                    )
-                )
-                run("coordinator", "submit", job, "--state", OUT / "coordinator")
+            submit("stdlib", len(CLIENTS))
+            submit("together", 1)
 
         title("Three clients train on their own data; each sends one adapter")
         with stages("federated"), Board(console) as board:
@@ -148,6 +135,21 @@ def main() -> None:
     if not all(kept.values()):
         console.print("[red]The federated model did not keep what this demo promises; see above.[/red]")
         sys.exit(1)
+
+
+def make_data() -> None:
+    """Each client's own rows, and all of them together."""
+    for name in CLIENTS:
+        packages.split(name, OUT / "data" / name, train_bytes=TRAIN_BYTES, held_out_bytes=HELD_OUT_BYTES)
+    packages.pool([OUT / "data" / name for name in CLIENTS], OUT / "data" / "together")
+
+
+def submit(name: str, clients: int) -> None:
+    """Open a job for so many clients."""
+    settings = {"base": BASE, "epochs": EPOCHS, "learning_rate": LEARNING_RATE, "sequence": SEQUENCE}
+    job = OUT / f"{name}.toml"
+    job.write_text(JOB.format(name=name, clients=clients, **settings))
+    run("coordinator", "submit", job, "--state", OUT / "coordinator")
 
 
 def usable(backend: str) -> str:

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,24 @@ asyncio.run(main())
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "started 127.0.0.1:" in done.stdout
+
+
+def test_every_package_is_installed() -> None:
+    """A package that is not in the list would be missing where oneround is installed from a wheel."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = [init.parent for name in FORBIDDEN for init in (ROOT / name).rglob("__init__.py")]
+    there = {str(folder.relative_to(ROOT)).removeprefix("proto/").replace("/", ".") for folder in folders}
+    assert set(listed) == there and len(listed) == len(there)
+
+
+def test_files_and_functions_are_read_in_a_sitting() -> None:
+    """At most 400 lines a file, and 60 a function, but for generated stubs and tests."""
+    files = [file for name in (*FORBIDDEN, "benchmarks", "docs") for file in (ROOT / name).rglob("*.py")]
+    assert len(files) > 200
+    for file in files:
+        if "_pb2" not in file.name:
+            text = file.read_text("utf-8")
+            assert len(text.splitlines()) <= 400, file
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                    assert node.end_lineno and node.end_lineno - node.lineno < 60, f"{file}: {node.name}"

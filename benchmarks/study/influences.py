@@ -24,33 +24,41 @@ from .tasks import TASKS
 MEASURED = Path(__file__).resolve().parents[1] / "results"  # by the other benchmarks
 
 
-def sweeps(results: Results, out: Path) -> Section:
-    task = SPEAKERS
-    one, three, ten = (
-        Cell(MAIN, task, ONE_SHOT),
-        Cell(MAIN, task, "fedavg", rounds=3),
-        Cell(MAIN, task, "fedavg", rounds=10),
-    )
-    pooled = Cell(MAIN, task, CENTRALISED)
-    recipe = TASKS[task]
+def lines(
+    results: Results,
+    change: Callable[[Cell, Any], Cell],
+    values: Sequence[Any],
+    arms: Mapping[str, Cell],
+    at: Callable[[Any], float],
+) -> dict[str, list[tuple[float, Spread]]]:
+    """For each arm the losses, over what a value changes of it."""
+    return {
+        name: [(at(value), loss) for value in values if (loss := results.loss(change(cell, value)))]
+        for name, cell in arms.items()
+    }
 
-    def lines(
-        change: Callable[[Cell, Any], Cell], values: Sequence[Any], arms: Mapping[str, Cell], at: Callable[[Any], float]
-    ) -> dict[str, list[tuple[float, Spread]]]:
-        return {
-            name: [(at(value), found) for value in values if (found := results.loss(change(cell, value)))]
-            for name, cell in arms.items()
-        }
 
-    arms = {"one round": one, "T = 3": three, "T = 10": ten}
+def rounds_of(task: str) -> dict[str, Cell]:
+    """One round, and several."""
+    return {
+        "one round": Cell(MAIN, task, ONE_SHOT),
+        "T = 3": Cell(MAIN, task, "fedavg", rounds=3),
+        "T = 10": Cell(MAIN, task, "fedavg", rounds=10),
+    }
+
+
+def cohort_panels(results: Results, task: str) -> list[Panel]:
+    """Test loss over the number of clients, and over how data is dealt to them."""
+    arms = rounds_of(task)
     alphas = ("0.1", "0.5", "1", "inf")
     many = {"examples": presets.MANY, "epochs": presets.MANY_EPOCHS}
-    panels = [
+    return [
         Panel(
             lines(
+                results,
                 lambda cell, count: replace(cell, clients=count, **many),
                 presets.CLIENTS,
-                {"one round": one, "T = 5": replace(three, rounds=5)},
+                {"one round": arms["one round"], "T = 5": replace(arms["T = 3"], rounds=5)},
                 float,
             ),
             f"clients, of {presets.MANY:,} examples in all",
@@ -60,30 +68,40 @@ def sweeps(results: Results, out: Path) -> Section:
             ticks=[(float(n), str(n)) for n in presets.CLIENTS],
         ),
         Panel(
-            lines(lambda cell, alpha: replace(cell, dealt=alpha), alphas, arms, lambda a: alphas.index(a)),
+            lines(results, lambda cell, alpha: replace(cell, dealt=alpha), alphas, arms, lambda a: alphas.index(a)),
             "Dirichlet's α (speakers)",
             "α",
             "test loss",
             ticks=[(float(at), {"inf": "∞"}.get(alpha, alpha)) for at, alpha in enumerate(alphas)],
         ),
+    ]
+
+
+def recipe_panels(results: Results, task: str) -> list[Panel]:
+    """Test loss over local epochs and over rank."""
+    arms, epochs_of_task = rounds_of(task), TASKS[task].epochs
+    pooled = {"centralised": Cell(MAIN, task, CENTRALISED)}
+    return [
         Panel(
             lines(
+                results,
                 lambda cell, epochs: presets.times(cell, 1.0, epochs),
                 presets.LOCAL_EPOCHS,
-                {**arms, "centralised": pooled},
-                lambda epochs: epochs * recipe.epochs,
+                {**arms, **pooled},
+                lambda epochs: epochs * epochs_of_task,
             ),
             "local epochs in all",
             "epochs",
             "test loss",
             log=True,
-            ticks=[(epochs * recipe.epochs, f"{epochs * recipe.epochs:g}") for epochs in presets.LOCAL_EPOCHS],
+            ticks=[(epochs * epochs_of_task, f"{epochs * epochs_of_task:g}") for epochs in presets.LOCAL_EPOCHS],
         ),
         Panel(
             lines(
+                results,
                 lambda cell, rank: replace(cell, rank=rank),
                 presets.RANKS,
-                {"one round": one, "T = 3": three, "centralised": pooled},
+                {name: arms[name] for name in ("one round", "T = 3")} | pooled,
                 float,
             ),
             "rank",
@@ -93,6 +111,10 @@ def sweeps(results: Results, out: Path) -> Section:
             ticks=[(float(rank), str(rank)) for rank in presets.RANKS],
         ),
     ]
+
+
+def sweeps(results: Results, out: Path) -> Section:
+    panels = [*cohort_panels(results, SPEAKERS), *recipe_panels(results, SPEAKERS)]
     rows: list[str] = []
     for panel in panels:
         xs = [said_x for _, said_x in panel.ticks]
@@ -101,8 +123,8 @@ def sweeps(results: Results, out: Path) -> Section:
     picture = "sweeps.png" if plots.write(out / "sweeps.png", panels) else ""
     yield from titled(
         "Sweeps",
-        f"Base {MAIN}, {task}, test losses. Clients: the same examples cut finer, laid by speaker. Dirichlet: who has "
-        "how much of each speaker, of twenty draws the one whose smallest client has most; ∞ is at random. "
+        f"Base {MAIN}, {SPEAKERS}, test losses. Clients: the same examples cut finer, laid by speaker. Dirichlet: who "
+        "has how much of each speaker, of twenty draws the one whose smallest client has most; ∞ is at random. "
         "Epochs: at the same learning rate.",
         rows,
         picture,

@@ -52,7 +52,7 @@ async def contribute(
 ) -> tuple[Adapter, pb.Judgement]:
     """A client's whole part in a job; what it sent, and what was made of it at first."""
     reply = await remote.join_as(client, pb.JoinRequest(job=name, client_name=f"client-{client[0]}"))
-    start = adapter.read(await daemon.file(name, reply.job.initial.digest))
+    start = adapter.read(await daemon.participation.file(name, reply.job.initial.digest))
     rng = np.random.default_rng(int(client[0], 16))
     sent = Adapter(
         {module: moved(start.modules[module], rng) for module in sorted(start.modules)}, described(reply.job)
@@ -98,8 +98,8 @@ async def test_three_rounds(tmp_path: Path) -> None:
         # The second begins with exactly that, and says so.
         status = await daemon.submit(after("first", clients=5))
         folder = Path(one.publications[-1].folder)
-        described_ = await daemon.describe("second")
-        start = adapter.read(await daemon.file("second", described_.initial.digest))
+        described_ = await daemon.participation.describe("second")
+        start = adapter.read(await daemon.participation.file("second", described_.initial.digest))
         assert_same(deltas(start), published(one))
         spec = after("./published")
         prepared = base_model.prepare(spec.model, tmp_path / "bases")
@@ -110,7 +110,9 @@ async def test_three_rounds(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="has another base model"):
             warm_start.read(elsewhere, spec, prepared, start.shapes)
         digest = stream.digest(folder / "manifest.json")
-        expected = pb.Start(job="first", job_id=(await daemon.describe("first")).id, version=2, digest=digest)
+        expected = pb.Start(
+            job="first", job_id=(await daemon.participation.describe("first")).id, version=2, digest=digest
+        )
         assert described_.started_from == status.started_from == expected
         assert tables.start(status.started_from, status.spec) == f"version 2 of first (manifest {digest})"
         assert (await daemon.submit(after("first", clients=5))).spec == status.spec, "again is nothing new"
@@ -153,7 +155,7 @@ async def test_three_rounds(tmp_path: Path) -> None:
         status = await daemon.submit(frozen)
         assert (
             not status.started_from.job
-            and status.started_from.digest == (await daemon.describe("third")).initial.digest
+            and status.started_from.digest == (await daemon.participation.describe("third")).initial.digest
         )
         sent = [(await contribute(daemon, remote, tmp_path, client, "third"))[0] for client in CLIENTS[:2]]
         last = await version(daemon, 1, "third")
@@ -165,8 +167,8 @@ async def test_three_rounds(tmp_path: Path) -> None:
 
 async def test_what_a_job_cannot_start_from(tmp_path: Path) -> None:
     async with served(tmp_path / "state") as (daemon, _):
-        described_ = await daemon.describe("notes")
-        fresh = adapter.read(await daemon.file("notes", described_.initial.digest))
+        described_ = await daemon.participation.describe("notes")
+        fresh = adapter.read(await daemon.participation.file("notes", described_.initial.digest))
         fits = adapter.initial(fresh.shapes, 2, 1)
         (tmp_path / "empty").mkdir()
         first = min(fresh.modules)
@@ -191,7 +193,7 @@ async def test_what_a_job_cannot_start_from(tmp_path: Path) -> None:
             with pytest.raises(kind, match=why) as caught:
                 await daemon.submit(after(start))
             assert hint in caught.value.hint, start
-        assert [one.spec.name for one in daemon.every()] == ["notes"], "nothing is left of them"
+        assert [one.spec.name for one in daemon.all_statuses()] == ["notes"], "nothing is left of them"
         assert not list((tmp_path / "state" / "uploads").iterdir())
 
 

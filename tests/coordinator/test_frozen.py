@@ -113,8 +113,8 @@ async def test_a_round_with_a_frozen(tmp_path: Path) -> None:
         for client in CLIENTS[:3]:
             assert (await contribute(remote, tmp_path, client)).verdict == pb.VERDICT_ADMITTED
         first = await version(daemon, 1, "frozen")
-        announced = (await daemon.describe("frozen")).initial
-        initial = adapter.read(await daemon.file("frozen", announced.digest))
+        announced = (await daemon.participation.describe("frozen")).initial
+        initial = adapter.read(await daemon.participation.file("frozen", announced.digest))
         for name, update in peft.read(Path(first.publications[0].folder) / "peft").modules.items():
             assert np.array_equal(update.a, initial.modules[name].a), "nobody trained it, and nothing moved it"
 

@@ -194,7 +194,7 @@ async def test_a_job_that_takes_no_more(tmp_path: Path) -> None:
 async def test_what_is_trained_needs_no_data(tmp_path: Path) -> None:
     async with running(tmp_path / "coordinator") as (daemon, address):
         await daemon.submit(job.parse(SPEC))
-        announced = await daemon.describe("notes")
+        announced = await daemon.participation.describe("notes")
         box = outbox.outbox(tmp_path, announced)
         box.keep_joined(address, pb.JoinReply(lease="x", job=announced))
         box.keep_trained(adapter.initial({"x": Shape(3, 2)}, 1, 0), "bfloat16", pb.Declaration(num_examples=3))
