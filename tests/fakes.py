@@ -17,6 +17,7 @@ from edge_client.connection.remote import OnBytes, Remote
 from edge_client.data.batches import Batches
 from edge_client.training.recipe import EXACT, Recipe, Setup
 from edge_client.training.snapshot import Arrays, Snapshot
+from edge_client.ui.events import Event
 from edge_client.ui.screen import Screen
 from oneround.v1 import federation_pb2 as pb
 from tests.waiting import LONG
@@ -108,9 +109,9 @@ class RecordingScreen(Screen):
         self.said: list[tuple[str, dict[str, Any]]] = []
         self._events = defaultdict[str, asyncio.Event](asyncio.Event)
 
-    def say(self, event: str, **fields: object) -> None:
-        self.said.append((event, fields))
-        self._events[event].set()
+    def say(self, event: Event) -> None:
+        self.said.append((event.event, event.as_json()))
+        self._events[event.event].set()
 
     def times(self, event: str) -> int:
         return sum(each == event for each, _ in self.said)
