@@ -14,6 +14,7 @@ from converters.updates import sizes
 from edge_client import backends
 from edge_client.backends import MemoryFigures
 from edge_client.preflight import memory
+from edge_client.session.prepare import estimate_memory
 from edge_client.training.recipe import EXACT, Setup
 from oneround.errors import BadModel
 from oneround.v1 import federation_pb2 as pb
@@ -67,11 +68,11 @@ def test_parameters_are_counted_or_inferred() -> None:
 
 def test_a_model_whose_config_says_something_else_has_no_estimate(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"n_embd": 768, "n_layer": 12}))
-    assert memory.outlook(tmp_path, job_over(BASE), FakeBackend()) is None
+    assert estimate_memory(tmp_path, job_over(BASE), FakeBackend(), None, EXACT) is None
 
 
 def test_what_is_short_is_said() -> None:
-    seen = memory.outlook(BASE, job_over(BASE), FakeBackend(), longest=64)
+    seen = estimate_memory(BASE, job_over(BASE), FakeBackend(), 64, EXACT)
     assert seen is not None and seen.available and not seen.short
     assert replace(seen, available=seen.needed - 1).short
     assert not replace(seen, available=None).short, "a device of its own has memory that is not known here"
