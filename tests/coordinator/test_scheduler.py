@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +18,7 @@ class Published:
         self.asked.append(job)
 
 
-def test_a_start_that_comes_after_the_version_was_recorded_is_no_failure(tmp_path: Path) -> None:
+async def test_a_start_that_comes_after_the_version_was_recorded_is_no_failure(tmp_path: Path) -> None:
     store = Published()
     told: list[str] = []
 
@@ -29,13 +28,10 @@ def test_a_start_that_comes_after_the_version_was_recorded_is_no_failure(tmp_pat
     async def failed(name: str, reason: str) -> None:
         told.append(f"failed {name}: {reason}")
 
-    async def run() -> None:
-        nothing = cast(Any, None)
-        scheduler = PublicationScheduler(tmp_path, cast(Any, store), nothing, nothing, nothing, lambda: 0.0)
-        scheduler.start("notes", published, failed)
-        (task,) = scheduler._tasks.values()
-        await task
-
-    asyncio.run(run())
+    nothing = cast(Any, None)
+    scheduler = PublicationScheduler(tmp_path, cast(Any, store), nothing, nothing, nothing, lambda: 0.0)
+    scheduler.start("notes", published, failed)
+    (task,) = scheduler._tasks.values()
+    await task
     assert store.asked == ["notes"] and told == []
     assert not list(tmp_path.iterdir())

@@ -121,22 +121,19 @@ async def test_a_stop_is_heard_and_raised() -> None:
         heartbeat.check()
 
 
-def test_a_whole_part_keeps_to_the_pacing(tmp_path: Path) -> None:
-    async def test() -> list[float]:
-        who, times = participant(tmp_path, FakeBackend()), []
-        async with running(tmp_path / "one") as (daemon, address):
-            await daemon.submit(spec.parse(SPEC))
-            async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
-                send = remote.heartbeat
+async def test_a_whole_part_keeps_to_the_pacing(tmp_path: Path) -> None:
+    who = participant(tmp_path, FakeBackend())
+    times: list[float] = []
+    async with running(tmp_path / "one") as (daemon, address):
+        await daemon.submit(spec.parse(SPEC))
+        async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
+            send = remote.heartbeat
 
-                async def counted(beat: pb.HeartbeatRequest) -> pb.HeartbeatReply:
-                    times.append(time.monotonic())
-                    return await send(beat)
+            async def counted(beat: pb.HeartbeatRequest) -> pb.HeartbeatReply:
+                times.append(time.monotonic())
+                return await send(beat)
 
-                remote.heartbeat = counted  # type: ignore[method-assign]
-                assert (await session.take_part(remote, "notes", who, Screen())).digest
-        return times
-
-    times = asyncio.run(test())
+            remote.heartbeat = counted  # type: ignore[method-assign]
+            assert (await session.take_part(remote, "notes", who, Screen())).digest
     gaps = [later - earlier for earlier, later in pairwise(times)]
     assert times and all(gap >= 0.99 * HEARTBEAT_SECONDS for gap in gaps), gaps
