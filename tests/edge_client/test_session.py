@@ -84,7 +84,7 @@ async def test_a_batch_that_is_too_large_is_taken_in_parts(tmp_path: Path, capsy
         await daemon.submit(spec.parse({**SPEC, "train": {"batch_size": 65536}}))
         assert (await take_part(address, who)).digest
     parts = backend.setup.parts
-    assert parts > 1 and f"A batch is taken in {parts} parts" in capsys.readouterr().out
+    assert parts > 1 and f"Each batch is processed in {parts} parts" in capsys.readouterr().out
 
 
 async def test_packing_takes_fewer_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
