@@ -1,5 +1,5 @@
 """Training backends: a module each, chosen by name, imported only when chosen. A new one is a module, an entry in
-BACKENDS and an extra of its name in pyproject.toml; tests/edge_client/test_backend_seam.py holds it to the contract.
+BACKENDS and an extra of its name in pyproject.toml; tests/edge_client/backends/test_seam.py holds it to the contract.
 
 A backend takes integer arrays and a recipe and gives an adapter in the common layout; in float32 all of them give
 the same one within rounding. Importing this package imports no training framework.

@@ -1,5 +1,5 @@
 """What is learnt from a person's files: rows → examples → batches → loss. A task is a module with the functions of
-`Task`, and an entry in TASKS; tests/edge_client/test_task_seam.py holds it to the contract.
+`Task`, and an entry in TASKS; tests/edge_client/tasks/test_seam.py holds it to the contract.
 
 Whatever counts tokens, or knows what a row is, asks the task. A backend knows the loss by its name alone.
 """

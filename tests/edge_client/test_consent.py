@@ -14,7 +14,7 @@ from oneround.errors import NotFound, Refused
 from oneround.v1 import federation_pb2 as pb
 from tests import commands, terminal
 from tests.daemons import SPEC, running
-from tests.edge_client.backends import usable
+from tests.edge_client.backends.parity import usable
 from tests.fakes import FakeBackend
 from tests.participants import participant, take_part
 
