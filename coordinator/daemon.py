@@ -69,11 +69,6 @@ class Daemon:
         self.participation = Participation(state, self._store, stored, signer, *shared, self._admission, clock)
         gc.sweep(state, self._store, stored)
 
-        # The operator's calls, without a wire between.
-        self.submit, self.status, self.judge = self.operator.submit, self.operator.status, self.operator.judge
-        self.close, self.cancel = self.operator.close, self.operator.cancel
-        self.delete, self.publish = self.operator.delete, self.operator.publish
-
     async def run(self) -> None:
         """Judge what comes in, close rounds in time and publish what is closed, until cancelled."""
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "short"))

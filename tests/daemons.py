@@ -69,7 +69,7 @@ async def served(state: Path, **options: Any) -> AsyncIterator[tuple[Daemon, Cro
     """A daemon as `running` makes it, over a state folder that may have seen others, with the job of SPEC; and a crowd
     of clients that is connected to it."""
     async with running(state, **options) as (daemon, address), connected(address, state) as crowd:
-        await daemon.submit(spec.parse(SPEC))
+        await daemon.operator.submit(spec.parse(SPEC))
         yield daemon, crowd
 
 

@@ -289,12 +289,12 @@ async def test_a_deadline_of_then_still_ends_a_round(copy: Path) -> None:
     later = max(job["deadline_unix"] for job in said("jobs.json")["jobs"]) + 1.0
 
     async with running(copy / "coordinator", lambda: later) as (daemon, _), asyncio.timeout(PATIENCE):
-        while (status := await daemon.status("open")).state != pb.STATE_PUBLISHED:
+        while (status := await daemon.operator.status("open")).state != pb.STATE_PUBLISHED:
             assert status.state in (pb.STATE_OPEN, pb.STATE_PUBLISHING), status.reason
             await asyncio.sleep(0.1)
         assert status.reason == "deadline, with 2 contributions"
         assert status.publications[0].contributions == 2
-        while (status := await daemon.status("half-sent")).state != pb.STATE_EXPIRED:
+        while (status := await daemon.operator.status("half-sent")).state != pb.STATE_EXPIRED:
             assert status.state == pb.STATE_OPEN, status.reason
             await asyncio.sleep(0.1)
 

@@ -112,7 +112,7 @@ async def _serve(daemon: Daemon, served: Served, specs: Sequence[pb.JobSpec]) ->
         reflect=served.reflect,
         certificates=served.certificates,
     )
-    statuses = [await daemon.submit(spec) for spec in specs]  # can take minutes; an interrupt just ends it
+    statuses = [await daemon.operator.submit(spec) for spec in specs]  # can take minutes; an interrupt just ends it
     stop = asyncio.Event()
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)

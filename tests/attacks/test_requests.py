@@ -74,7 +74,7 @@ async def attacked(state: Path, **changes: Any) -> AsyncIterator[tuple[Daemon, C
             running(state) as (daemon, address),
             connected(address, state) as remote,
         ):
-            await daemon.submit(job.parse({**SPEC, **changes}))
+            await daemon.operator.submit(job.parse({**SPEC, **changes}))
             yield daemon, remote
 
 
@@ -126,7 +126,7 @@ async def test_who_one_is_cannot_be_guessed(tmp_path: Path) -> None:
             break
         for secret in (lease, alice, public_id(alice), ALICE[:5]):
             assert secret.encode() not in public
-        shown = (await daemon.status("notes")).SerializeToString()  # and neither what the operator may
+        shown = (await daemon.operator.status("notes")).SerializeToString()  # and neither what the operator may
         assert lease.encode() not in shown and alice.encode() not in shown
         await honest(remote, tmp_path)
 
@@ -180,7 +180,7 @@ async def test_names_that_mean_harm(tmp_path: Path) -> None:
             for asked_of, digest in [("notes", name), (name, "0" * 64)]:
                 wanted = pb.DownloadRequest(job=asked_of, digest=digest)
                 await refused(stub.Download(wanted), StatusCode.NOT_FOUND)
-        shown = await daemon.status("notes")
+        shown = await daemon.operator.status("notes")
         assert len(shown.clients) == len(NAMES)
         for client in shown.clients:
             machine = client.machine
@@ -355,7 +355,7 @@ async def test_lies_about_the_content(tmp_path: Path) -> None:
         undeclared = await join(remote, BOB)
         sent = pb.UploadRequest(lease=undeclared.lease, offset=0, data=b"x")
         await refused(stub.Upload(iter([sent])), StatusCode.FAILED_PRECONDITION, "OpenUpload")
-        await daemon.close("notes")
+        await daemon.operator.close("notes")
         late = await remote.stub("d" * 32)
         await refused(late.Join(pb.JoinRequest(job="notes")), StatusCode.FAILED_PRECONDITION, "no more contributions")
 
@@ -391,7 +391,7 @@ async def test_a_quota_that_many_reach_for_at_once(tmp_path: Path) -> None:
     quota = {"upload": {"quota": "70kB"}}
     async with attacked(tmp_path / "state") as (daemon, remote):
         for name in ("once", "twice", "thrice"):
-            await daemon.submit(job.parse({**SPEC, **quota, "name": name}))
+            await daemon.operator.submit(job.parse({**SPEC, **quota, "name": name}))
             asked = pb.JoinRequest(job=name)
             leases = [(await remote.join_as(f"{number:032x}", asked)).lease for number in range(8)]
             declared = pb.Declaration(digest="0" * 64, size=30_000, num_examples=1)
@@ -404,7 +404,7 @@ async def test_a_quota_that_many_reach_for_at_once(tmp_path: Path) -> None:
 async def test_a_job_that_goes_while_it_is_sent_to(tmp_path: Path) -> None:
     state = tmp_path / "state"
     async with attacked(state) as (daemon, remote):
-        await daemon.submit(job.parse({**SPEC, "name": "other"}))
+        await daemon.operator.submit(job.parse({**SPEC, "name": "other"}))
         reply = await join(remote, MALLORY)
         file, declaration = written(trained(reply), tmp_path / "mallory")
         stub, data = remote._stub, file.read_bytes()
@@ -418,8 +418,8 @@ async def test_a_job_that_goes_while_it_is_sent_to(tmp_path: Path) -> None:
 
         sending = asyncio.create_task(status_of(stub.Upload(messages())))
         await until(lambda: list((state / "uploads").iterdir()))  # the coordinator has taken the stream
-        await daemon.cancel("notes")
-        await daemon.delete("notes")
+        await daemon.operator.cancel("notes")
+        await daemon.operator.delete("notes")
         gone.set()
         code, details = await sending
         assert code in (StatusCode.NOT_FOUND, StatusCode.FAILED_PRECONDITION, StatusCode.ABORTED), details

@@ -50,7 +50,7 @@ async def kept(
     """A daemon with the job `notes` for these, a crowd at its door, and what its log says."""
     with capture_logs() as said:
         async with running(state, clock) as (daemon, address), connected(address, state) as crowd:
-            await daemon.submit(job.parse({**SPEC, "access": {"who": who}}))
+            await daemon.operator.submit(job.parse({**SPEC, "access": {"who": who}}))
             yield daemon, crowd, said
     assert not [entry for entry in said if entry["event"] == "fault"], said
 
@@ -124,7 +124,7 @@ async def test_a_lease_is_its_clients_alone(tmp_path: Path) -> None:
             call = getattr(crowd.plain, method)(request(method, alice.lease), metadata=mine)
             await refused(call, StatusCode.PERMISSION_DENIED, "another client's")
             assert logged(said, method, StatusCode.PERMISSION_DENIED) == 1, method
-        (client,) = [each for each in (await daemon.status("notes")).clients if each.name == ALICE[:5]]
+        (client,) = [each for each in (await daemon.operator.status("notes")).clients if each.name == ALICE[:5]]
         assert client.phase == pb.PHASE_TRAINING and not client.evaluations
         file, declaration = written(trained(alice), tmp_path / "alice")
         await crowd.upload(alice.lease, declaration, file, nothing)
@@ -341,7 +341,7 @@ async def test_tokens_that_let_nobody_in_any_more(tmp_path: Path) -> None:
 async def test_a_token_for_another_job_opens_no_door_here(tmp_path: Path) -> None:
     state = tmp_path / "state"
     async with kept(state, "token") as (daemon, crowd, _):
-        await daemon.submit(job.parse({**SPEC, "name": "other", "access": {"who": "token"}}))
+        await daemon.operator.submit(job.parse({**SPEC, "name": "other", "access": {"who": "token"}}))
         holder = speaking(crowd, MALLORY, await token(daemon, state, job="other"))
         assert [found.spec.name for found in (await holder.jobs()).jobs] == ["other"]
         for call in (holder.describe("notes"), holder.join(pb.JoinRequest(job="notes")), holder.job("notes")):
@@ -357,9 +357,9 @@ async def test_a_deleted_job_takes_its_passes_along(tmp_path: Path) -> None:
         secret = await token(daemon, state, uses=0)
         holder = speaking(crowd, ALICE, secret)
         reply = await holder.join(pb.JoinRequest(job="notes"))
-        await daemon.cancel("notes")
-        await daemon.delete("notes")
-        await daemon.submit(job.parse({**SPEC, "access": {"who": "token"}}))
+        await daemon.operator.cancel("notes")
+        await daemon.operator.delete("notes")
+        await daemon.operator.submit(job.parse({**SPEC, "access": {"who": "token"}}))
         await nothing_to_see(crowd, holder, said)
         beat = crowd.plain.Heartbeat(request("Heartbeat", reply.lease), metadata=await session(holder))
         await refused(beat, StatusCode.PERMISSION_DENIED, "not known")
@@ -391,7 +391,7 @@ async def test_who_asks_is_let_in_by_the_operator_alone(tmp_path: Path) -> None:
             crowd.plain.Download(wanted, metadata=known), StatusCode.PERMISSION_DENIED, "has not let this client"
         )
         assert logged(said, "Download", StatusCode.PERMISSION_DENIED) == 1
-        assert not (await daemon.status("notes")).clients
+        assert not (await daemon.operator.status("notes")).clients
 
         assert await settled(pb.SETTLEMENT_APPROVE) == [True]
         reply = await crowd.join_as(ALICE, asked)
@@ -424,13 +424,13 @@ async def test_keys_without_end_fill_no_table(tmp_path: Path) -> None:
     state = tmp_path / "state"
     async with kept(state) as (daemon, crowd, said):
         few = {**SPEC, "name": "few", "round": {"min_clients": 1, "target_clients": 0, "max_clients": 3}}
-        await daemon.submit(job.parse(few))
+        await daemon.operator.submit(job.parse(few))
         strangers = [speaking(crowd, f"stranger {number}") for number in range(20)]
         joins = [stranger.join(pb.JoinRequest(job="few")) for stranger in strangers]
         answers = await asyncio.gather(*joins, return_exceptions=True)
         assert sum(isinstance(answer, pb.JoinReply) for answer in answers) == 3
         assert logged(said, "Join", StatusCode.RESOURCE_EXHAUSTED) == 17
-        await daemon.cancel("notes")
+        await daemon.operator.cancel("notes")
         for stranger in strangers:
             with pytest.raises(Refused, match="no more contributions"):
                 await stranger.join(pb.JoinRequest(job="notes"))
@@ -452,7 +452,7 @@ async def test_the_operators_calls_need_the_operators_token(tmp_path: Path) -> N
                 await refused(getattr(stub, method)(request(method), metadata=given), StatusCode.UNAUTHENTICATED)
             denied = [entry for entry in said if entry["event"] == "admin_refused" and entry["method"] == method]
             assert len(denied) == 4 and all("peer" in entry for entry in denied), method
-        assert (await daemon.status("notes")).state == pb.STATE_OPEN
+        assert (await daemon.operator.status("notes")).state == pb.STATE_OPEN
         assert right[0][1].removeprefix("Bearer ") not in repr(said) and mine.partition(" ")[2] not in repr(said)
 
 
@@ -468,7 +468,7 @@ async def test_the_operator_is_no_client(tmp_path: Path) -> None:
             assert logged(said, method, StatusCode.PERMISSION_DENIED) == 1, method
         seen = await crowd.plain.ListJobs(pb.ListJobsRequest(), metadata=right)
         assert [found.spec.name for found in seen.jobs] == ["notes"]
-        assert len((await daemon.status("notes")).clients) == 1
+        assert len((await daemon.operator.status("notes")).clients) == 1
 
 
 # ---- from another network ----

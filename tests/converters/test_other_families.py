@@ -271,9 +271,9 @@ async def test_a_whole_job(helix: Other, tmp_path: Path, monkeypatch: pytest.Mon
     state, spec = tmp_path / "state", job.parse({**SPEC, "model": model, "lora": {"rank": 2}})
 
     async with running(state) as (daemon, address), connected(address, state) as remote:
-        await daemon.submit(spec)
+        await daemon.operator.submit(spec)
         await contribute(remote, tmp_path)
-        await daemon.close("notes")
+        await daemon.operator.close("notes")
         (publication,) = (await until(daemon)).publications
     folder = Path(publication.folder)
     mean = peft.read(folder / "peft")

@@ -105,7 +105,7 @@ async def contribute(remote: Crowd, folder: Path, client: str, frozen_a: str | N
 
 async def test_a_round_with_a_frozen(tmp_path: Path) -> None:
     async with served(tmp_path / "state") as (daemon, remote):
-        await daemon.submit(spec.parse(FROZEN))
+        await daemon.operator.submit(spec.parse(FROZEN))
         whole = await contribute(remote, tmp_path, "d" * 32, frozen_a="")
         assert whole.verdict == pb.VERDICT_QUARANTINED and "only B is taken" in whole.reason
         other = await contribute(remote, tmp_path, "e" * 32, frozen_a="0" * 64)
@@ -119,7 +119,7 @@ async def test_a_round_with_a_frozen(tmp_path: Path) -> None:
             assert np.array_equal(update.a, initial.modules[name].a), "nobody trained it, and nothing moved it"
 
         asked = pb.PublishRequest(job="frozen", aggregate=pb.AggregateSpec(method="trimmed-mean"))
-        await daemon.publish(asked)
+        await daemon.operator.publish(asked)
         second = await version(daemon, 2, "frozen")
         manifest = json.loads((Path(second.publications[1].folder) / "manifest.json").read_text())
         assert manifest["method"] == "trimmed-mean" and manifest["job"]["aggregate"]["byzantine_clients"] == 1
@@ -130,7 +130,7 @@ async def test_a_round_with_a_frozen(tmp_path: Path) -> None:
             (pb.AggregateSpec(method="ffa", density=0.5), "ffa does not use it"),
         ):
             with pytest.raises(UsageError, match=why):
-                await daemon.publish(pb.PublishRequest(job="frozen", aggregate=refused))
+                await daemon.operator.publish(pb.PublishRequest(job="frozen", aggregate=refused))
 
 
 async def test_what_is_in_and_cannot_be_taken_is_refused_at_once(tmp_path: Path) -> None:
@@ -147,6 +147,6 @@ async def test_what_is_in_and_cannot_be_taken_is_refused_at_once(tmp_path: Path)
             assert (await judged(remote, reply.lease)).verdict == pb.VERDICT_ADMITTED
         for method, why in (("fedavg", "of one rank"), ("fedex", "of one rank"), ("ffa", "freeze_a")):
             with pytest.raises(UsageError, match=why):
-                await daemon.publish(pb.PublishRequest(job="notes", aggregate=pb.AggregateSpec(method=method)))
-        status = await daemon.status("notes")
+                await daemon.operator.publish(pb.PublishRequest(job="notes", aggregate=pb.AggregateSpec(method=method)))
+        status = await daemon.operator.status("notes")
         assert status.state == pb.STATE_OPEN and not status.publications

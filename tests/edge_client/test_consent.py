@@ -102,7 +102,7 @@ def test_every_field_that_is_sent_is_said() -> None:
 async def test_everything_in_the_adapters_file_is_said(tmp_path: Path) -> None:
     who = participant(tmp_path, FakeBackend())
     async with running(tmp_path / "one") as (daemon, address):
-        await daemon.submit(job.parse(SPEC))
+        await daemon.operator.submit(job.parse(SPEC))
         await take_part(address, who)
     _, metadata = tensors.read(outbox.find(who.state, "notes").adapter)
     assert metadata.keys() == METADATA.keys()

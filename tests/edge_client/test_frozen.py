@@ -17,7 +17,7 @@ async def test_b_alone_is_sent_and_admitted(tmp_path: Path) -> None:
     who = participant(tmp_path, FakeBackend())
     spec = {**SPEC, "lora": {**SPEC["lora"], "freeze_a": True}, "upload": {"dtype": "bfloat16"}}  # type: ignore[dict-item]
     async with running(tmp_path / "one") as (daemon, address):
-        await daemon.submit(job.parse(spec))
+        await daemon.operator.submit(job.parse(spec))
         receipt = await take_part(address, who)  # a quarantined contribution would raise
     box = outbox.find(who.state, "notes")
     found, header = tensors.read(box.adapter)

@@ -42,7 +42,7 @@ async def test_reports_are_kept_and_shown_to_the_operator(tmp_path: Path) -> Non
         leases = {client: (await join(remote, client)).lease for client in (ALICE, BOB)}
         with pytest.raises(Refused, match="has no version 1"):
             await remote.report(leases[ALICE], said(3.0, 2.5, 2.4))
-        await daemon.close("notes")
+        await daemon.operator.close("notes")
         await version(daemon, 1, "notes")
         await remote.report(leases[ALICE], said(3.0, 2.5, 9.0))
         await remote.report(leases[ALICE], said(3.0, 2.5, 2.4))  # the last word holds
@@ -50,7 +50,7 @@ async def test_reports_are_kept_and_shown_to_the_operator(tmp_path: Path) -> Non
         with pytest.raises(Refused, match="lease is not known"):
             await remote.report("0" * 64, said(3.0, 2.5, 2.4))
     async with served(state) as (daemon, remote):
-        status = await daemon.status("notes")
+        status = await daemon.operator.status("notes")
         (whole,) = status.comparisons
         assert (whole.clients, whole.better_than_base, whole.better_than_own) == (2, 2, 1)
         paper = io.StringIO()
@@ -64,5 +64,5 @@ async def test_reports_are_kept_and_shown_to_the_operator(tmp_path: Path) -> Non
 
         public = await remote.job("notes")
         assert not public.comparisons and not public.clients
-        await daemon.delete("notes")
+        await daemon.operator.delete("notes")
         assert await asyncio.to_thread(daemon._store.evaluations, "notes") == {}

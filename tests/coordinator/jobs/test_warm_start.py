@@ -81,22 +81,22 @@ def mean(sent: list[Adapter]) -> dict[str, np.ndarray]:
 
 async def test_three_rounds(tmp_path: Path) -> None:
     async with served(tmp_path / "state") as (daemon, remote):
-        await daemon.submit(job.parse(FIRST))
+        await daemon.operator.submit(job.parse(FIRST))
         with pytest.raises(UsageError, match="'first', from which this one is to start, has published nothing yet"):
-            await daemon.submit(after("first"))
+            await daemon.operator.submit(after("first"))
         for client in CLIENTS[:2]:
             await contribute(daemon, remote, tmp_path, client, "first", lambda one, rng: little(one, rng, times=50))
         await version(daemon, 1, "first")
 
         # What was stacked has another rank than the next round's; the error says what to run.
         with pytest.raises(UsageError, match=r"version 1 of job 'first' has rank 4 .* lora.rank is 2") as caught:
-            await daemon.submit(after("first"))
+            await daemon.operator.submit(after("first"))
         assert caught.value.hint.startswith("coordinator publish first --adapter-rank 2, then submit")
-        await daemon.publish(pb.PublishRequest(job="first", adapter_rank=2))
+        await daemon.operator.publish(pb.PublishRequest(job="first", adapter_rank=2))
         one = await version(daemon, 2, "first")
 
         # The second begins with exactly that, and says so.
-        status = await daemon.submit(after("first", clients=5))
+        status = await daemon.operator.submit(after("first", clients=5))
         folder = Path(one.publications[-1].folder)
         described_ = await daemon.participation.describe("second")
         start = adapter.read(await daemon.participation.file("second", described_.initial.digest))
@@ -115,7 +115,7 @@ async def test_three_rounds(tmp_path: Path) -> None:
         )
         assert described_.started_from == status.started_from == expected
         assert tables.start(status.started_from, status.spec) == f"version 2 of first (manifest {digest})"
-        assert (await daemon.submit(after("first", clients=5))).spec == status.spec, "again is nothing new"
+        assert (await daemon.operator.submit(after("first", clients=5))).spec == status.spec, "again is nothing new"
 
         def turned(first: LowRank, rng: np.random.Generator) -> LowRank:
             return little(first, rng, times=-1)
@@ -143,16 +143,16 @@ async def test_three_rounds(tmp_path: Path) -> None:
         # Another average of the same is about what was changed, too; and the job stands on its own files.
         copy = tmp_path / "mine"
         shutil.copytree(folder / "peft", copy)
-        await daemon.delete("first")
+        await daemon.operator.delete("first")
         again = pb.AggregateSpec(method="task-arithmetic", server_learning_rate=1.5)
-        await daemon.publish(pb.PublishRequest(job="second", aggregate=again))
+        await daemon.operator.publish(pb.PublishRequest(job="second", aggregate=again))
         faster = await version(daemon, 2, "second")
         before, middle = deltas(start), mean(sent)
         assert_same(published(faster), {name: before[name] + 1.5 * (middle[name] - before[name]) for name in before})
 
         # A third, from a folder, with A frozen as it is there.
         frozen = after(str(copy), "third", lora={"freeze_a": True}, aggregate={"method": "ffa"})
-        status = await daemon.submit(frozen)
+        status = await daemon.operator.submit(frozen)
         assert (
             not status.started_from.job
             and status.started_from.digest == (await daemon.participation.describe("third")).initial.digest
@@ -191,7 +191,7 @@ async def test_what_a_job_cannot_start_from(tmp_path: Path) -> None:
         ]
         for start, kind, why, hint in cases:
             with pytest.raises(kind, match=why) as caught:
-                await daemon.submit(after(start))
+                await daemon.operator.submit(after(start))
             assert hint in caught.value.hint, start
         assert [one.spec.name for one in daemon.all_statuses()] == ["notes"], "nothing is left of them"
         assert not list((tmp_path / "state" / "uploads").iterdir())

@@ -25,9 +25,9 @@ async def test_an_interrupted_publication_is_made_again(tmp_path: Path) -> None:
         running(state) as (daemon, address),
         connected(address, state) as remote,
     ):
-        await daemon.submit(spec.parse(SPEC))
+        await daemon.operator.submit(spec.parse(SPEC))
         await contribute(remote, tmp_path)
-        await daemon.close("notes")
+        await daemon.operator.close("notes")
         assert (await until(daemon, stage=True)).state == pb.STATE_PUBLISHING
     async with running(state) as (daemon, _):
         status = await until(daemon)
@@ -58,11 +58,11 @@ async def test_a_failed_publication_says_why_and_can_be_tried_again(tmp_path: Pa
         (base,) = (state / "bases").iterdir()
         whole = base.read_bytes()
         base.write_bytes(whole[: len(whole) // 2])
-        await daemon.close("notes")
+        await daemon.operator.close("notes")
         failed = await until(daemon, state=pb.STATE_FAILED)
         assert "is not a sound GGUF file" in failed.reason and "coordinator publish notes" in failed.reason
         assert (state / "publications" / "notes" / "v1.failed").is_dir(), "what was made is kept aside"
         base.write_bytes(whole)
-        await daemon.close("notes")
+        await daemon.operator.close("notes")
         assert len((await until(daemon)).publications) == 1
         assert not (state / "publications" / "notes" / "v1.failed").exists()

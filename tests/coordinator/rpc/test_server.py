@@ -54,7 +54,7 @@ async def test_a_contribution_is_taken_once(tmp_path: Path) -> None:
         with pytest.raises(Refused, match="in already"):
             await remote.upload(reply.lease, another, other, nothing)
         assert (await judged(remote, reply.lease)).verdict == pb.VERDICT_ADMITTED
-        status = await daemon.status("notes")
+        status = await daemon.operator.status("notes")
         assert [client.contribution.declaration.digest for client in status.clients] == [declaration.digest]
 
 
@@ -145,7 +145,7 @@ async def test_unsound_adapters_are_quarantined_and_the_round_goes_on(tmp_path: 
         file, declaration = written(trained(reply), tmp_path)
         await remote.upload(reply.lease, declaration, file, nothing)
         assert (await judged(remote, reply.lease)).verdict == pb.VERDICT_ADMITTED
-        status = await daemon.status("notes")
+        status = await daemon.operator.status("notes")
         assert (status.admitted, status.contributed) == (1, 13)
         assert status.state == pb.STATE_OPEN
 
@@ -243,12 +243,12 @@ async def test_only_the_operator_administers(tmp_path: Path) -> None:
 
 async def test_submitting_again_is_idempotent_and_another_job_of_the_name_is_refused(tmp_path: Path) -> None:
     async with served(tmp_path / "state") as (daemon, _):
-        again = await daemon.submit(spec.parse(SPEC))
+        again = await daemon.operator.submit(spec.parse(SPEC))
         assert again.spec.name == "notes" and len(await daemon.names()) == 1
         with pytest.raises(Refused, match="different job"):
-            await daemon.submit(spec.parse({**SPEC, "train": {"epochs": 1}}))
+            await daemon.operator.submit(spec.parse({**SPEC, "train": {"epochs": 1}}))
         with pytest.raises(BadData, match="is not there"):
-            await daemon.submit(spec.parse({**SPEC, "name": "other", "model": {"base": "/no/such/base"}}))
+            await daemon.operator.submit(spec.parse({**SPEC, "name": "other", "model": {"base": "/no/such/base"}}))
 
 
 async def test_a_job_from_before_a_key_was_there_means_the_keys_default(tmp_path: Path) -> None:
@@ -272,10 +272,10 @@ async def test_silent_clients_sleep_and_the_deadline_closes(tmp_path: Path) -> N
     async with served(tmp_path / "state", clock=lambda: now[0]) as (daemon, remote):
         reply = await join(remote)
         now[0] += 61
-        assert (await daemon.status("notes")).clients[0].phase == pb.PHASE_ASLEEP
+        assert (await daemon.operator.status("notes")).clients[0].phase == pb.PHASE_ASLEEP
         answer = await remote.heartbeat(pb.HeartbeatRequest(lease=reply.lease, step=3, total_steps=9, loss=1.5))
         assert answer.directive == pb.DIRECTIVE_CONTINUE
-        client = (await daemon.status("notes")).clients[0]
+        client = (await daemon.operator.status("notes")).clients[0]
         assert (client.phase, client.step, client.loss) == (pb.PHASE_TRAINING, 3, 1.5)
 
         now[0] += 86400

@@ -64,7 +64,7 @@ async def test_a_backup_of_a_running_daemon_comes_back(tmp_path: Path) -> None:
         await two_contribute(remote, tmp_path)
         early = await asyncio.to_thread(backup.backup, state, kept)
         assert (early.jobs, early.files) == (1, 1 + 2 + 4), "the initial adapter, the contributions, the identity"
-        await daemon.close("notes")
+        await daemon.operator.close("notes")
         await version(daemon, 1, "notes")
         late = await asyncio.to_thread(backup.backup, state, kept)
         published = [file for file in (state / "publications" / "notes" / "v1").rglob("*") if file.is_file()]
@@ -75,14 +75,14 @@ async def test_a_backup_of_a_running_daemon_comes_back(tmp_path: Path) -> None:
     assert (again / "key.pem").read_bytes() == (state / "key.pem").read_bytes(), "clients know it again"
     assert (again / "key.pem").stat().st_mode & 0o077 == 0 and kept.stat().st_mode & 0o077 == 0
     async with served(again) as (daemon, remote):
-        status = await daemon.status("notes")
+        status = await daemon.operator.status("notes")
         assert (status.admitted, status.state) == (2, pb.STATE_PUBLISHED)
         (publication,) = status.publications
         assert publication.folder == str(again / "publications" / "notes" / "v1")
         for artifact in publication.artifacts:
             await remote.download("notes", artifact, tmp_path / "pulled" / artifact.name, nothing)
         await pull.check(remote, "notes", publication, tmp_path / "pulled", Pins(again), Screen())
-        await daemon.publish(pb.PublishRequest(job="notes"))  # the contributions are there too
+        await daemon.operator.publish(pb.PublishRequest(job="notes"))  # the contributions are there too
         await version(daemon, 2, "notes")
 
 
@@ -110,15 +110,15 @@ async def test_postgresql(tmp_path: Path, postgres: str) -> None:
 
     async def goes_on(state: Path, database: str = "") -> None:
         async with served(state, database=database) as (daemon, _):
-            assert (await daemon.status("notes")).admitted == 2
-            await daemon.publish(pb.PublishRequest(job="notes"))
+            assert (await daemon.operator.status("notes")).admitted == 2
+            await daemon.operator.publish(pb.PublishRequest(job="notes"))
             await version(daemon, 2, "notes")
-            await daemon.delete("notes")
+            await daemon.operator.delete("notes")
 
     async with served(state, database=postgres) as (daemon, remote):
         await two_contribute(remote, tmp_path)
-        await daemon.submit(spec.parse(SPEC))  # again, which changes nothing
-        await daemon.close("notes")
+        await daemon.operator.submit(spec.parse(SPEC))  # again, which changes nothing
+        await daemon.operator.close("notes")
         await version(daemon, 1, "notes")
         await asyncio.to_thread(backup.backup, state, kept, postgres)
     assert not (state / "coordinator.sqlite").exists()

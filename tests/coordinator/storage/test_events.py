@@ -278,7 +278,7 @@ async def test_what_operators_see_and_others_do_not(tmp_path: Path) -> None:
     async with served(state) as (daemon, remote):
         lease = await sent(remote, tmp_path, ALICE, 0)
         await sent(remote, tmp_path, BOB, 1)
-        await daemon.close("notes")
+        await daemon.operator.close("notes")
         await version(daemon, 1, "notes")
         numbers = {"base_loss": 3.0, "own_loss": 2.5, "published_loss": 2.4}
         await remote.report(lease, pb.Evaluation(version=1, tokens=100, **numbers))
@@ -326,7 +326,7 @@ async def test_a_client_that_repeats_itself_is_told_once(tmp_path: Path) -> None
             await remote.withdraw(reply.lease)
         with pytest.raises(Denied):
             await remote.heartbeat(pb.HeartbeatRequest(lease="0" * 64, step=1))
-        told = [events.kind(event) for event in (await daemon.status("notes")).events]
+        told = [events.kind(event) for event in (await daemon.operator.status("notes")).events]
         assert told == ["round_opened", "joined", "first_step", "upload_opened", "withdrawn"]
 
 

@@ -65,7 +65,7 @@ async def at_work(state: Path, **options: object) -> AsyncIterator[tuple[Daemon,
             running(state, **options) as (daemon, address),  # type: ignore[arg-type]
             connected(address, state.parent) as remote,
         ):
-            await daemon.submit(spec.parse(SPEC))
+            await daemon.operator.submit(spec.parse(SPEC))
             yield daemon, remote
     assert not [entry for entry in said if entry["event"] in ("fault", "publishing_failed")], said
 
@@ -124,7 +124,7 @@ async def test_a_full_disk_and_room_again(tmp_path: Path) -> None:
                     await control.submit(state, spec.parse({**SPEC, "name": "other"}))
                 assert await daemon.names() == ["notes"]
                 assert intact(state, earlier)
-                assert (await daemon.status("notes")).contributed == 1
+                assert (await daemon.operator.status("notes")).contributed == 1
             seen: list[int] = []
             receipt = await remote.upload(reply.lease, declaration, file, seen.append)
             assert min(seen) > 8192, "what was there is not sent again"
@@ -146,7 +146,7 @@ async def test_room_for_the_bytes_and_none_for_their_row(tmp_path: Path) -> None
             with full(state, but=-(-declaration.size // 4096) * 4096):
                 sent = [pb.UploadRequest(lease=reply.lease, offset=0, data=file.read_bytes())]
                 await no_room(remote._stub.Upload(iter(sent)), "database")
-                assert (await daemon.status("notes")).contributed == 0, "no receipt, no contribution"
+                assert (await daemon.operator.status("notes")).contributed == 0, "no receipt, no contribution"
             assert (await remote._stub.OpenUpload(opened)).committed_offset == declaration.size
             receipt = await remote.upload(reply.lease, declaration, file, nothing)
             assert (await judged(remote, reply.lease)).verdict == pb.VERDICT_ADMITTED
@@ -175,7 +175,7 @@ async def test_no_room_for_another_file(tmp_path: Path) -> None:
             with full_of_files(state):  # now the blob's name is what there is no room for
                 sent = [pb.UploadRequest(lease=reply.lease, offset=100, data=data[100:])]
                 await no_room(remote._stub.Upload(iter(sent)), "No space left")
-                assert (await daemon.status("notes")).contributed == 1
+                assert (await daemon.operator.status("notes")).contributed == 1
             receipt = await remote.upload(reply.lease, declaration, file, nothing)
             assert intact(state, earlier) and intact(state, receipt)
 
@@ -189,7 +189,7 @@ async def test_a_publication_waits_for_room(tmp_path: Path, of: str, monkeypatch
             receipts = [await contribute(remote, tmp_path, client) for client in (ALICE, BOB)]
             # The database has to note that the round closes, so there is some room, and too little for a model.
             with full(state, but=2 * MB) if of == "bytes" else full_of_files(state):
-                await daemon.close("notes")
+                await daemon.operator.close("notes")
                 async with asyncio.timeout(LONG):
                     async for status in daemon.statuses.watch("notes"):
                         if status.stage.startswith("waiting for room"):
@@ -197,7 +197,7 @@ async def test_a_publication_waits_for_room(tmp_path: Path, of: str, monkeypatch
                 assert status.state == pb.STATE_PUBLISHING
                 assert (await remote.heartbeat(pb.HeartbeatRequest(lease=(await join(remote)).lease))).directive
                 await asyncio.sleep(1)  # it tries again, and there is still no room
-                assert (await daemon.status("notes")).state == pb.STATE_PUBLISHING
+                assert (await daemon.operator.status("notes")).state == pb.STATE_PUBLISHING
             async with asyncio.timeout(LONG):
                 async for status in remote.watch("notes"):
                     assert status.state in (pb.STATE_PUBLISHING, pb.STATE_PUBLISHED), status.reason
@@ -227,7 +227,7 @@ async def test_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
                 with pytest.raises(Unreachable, match="Read-only"):
                     await remote.upload(reply.lease, declaration, file, nothing)
                 assert (await remote.heartbeat(pb.HeartbeatRequest(lease=reply.lease))).directive
-                assert intact(state, earlier) and (await daemon.status("notes")).contributed == 1
+                assert intact(state, earlier) and (await daemon.operator.status("notes")).contributed == 1
             receipt = await remote.upload(reply.lease, declaration, file, nothing)
             assert intact(state, earlier) and intact(state, receipt)
 

@@ -127,7 +127,7 @@ class Client:
         self._process.send_signal(signal.SIGSTOP)
         await asyncio.sleep(ASLEEP_SECONDS)
         clock.ahead += LATER
-        (client,) = (await daemon.status("notes")).clients
+        (client,) = (await daemon.operator.status("notes")).clients
         return client.phase
 
     def wake(self) -> None:
@@ -165,7 +165,7 @@ async def test_a_client_that_slept_finishes(tmp_path: Path, during: str, cut: bo
 
     before = 0
     async with running(tmp_path / "one", clock) as (daemon, address):
-        await daemon.submit(spec.parse(SLEEPY))
+        await daemon.operator.submit(spec.parse(SLEEPY))
         line = Line(address)
         async with line.open() as server:
             client = await Client.join(server, tmp_path, "client")
@@ -188,7 +188,7 @@ async def test_a_client_that_slept_finishes(tmp_path: Path, during: str, cut: bo
                 await client.end()
             finally:
                 client.kill()
-        (shown,) = (await daemon.status("notes")).clients
+        (shown,) = (await daemon.operator.status("notes")).clients
         box = outbox.find(tmp_path / "client", "notes")
         declared = box.trained()
         assert declared is not None and shown.phase == pb.PHASE_CONTRIBUTED

@@ -38,7 +38,7 @@ def failing(times: int, call: Callable[..., Awaitable[Any]]) -> Callable[..., Aw
 
 async def test_a_fault_at_joining_is_no_refusal(tmp_path: Path) -> None:
     async with running(tmp_path / "one") as (daemon, address):
-        await daemon.submit(job_spec.parse({**SPEC, "name": "ward-1"}))
+        await daemon.operator.submit(job_spec.parse({**SPEC, "name": "ward-1"}))
         daemon.participation.join = failing(1, daemon.participation.join)  # type: ignore[method-assign]
         async with remotes.connect(address, Pins(tmp_path), lambda *_: None) as remote:
             with pytest.raises(OneroundError, match="a fault in the coordinator") as caught:
@@ -53,7 +53,7 @@ async def test_a_fault_at_joining_is_no_refusal(tmp_path: Path) -> None:
             heartbeat.now.step, heartbeat.now.total_steps = 1, 2
             beating = asyncio.create_task(heartbeat.beat(remote))
             for _ in range(600):
-                if (await daemon.status("ward-1")).clients[0].step == 1:
+                if (await daemon.operator.status("ward-1")).clients[0].step == 1:
                     break
                 await asyncio.sleep(0.1)
             else:
@@ -77,7 +77,7 @@ async def test_who_stays_gets_over_a_fault(
             daemon.outlines = failing(2, daemon.outlines)  # type: ignore[method-assign]
 
     async with running(tmp_path / "one") as (daemon, address):
-        await daemon.submit(job_spec.parse({**SPEC, "name": "ward-1"}))
+        await daemon.operator.submit(job_spec.parse({**SPEC, "name": "ward-1"}))
         break_it(daemon)
         async with at_work(quick_stay(address, tmp_path, backend)):
             await heard.until("no_part" if where == "join" else "retry")

@@ -43,7 +43,7 @@ async def test_a_network_that_breaks_costs_what_was_on_its_way(tmp_path: Path) -
     who, screen = participant(tmp_path, FakeBackend()), RecordingScreen()
     async with Relay() as wire:
         async with running(tmp_path / "one") as (daemon, wire.target):
-            await daemon.submit(spec.parse(LARGE))
+            await daemon.operator.submit(spec.parse(LARGE))
             wire.cut_at_down = [2_000_000, 4_000_000]
             receiving = asyncio.create_task(take_part(wire.address, who, screen))
             await screen.until("trained")
@@ -69,7 +69,7 @@ async def test_a_coordinator_that_moves_meanwhile_is_found_by_its_key(tmp_path: 
     go_on = threading.Event()
     who, screen = participant(tmp_path, FakeBackend(lambda _: go_on.wait(LONG))), RecordingScreen()
     async with running(tmp_path / "one") as (daemon, before):
-        await daemon.submit(spec.parse(SPEC))
+        await daemon.operator.submit(spec.parse(SPEC))
         receiving = asyncio.create_task(take_part(before, who, screen))
         await screen.until("plan")
     if during == "sending":

@@ -57,10 +57,10 @@ async def with_coordinator(
     """What is found with a coordinator that has a job."""
     async with running(tmp_path / "coordinator", clock) as (daemon, address):
         if spec is not None:
-            await daemon.submit(job.parse(spec))
+            await daemon.operator.submit(job.parse(spec))
         findings = await examined(replace(case, target=replace(case.target, server=case.target.server or address)))
         if spec is not None:
-            status = await daemon.status(str(spec["name"]))
+            status = await daemon.operator.status(str(spec["name"]))
             assert not status.clients, "examining joins nothing"
         return findings
 
@@ -133,7 +133,7 @@ async def test_a_key_that_is_pinned_and_one_that_has_changed(tmp_path: Path) -> 
     state.mkdir()
 
     async with running(tmp_path / "coordinator") as (daemon, address):
-        await daemon.submit(job.parse(SPEC))
+        await daemon.operator.submit(job.parse(SPEC))
         case = Case(state, target=Target(address), data=rows(tmp_path / "data"))
         identity.Pins(state).pin(address, identities.load_or_create(tmp_path / "coordinator").fingerprint)
         pinned = await examined(case)
@@ -184,8 +184,8 @@ async def test_jobs_that_are_not_there(tmp_path: Path) -> None:
 
 async def test_a_job_that_takes_no_more(tmp_path: Path) -> None:
     async with running(tmp_path / "coordinator") as (daemon, address):
-        await daemon.submit(job.parse(SPEC))
-        await daemon.cancel("notes")
+        await daemon.operator.submit(job.parse(SPEC))
+        await daemon.operator.cancel("notes")
         case = Case(tmp_path / "client", target=Target(address), job_name="notes", data=rows(tmp_path / "data"))
         found = await examined(case)
     assert found["job"].exit_code == 3 and "takes no more contributions" in found["job"].says
@@ -193,7 +193,7 @@ async def test_a_job_that_takes_no_more(tmp_path: Path) -> None:
 
 async def test_what_is_trained_needs_no_data(tmp_path: Path) -> None:
     async with running(tmp_path / "coordinator") as (daemon, address):
-        await daemon.submit(job.parse(SPEC))
+        await daemon.operator.submit(job.parse(SPEC))
         announced = await daemon.participation.describe("notes")
         box = outbox.outbox(tmp_path, announced)
         box.keep_joined(address, pb.JoinReply(lease="x", job=announced))

@@ -41,7 +41,7 @@ async def test_doctors_steps_are_those_that_join_takes_when_packing(tmp_path: Pa
 
     who = participant(tmp_path, backend := FakeBackend())
     async with running(tmp_path / "one") as (daemon, address):
-        await daemon.submit(spec.parse({**SPEC, "train": {"batch_size": 2, "packing": True}}))
+        await daemon.operator.submit(spec.parse({**SPEC, "train": {"batch_size": 2, "packing": True}}))
         case = Case(tmp_path / "doctor", target=Target(address), data=who.data)
         findings = await examined(case)
         assert (await take_part(address, who)).digest
@@ -60,7 +60,7 @@ async def test_doctor_refuses_as_join_does_what_mlx_computes_otherwise(tmp_path:
 
     who = participant(tmp_path, FakeBackend())
     async with running(tmp_path / "one") as (daemon, address):
-        await daemon.submit(spec.parse({**SPEC, "model": {"base": str(base)}}))
+        await daemon.operator.submit(spec.parse({**SPEC, "model": {"base": str(base)}}))
         case = Case(tmp_path / "doctor", target=Target(address), data=who.data, backend_name="mlx")
         finding = (await examined(case))["compatibility"]
         who = session.Participant(who.state, "alice", who.data, backends.load("mlx"))

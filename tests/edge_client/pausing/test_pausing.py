@@ -324,11 +324,11 @@ async def test_a_run_that_pauses_gives_the_same_bits(tmp_path: Path, capsys: pyt
         participant(tmp_path / "whole", PauseController()),
     )
     async with running(tmp_path / "one") as (daemon, address):
-        await daemon.submit(spec())
+        await daemon.operator.submit(spec())
         taking = asyncio.create_task(take_part(address, paused, screen))
 
         async def stands_still() -> bool:
-            (client,) = (await daemon.status("notes")).clients
+            (client,) = (await daemon.operator.status("notes")).clients
             return client.phase == pb.PHASE_TRAINING and client.step >= 1 and client.tokens_per_second == 0
 
         await until(lambda: laptop.reads > 1)
@@ -339,10 +339,10 @@ async def test_a_run_that_pauses_gives_the_same_bits(tmp_path: Path, capsys: pyt
         await until(lambda: list((tmp_path / "paused").rglob("training.safetensors")))
         assert laptop.awake == 0
         await until(stands_still)  # heartbeats go on
-        (client,) = (await daemon.status("notes")).clients
+        (client,) = (await daemon.operator.status("notes")).clients
         before = client.step
         await asyncio.sleep(3.0)  # which is not training
-        (client,) = (await daemon.status("notes")).clients
+        (client,) = (await daemon.operator.status("notes")).clients
         assert client.step == before
         laptop.readings = FINE
         await taking
@@ -369,12 +369,12 @@ async def test_a_coordinators_stop_ends_a_pause(tmp_path: Path) -> None:
     laptop.readings = ON_BATTERY
 
     async with running(tmp_path / "one") as (daemon, address):
-        await daemon.submit(spec())
+        await daemon.operator.submit(spec())
         taking = asyncio.create_task(take_part(address, participant(tmp_path / "client", laptop.pausing())))
         async for status in daemon.statuses.watch("notes"):
             if status.joined:
                 break
-        await daemon.close("notes")
+        await daemon.operator.close("notes")
         with pytest.raises(Refused, match="stopped this job"):
             await asyncio.wait_for(taking, LONG)
 

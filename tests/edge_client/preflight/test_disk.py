@@ -116,7 +116,7 @@ async def on_a_disk(
     with disk(tmp_path / "client", megabytes) as state:
         who = session.Participant(state, "alice", tmp_path / "data.jsonl", FakeBackend(), model, save_every=0.0)
         async with running(tmp_path / "coordinator") as (daemon, address):
-            await daemon.submit(job.parse(SPEC))
+            await daemon.operator.submit(job.parse(SPEC))
             yield state, address, who
 
 

@@ -86,11 +86,11 @@ async def past(tmp_path_factory: pytest.TempPathFactory) -> Past:
         running(folder / "coordinator") as (daemon, address),
         connected(address, folder) as remote,
     ):
-        await daemon.submit(spec.parse(SPEC))
+        await daemon.operator.submit(spec.parse(SPEC))
         await contributed(address, folder)
         kept["bob"] = await contribute(remote, folder, BOB)
         kept["eve"] = await contribute(remote, folder, EVE, sound=False)
-        await daemon.publish(pb.PublishRequest(job="notes"))
+        await daemon.operator.publish(pb.PublishRequest(job="notes"))
         await version(daemon, 1, "notes")
         kept["carol"] = await contribute(remote, folder, CAROL)
         await asyncio.to_thread(
@@ -345,7 +345,7 @@ async def test_a_wrong_receipt_is_none_and_the_adapter_stays(tmp_path: Path) -> 
             return await session.take_part(Doctored(remote, change), "notes", who, Screen())
 
     async with running(tmp_path / "one") as (daemon, address):
-        await daemon.submit(spec.parse(SPEC))
+        await daemon.operator.submit(spec.parse(SPEC))
         key = signing.private(identity.load_or_create(tmp_path / "one").key)
         wrong = {
             "does not fit": lambda receipt: setattr(receipt, "size", 7),

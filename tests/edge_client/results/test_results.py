@@ -245,7 +245,7 @@ def test_what_ends_llama_cpp_ends_nothing_else(small: Path, tmp_path: Path) -> N
 
 
 async def published(daemon: Daemon) -> None:
-    await daemon.close("notes")
+    await daemon.operator.close("notes")
     async for status in daemon.statuses.watch("notes"):
         assert status.state != pb.STATE_FAILED, status.reason
         if status.state == pb.STATE_PUBLISHED:
@@ -262,7 +262,7 @@ async def test_pull_evaluate_report_and_chat(tmp_path: Path) -> None:
         return await asyncio.to_thread(commands.run, "edge-client", *arguments, code=code)
 
     async with running(tmp_path / "coordinator") as (daemon, address):
-        await daemon.submit(job.parse(spec))
+        await daemon.operator.submit(job.parse(spec))
         await contributed(address, tmp_path)
         _, said = await run(*evaluating, code=3)
         assert "published nothing yet" in said
@@ -274,12 +274,12 @@ async def test_pull_evaluate_report_and_chat(tmp_path: Path) -> None:
         assert events["chosen"]["fit"] in ("comfortable", "full") and (out / "notes-f16.gguf").exists()
 
         alone, _ = await run(*evaluating)
-        assert not (await daemon.status("notes")).comparisons, "nothing leaves without --report"
+        assert not (await daemon.operator.status("notes")).comparisons, "nothing leaves without --report"
         told, _ = await run(*evaluating, "--report")
         first, second = commands.events(alone), commands.events(told)
         assert first["evaluated"] == second["evaluated"]
         assert "base_gguf" in first and "base_gguf" not in second and "pulled" not in second
-        status = await daemon.status("notes")
+        status = await daemon.operator.status("notes")
         (evaluation,) = status.clients[0].evaluations
         sent = json_format.MessageToDict(evaluation, preserving_proto_field_name=True)
         assert {**sent, "tokens": int(sent["tokens"])} == {k: v for k, v in second["tells"].items() if k != "event"}

@@ -125,7 +125,7 @@ async def test_a_whole_part_keeps_to_the_pacing(tmp_path: Path) -> None:
     who = participant(tmp_path, FakeBackend())
     times: list[float] = []
     async with running(tmp_path / "one") as (daemon, address):
-        await daemon.submit(spec.parse(SPEC))
+        await daemon.operator.submit(spec.parse(SPEC))
         async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
             send = remote.heartbeat
 

@@ -23,7 +23,7 @@ from tests.participants import participant, take_part
 async def test_running_it_again_gives_the_same_receipt_and_trains_once(tmp_path: Path) -> None:
     who = participant(tmp_path, backend := FakeBackend())
     async with running(tmp_path / "one") as (daemon, address):
-        await daemon.submit(spec.parse(SPEC))
+        await daemon.operator.submit(spec.parse(SPEC))
         receipt = await take_part(address, who)
         assert receipt.digest and await take_part(address, who) == receipt
     assert backend.runs == 1
@@ -33,7 +33,7 @@ async def test_a_job_of_the_same_name_elsewhere_is_another_job(tmp_path: Path) -
     who = participant(tmp_path, backend := FakeBackend())
     for coordinator in ("one", "two"):
         async with running(tmp_path / coordinator) as (daemon, address):
-            await daemon.submit(spec.parse(SPEC))
+            await daemon.operator.submit(spec.parse(SPEC))
             assert (await take_part(address, who)).digest
     assert backend.runs == 2, "an adapter of one job is never sent to another"
 
@@ -41,7 +41,7 @@ async def test_a_job_of_the_same_name_elsewhere_is_another_job(tmp_path: Path) -
 async def test_a_trained_adapter_waits_for_its_receipt(tmp_path: Path) -> None:
     who = participant(tmp_path, backend := FakeBackend())
     async with running(tmp_path / "one") as (daemon, address):
-        await daemon.submit(spec.parse(SPEC))
+        await daemon.operator.submit(spec.parse(SPEC))
         with pytest.raises(RuntimeError):
             await take_part(address, who, RuntimeError("the machine goes down"))
         assert (await take_part(address, who, Unreachable("the coordinator is away for a moment"))).digest
@@ -51,13 +51,13 @@ async def test_a_trained_adapter_waits_for_its_receipt(tmp_path: Path) -> None:
 async def test_a_closed_round_stops_training(tmp_path: Path) -> None:
     who = participant(tmp_path, FakeBackend(seconds_a_step=0.2), rows=2000)
     async with running(tmp_path / "one") as (daemon, address):
-        await daemon.submit(spec.parse(SPEC))
+        await daemon.operator.submit(spec.parse(SPEC))
 
         async def close() -> None:
             async for status in daemon.statuses.watch("notes"):
                 if status.joined:
                     break
-            await daemon.close("notes")
+            await daemon.operator.close("notes")
 
         closing = asyncio.create_task(close())
         with pytest.raises(Refused, match=r"stopped this job.*closed by the operator"):
@@ -68,7 +68,7 @@ async def test_a_closed_round_stops_training(tmp_path: Path) -> None:
 async def test_a_model_of_ones_own_has_to_be_the_jobs(tmp_path: Path) -> None:
     who = participant(tmp_path, backend := FakeBackend())
     async with running(tmp_path / "one") as (daemon, address):
-        await daemon.submit(spec.parse(SPEC))
+        await daemon.operator.submit(spec.parse(SPEC))
         async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
             announced = (await remote.join(pb.JoinRequest(job="notes"))).job
             found = await session.fetch_base(remote, announced, who.state, BASE, Screen())
@@ -81,7 +81,7 @@ async def test_a_model_of_ones_own_has_to_be_the_jobs(tmp_path: Path) -> None:
 async def test_a_batch_that_is_too_large_is_taken_in_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     who = participant(tmp_path, backend := FakeBackend())
     async with running(tmp_path / "one") as (daemon, address):
-        await daemon.submit(spec.parse({**SPEC, "train": {"batch_size": 65536}}))
+        await daemon.operator.submit(spec.parse({**SPEC, "train": {"batch_size": 65536}}))
         assert (await take_part(address, who)).digest
     parts = backend.setup.parts
     assert parts > 1 and f"Each batch is processed in {parts} parts" in capsys.readouterr().out
@@ -93,7 +93,7 @@ async def test_packing_takes_fewer_steps(tmp_path: Path, capsys: pytest.CaptureF
         backend, folder = FakeBackend(), tmp_path / str(packing)
         folder.mkdir()
         async with running(folder / "one") as (daemon, address):
-            await daemon.submit(spec.parse({**SPEC, "train": {"batch_size": 2, "packing": packing}}))
+            await daemon.operator.submit(spec.parse({**SPEC, "train": {"batch_size": 2, "packing": packing}}))
             assert (await take_part(address, participant(folder, backend))).digest
         steps.append(backend.steps)
     assert steps[1] < steps[0] / 2, "rows of a few tokens leave most of 2 × 512 empty"
@@ -108,7 +108,7 @@ async def test_what_is_cut_dropped_or_skipped_is_told(tmp_path: Path, capsys: py
     who.data.rename(tmp_path / "train.jsonl")
     who = replace(who, data=tmp_path / "train.jsonl", skip_bad_rows=True)
     async with running(tmp_path / "one") as (daemon, address):
-        await daemon.submit(spec.parse({**SPEC, "train": {"max_seq_len": 64}}))
+        await daemon.operator.submit(spec.parse({**SPEC, "train": {"max_seq_len": 64}}))
         async with remotes.connect(address, Pins(who.state), lambda *_: None) as remote:
             await session.take_part(remote, "notes", who, Screen(as_json=True))
     events = [

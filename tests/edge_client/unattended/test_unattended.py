@@ -78,21 +78,21 @@ async def test_each_accepted_job_once_as_it_appears(tmp_path: Path, capsys: pyte
     heard, backend = Listening(capsys), FakeBackend()
 
     async def joined(daemon: Daemon, name: str) -> int:
-        return (await daemon.status(name)).joined
+        return (await daemon.operator.status(name)).joined
 
     async with running(tmp_path / "one") as (daemon, address):
         async with at_work(quick_stay(address, tmp_path, backend)):
             await heard.until("staying")
-            await daemon.submit(spec("other"))
+            await daemon.operator.submit(spec("other"))
             await heard.until("left_alone", job="other")
             for name in ("ward-1", "ward-2"):
-                await daemon.submit(spec(name))
+                await daemon.operator.submit(spec(name))
                 await heard.until("done", job=name)
             await asyncio.sleep(0.5)
         assert backend.runs == 2 and await joined(daemon, "other") == 0
         assert [line["event"] for line in heard.said].count("left_alone") == 1
         async with at_work(quick_stay(address, tmp_path, backend)):  # as after a reboot
-            await daemon.submit(spec("ward-3"))
+            await daemon.operator.submit(spec("ward-3"))
             await heard.until("done", job="ward-3")
         assert backend.runs == 3
         assert [line["job"] for line in heard.said if line["event"] == "joined"] == ["ward-1", "ward-2", "ward-3"]
@@ -104,7 +104,7 @@ async def test_a_job_that_its_person_left_is_not_joined_again(
     heard, backend = Listening(capsys), FakeBackend(seconds_a_step=0.2)
 
     async with running(tmp_path / "one") as (daemon, address):
-        await daemon.submit(spec("ward-1"))
+        await daemon.operator.submit(spec("ward-1"))
         async with at_work(quick_stay(address, tmp_path, backend, rows=2000)):
             await heard.until("plan")
             box = outbox.find(tmp_path / "client", "ward-1")
@@ -118,7 +118,7 @@ async def test_a_job_that_its_person_left_is_not_joined_again(
         async with at_work(quick_stay(address, tmp_path, backend)):
             await asyncio.sleep(0.5)
         assert backend.runs == runs
-        (client,) = (await daemon.status("ward-1")).clients
+        (client,) = (await daemon.operator.status("ward-1")).clients
         assert client.phase == pb.PHASE_WITHDRAWN
 
 
@@ -126,7 +126,7 @@ async def test_a_coordinator_that_is_away_is_waited_for(tmp_path: Path, capsys: 
     heard, backend, away = Listening(capsys), FakeBackend(), [True]
 
     async with running(tmp_path / "one") as (daemon, address):
-        await daemon.submit(spec("ward-1"))
+        await daemon.operator.submit(spec("ward-1"))
 
         @asynccontextmanager
         async def connect() -> AsyncIterator[Remote]:
@@ -149,14 +149,14 @@ async def test_bad_data_is_said_and_other_jobs_go_on(tmp_path: Path, capsys: pyt
     heard, backend = Listening(capsys), FakeBackend()
 
     async with running(tmp_path / "one") as (daemon, address):
-        await daemon.submit(spec("ward-1"))
+        await daemon.operator.submit(spec("ward-1"))
         made = quick_stay(address, tmp_path, backend)
         whole = (tmp_path / "data.jsonl").read_text()
         (tmp_path / "data.jsonl").write_text('{"nothing": "of use"}\n')
         async with at_work(made):
             await heard.until("no_part", job="ward-1")
             (tmp_path / "data.jsonl").write_text(whole)
-            await daemon.submit(spec("ward-2"))
+            await daemon.operator.submit(spec("ward-2"))
             await heard.until("done", job="ward-2")
         failed = [line for line in heard.said if line["event"] == "no_part"]
         assert len(failed) == 1 and "tried again in 60 s" in failed[0]["again"]
